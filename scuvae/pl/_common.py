@@ -1,0 +1,62 @@
+"""What every picture shares: which fits there are, their colours, and when to show."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import matplotlib.pyplot as plt
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .._errors import near
+from .._keys import DEFAULT
+
+T = TypeVar("T")
+
+
+def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
+    """The ``uns`` keys of the fits asked for; None means all, the default key first."""
+    known = [
+        k
+        for k, v in adata.uns.items()
+        if isinstance(v, Mapping) and {"params", "history"} <= set(v)
+    ]
+    known.sort(key=lambda k: k != DEFAULT)
+    if keys is None:
+        if not known:
+            raise ValueError("adata.uns holds no fit. Call scuvae.tl.fit(adata) first.")
+        return known
+    asked = [keys] if isinstance(keys, str) else list(keys)
+    for key in asked:
+        if key not in known:
+            raise ValueError(f"adata.uns has no fit {key!r}. {near(key, known)}")
+    return asked
+
+
+def colours(n: int) -> list[tuple[float, ...]]:
+    """``n`` colours that can be told apart: Dark2 for up to eight."""
+    if n <= 8:
+        return [plt.get_cmap("Dark2")(i) for i in range(n)]
+    return [plt.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.95, n)]
+
+
+def finish(
+    drawn: T, ax: Axes, *, own: bool, show: bool | None, return_fig: bool
+) -> T | Figure | None:
+    """Show the figure of ``ax`` if that is wanted; what the plotting function is to return.
+
+    ``show=None`` shows a figure made here (``own``) where it can be seen: in a notebook, an
+    interactive session or a window. Without a display, ``drawn`` is returned instead.
+    """
+    figure = ax.figure
+    while not isinstance(figure, Figure):
+        figure = figure.figure
+    if show is None:
+        seen = plt.isinteractive() or figure.canvas.required_interactive_framework is not None
+        show = own and not return_fig and seen
+    if show:
+        plt.show()
+    if return_fig:
+        return figure
+    return None if show else drawn
