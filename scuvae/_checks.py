@@ -1,0 +1,65 @@
+"""Checks of arguments: each error names the argument, the value found and the remedy."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+from scuvae._errors import near
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def whole(name: str, value: object, *, at_least: int = 1) -> int:
+    """``value`` as an int; bools, floats and strings are refused."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}: pass a whole number >= {at_least}"
+        )
+    if value < at_least:
+        raise ValueError(f"{name}={value!r}: pass a whole number >= {at_least}")
+    return int(value)
+
+
+def real(
+    name: str, value: object, *, above: float | None = None, low: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """``value`` as a finite float with ``value > above``, ``low <= value < below``."""
+    allowed = f"> {above}" if above is not None else f">= {low}"
+    if below < math.inf:
+        allowed += f" and < {below}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass a number {allowed}")
+    number = float(value)
+    too_low = number <= above if above is not None else number < low
+    if not math.isfinite(number) or too_low or number >= below:
+        raise ValueError(f"{name}={value!r}: pass a finite number {allowed}")
+    return number
+
+
+def one_of(name: str, value: object, known: Iterable[object]) -> Any:
+    """``value``, which must be among ``known``."""
+    known = list(known)
+    # True == 1 in Python; here they are different answers.
+    if not any(type(value) is type(k) and value == k for k in known):
+        if isinstance(value, str):
+            raise ValueError(f"{name}={value!r} is unknown. {near(value, known)}")
+        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, known))}")
+    return value
+
+
+def random_state_alias(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``random_state=`` stand for ``rng=``, as scanpy's users know it."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "random_state" in kwargs:
+            if "rng" in kwargs:
+                raise TypeError("pass rng= or its alias random_state=, not both")
+            kwargs["rng"] = kwargs.pop("random_state")
+        return function(*args, **kwargs)
+
+    return wrapper

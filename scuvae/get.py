@@ -1,0 +1,104 @@
+"""Read a fit back from AnnData."""
+
+import pandas as pd
+from anndata import AnnData
+from torch.distributions import Distribution
+
+from scuvae.io.inputs import check_anndata
+from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.model import VAE
+
+__all__ = ["history", "model", "posterior"]
+
+
+def model(adata: AnnData, *, key: str | None = None) -> VAE:
+    """The fitted model, in evaluation mode on the CPU.
+
+    Parameters
+    ----------
+    adata
+        Fitted by :func:`scuvae.tl.fit`.
+    key
+        The fit's ``key_added``; None for the default, ``"scuvae"``.
+
+    Returns
+    -------
+    A torch module with ``decoder``, ``likelihood``, ``prior`` and ``encoder`` (None when there is
+    none). ``likelihood.log_prob(x, decoder(z), size_factor)`` is log p(x | z) in nats, summed over
+    genes, with any leading dimensions of draws.
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()[:100].copy()
+    >>> scuvae.tl.fit(adata, max_epochs=2)
+    >>> vae = scuvae.get.model(adata)
+    >>> eta = vae.decoder(vae.prior.sample((5,)))
+    >>> eta.shape
+    torch.Size([5, 765])
+    """
+    return read_fit(check_anndata(adata), key).model
+
+
+def posterior(adata: AnnData, *, key: str | None = None) -> Distribution:
+    """Every cell's q(z) as a torch distribution, batch shape (n_obs,), event shape (n_latent,).
+
+    Parameters
+    ----------
+    adata, key
+        As in :func:`model`.
+
+    Returns
+    -------
+    ``MultivariateNormal`` for a full covariance, ``Independent(Normal)`` for a diagonal one.
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``, or its ``obsm`` slots are gone.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()[:100].copy()
+    >>> scuvae.tl.fit(adata, max_epochs=2)
+    >>> scuvae.get.posterior(adata).sample((3,)).shape
+    torch.Size([3, 100, 10])
+    """
+    return read_posterior(check_anndata(adata), key)
+
+
+def history(adata: AnnData, *, key: str | None = None) -> pd.DataFrame:
+    """The loss trace: one row an epoch, nats per cell.
+
+    Parameters
+    ----------
+    adata, key
+        As in :func:`model`.
+
+    Returns
+    -------
+    Index ``epoch``, columns ``loss`` (what was minimised), ``elbo``, ``reconstruction``, ``kl``
+    (on training cells) and ``validation_elbo`` (held-out cells, q optimised with the decoder
+    frozen; NaN in epochs without a measurement).
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()[:100].copy()
+    >>> scuvae.tl.fit(adata, max_epochs=2)
+    >>> scuvae.get.history(adata).shape
+    (2, 5)
+    """
+    table: pd.DataFrame = read_entry(check_anndata(adata), key)["history"].copy()
+    return table

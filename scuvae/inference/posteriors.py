@@ -1,0 +1,214 @@
+"""q(z) for the cells of a batch: from an encoder, from a row of a table, or from both.
+
+A posterior is called with the model and a batch and hands out q; after the backward pass it may
+take a local step. Gradients of the loss reach an encoder through autograd, and a table's rows
+through the leaves that the call made.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, MultivariateNormal
+
+from scuvae.inference import natural
+from scuvae.inference.refine import LOCAL_STEPS, as_family
+from scuvae.inference.rows import ROW_OPTIMIZERS
+from scuvae.model import VAE, Batch, gaussian, raw_scale
+
+
+class Posterior(nn.Module, ABC):
+    """Hands out q for a batch of cells."""
+
+    @abstractmethod
+    def forward(self, model: VAE, batch: Batch) -> Distribution:
+        """q for the cells of the batch."""
+
+    def step(self, model: VAE, batch: Batch, *, scale: float, kl_weight: float) -> None:
+        """A local step after the backward pass; ``scale`` is what the loss of a cell weighs."""
+
+    def extra_loss(self, q: Distribution) -> Tensor | None:  # noqa: B027
+        """What is trained beside the ELBO of ``q``, summed over the batch, or None."""
+        return None
+
+
+class AmortizedPosterior(Posterior):
+    """The encoder's q; it has no parameters of its own."""
+
+    def forward(self, model: VAE, batch: Batch) -> Distribution:
+        return model.encode(batch)
+
+
+class UnamortizedPosterior(Posterior):
+    """A row of parameters for every cell, moved by local steps of its own.
+
+    Parameters
+    ----------
+    mean, raw
+        The table: means, (cells, latent), and scale parameters as in
+        :func:`scuvae.model.gaussian`.
+    local_step
+        ``"natural"`` or ``"gradient"``.
+    optimizer, learning_rate
+        For gradient steps: a name from ``ROW_OPTIMIZERS``.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        raw: Tensor,
+        *,
+        local_step: str = "natural",
+        optimizer: str = "adam",
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("raw", raw)
+        self.mean: Tensor
+        self.raw: Tensor
+        self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
+        self._leaves: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, model: VAE, batch: Batch) -> Distribution:
+        mean, raw = self.mean[batch.index], self.raw[batch.index]
+        if torch.is_grad_enabled():
+            self._leaves = mean.requires_grad_(), raw.requires_grad_()
+        return gaussian(mean, raw)
+
+    def step(self, model: VAE, batch: Batch, *, scale: float, kl_weight: float) -> None:
+        if self._leaves is None:
+            raise RuntimeError("step() follows a call of the posterior and a backward pass")
+        mean, raw = self._leaves
+        self._leaves = None
+        if mean.grad is None or raw.grad is None:
+            raise RuntimeError("step() follows a backward pass through the posterior's q")
+        with torch.no_grad():
+            self.rule.step(
+                self, model, batch, mean.grad / scale, raw.grad / scale, kl_weight=kl_weight
+            )
+
+    def store(self, rows: Tensor, q: Distribution) -> None:
+        """Put ``q`` into the table's rows."""
+        with torch.no_grad():
+            self.mean[rows] = q.mean
+            self.raw[rows] = raw_scale(q)
+
+
+class _GradientRule:
+    """Gradient steps by a row optimiser, as in the plain algorithm."""
+
+    def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
+        make = ROW_OPTIMIZERS[optimizer]
+        self.optimizers = make(table.mean, learning_rate), make(table.raw, learning_rate)
+
+    def step(
+        self,
+        table: UnamortizedPosterior,
+        model: VAE,
+        batch: Batch,
+        mean_grad: Tensor,
+        raw_grad: Tensor,
+        *,
+        kl_weight: float,
+    ) -> None:
+        self.optimizers[0].step(table.mean, batch.index, mean_grad)
+        self.optimizers[1].step(table.raw, batch.index, raw_grad)
+
+
+class _NaturalRule:
+    """The backward pass's gradient of the mean, preconditioned by the stored covariance.
+
+    The precision is renewed at a cell's first visit and at every fourth from then on: renewing
+    it at all of them costs three times as much and fits no better.
+    """
+
+    period = 4
+    rate = 0.5
+    longest = 2.0
+
+    def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
+        self.visits = torch.zeros(len(table.mean), dtype=torch.int64, device=table.mean.device)
+
+    def step(
+        self,
+        table: UnamortizedPosterior,
+        model: VAE,
+        batch: Batch,
+        mean_grad: Tensor,
+        raw_grad: Tensor,
+        *,
+        kl_weight: float,
+    ) -> None:
+        rows = batch.index
+        mean = table.mean[rows]
+        q = gaussian(mean, table.raw[rows])
+        due = (self.visits[rows] % self.period == 0).nonzero().squeeze(-1)
+        self.visits[rows] += 1
+        if len(due):
+            part = batch if len(due) == len(batch) else batch.take(due)
+            training = model.training
+            model.eval()
+            target = natural.precision(
+                natural.gauss_newton(model, part, mean[due]), kl_weight
+            )
+            model.train(training)
+            renewed = MultivariateNormal(
+                mean[due], scale_tril=natural.scale_tril(target), validate_args=False
+            )
+            full = isinstance(q, MultivariateNormal)
+            if not full:
+                scale = target.diagonal(dim1=-2, dim2=-1).rsqrt()
+                renewed = torch.distributions.Independent(
+                    torch.distributions.Normal(mean[due], scale), 1
+                )
+            table.store(rows[due], renewed)
+            q = gaussian(mean, table.raw[rows])
+        gradient = -mean_grad / kl_weight
+        if isinstance(q, MultivariateNormal):
+            tril = q.scale_tril
+            direction = (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
+        else:
+            direction = q.variance * gradient
+        table.mean[rows] = mean + natural.cap_length(self.rate * direction, self.longest)
+
+
+_LOCAL_RULES = {"natural": _NaturalRule, "gradient": _GradientRule}
+
+
+class SemiAmortizedPosterior(Posterior):
+    """The encoder's q, improved by local steps with the decoder frozen.
+
+    The decoder learns from the improved q; the encoder is taught to hit it, by KL(improved ‖
+    encoder's).
+    """
+
+    def __init__(self, *, local_step: str = "natural", n_steps: int = 1) -> None:
+        super().__init__()
+        self.local_step = local_step
+        self.n_steps = n_steps
+        self._encoded: Distribution | None = None
+
+    def forward(self, model: VAE, batch: Batch) -> Distribution:
+        encoded = model.encode(batch)
+        self._encoded = encoded
+        training = model.training
+        model.eval()
+        q = LOCAL_STEPS[self.local_step](model, batch, encoded, max_steps=self.n_steps)
+        model.train(training)
+        return q
+
+    def extra_loss(self, q: Distribution) -> Tensor | None:
+        encoded, self._encoded = self._encoded, None
+        if encoded is None:
+            return None
+        if isinstance(q, MultivariateNormal):
+            encoded = as_family(encoded, "full")
+        return torch.distributions.kl_divergence(q, encoded).sum()
+
+
+POSTERIORS: dict[str, type[Posterior]] = {
+    "amortized": AmortizedPosterior,
+    "unamortized": UnamortizedPosterior,
+    "semi": SemiAmortizedPosterior,
+}

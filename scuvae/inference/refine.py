@@ -1,0 +1,194 @@
+"""Refine: local steps on q until it converges, the decoder frozen.
+
+The one function behind validation, projection of new cells, repair of encoders, the amortization
+gap and bridges to models trained elsewhere. Every cell is treated on its own: the draws are the
+same fixed points for all of them, so that a cell's posterior depends neither on the cells beside
+it nor on their order.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from scuvae.inference import natural
+from scuvae.inference.objectives import kl_to_prior
+from scuvae.model import VAE, Batch, gaussian, raw_scale
+
+# Longest move of a cell's mean in one step, in prior standard deviations.
+_LONGEST_STEP = 4.0
+# A step is taken back when it costs a cell more than this many nats: float32's noise on sums of
+# some thousands of terms.
+_NOISE = 1e-3
+
+
+@lru_cache(maxsize=32)
+def _normal_points(n_samples: int, n_latent: int) -> Tensor:
+    """Antithetic quasi-random draws from N(0, I), (n_samples, n_latent): always the same."""
+    n_pairs = max(1, n_samples // 2)
+    sobol = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=0)
+    points = torch.special.ndtri(sobol.draw(n_pairs, dtype=torch.float64).clamp(1e-6, 1 - 1e-6))
+    return torch.cat([points, -points])
+
+
+def normal_points(n_samples: int, like: Tensor) -> Tensor:
+    """Fixed draws of N(0, I) with the dtype and device of ``like``, (n_samples, 1, latent)."""
+    return _normal_points(n_samples, like.shape[-1]).to(like).unsqueeze(1)
+
+
+def refine_natural(
+    model: VAE,
+    batch: Batch,
+    q: Distribution,
+    *,
+    max_steps: int = 10,
+    n_samples: int = 4,
+    tolerance: float = 0.01,
+    kl_weight: float = 1.0,
+) -> Distribution:
+    """Natural-gradient steps from ``q``, each undone and halved in cells where it lowers the ELBO.
+
+    Parameters
+    ----------
+    max_steps
+        Number of steps at most; a cell stops by itself when a step promises less than
+        ``tolerance`` nats.
+    n_samples
+        Fixed draws that an expectation under q is taken over.
+
+    Returns
+    -------
+    A distribution of q's own family: full covariance stays full, diagonal stays diagonal.
+    """
+    full = isinstance(q, MultivariateNormal)
+    mean = q.mean.detach().clone()
+    tril = _scale_tril(q).detach().clone()
+    active = torch.arange(len(batch), device=mean.device)
+    part = batch
+    points = normal_points(n_samples, mean)
+    value, gradient = _value_and_gradient(model, part, mean, tril, points, kl_weight)
+    start = value
+    best = value.clone()
+    rate = torch.ones_like(value)
+
+    for step_number in range(max_steps):
+        old_mean, old_tril = mean[active], tril[active]
+        target = natural.precision(natural.gauss_newton(model, part, old_mean), kl_weight)
+        # Where a cell's steps are short, so is the change of its precision.
+        old = torch.cholesky_inverse(old_tril.mT.contiguous(), upper=True)
+        blended = torch.lerp(old, target, rate.view(-1, 1, 1))
+        factor = natural.scale_tril(blended)
+        direction = torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(target))
+        step = natural.cap_length(direction.squeeze(-1), _LONGEST_STEP)
+        new_mean = old_mean + rate.unsqueeze(-1) * step
+        new_tril = factor if full else _diagonal_tril(blended)
+        new_value, new_gradient = _value_and_gradient(
+            model, part, new_mean, new_tril, points, kl_weight
+        )
+
+        # The first step is always taken: a wide q's ELBO says little of where it should go, and
+        # a cell that never recovers gets its start back in the end.
+        better = (new_value >= value - _NOISE) | (step_number == 0)
+        mean[active] = torch.where(better[:, None], new_mean, old_mean)
+        tril[active] = torch.where(better[:, None, None], new_tril, old_tril)
+        gain = torch.where(better, (new_value - value).abs(), torch.inf)
+        value = torch.where(better, new_value, value)
+        best[active] = value
+        gradient = torch.where(better[:, None], new_gradient, gradient)
+        rate = torch.where(better, (2 * rate).clamp_max(1.0), rate / 4)
+        going = (gain > tolerance) & (rate > 1e-3)
+        if not going.any():
+            break
+        value, gradient = value[going], gradient[going]
+        rate, active = rate[going], active[going]
+        if not going.all():
+            part = part.take(going.nonzero().squeeze(-1))
+    worse = best < start
+    mean = torch.where(worse[:, None], q.mean, mean)
+    tril = torch.where(worse[:, None, None], _scale_tril(q), tril)
+    if full:
+        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    scale = tril.diagonal(dim1=-2, dim2=-1)
+    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def _value_and_gradient(
+    model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Each cell's ELBO over fixed draws, divided by β, and its gradient in the mean."""
+    with torch.enable_grad():
+        centre = mean.detach().requires_grad_()
+        z = centre + (tril @ points.unsqueeze(-1)).squeeze(-1)
+        expected = model.log_likelihood(batch, z).mean(0)
+        (slope,) = torch.autograd.grad(expected.sum(), centre)
+    q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    value = expected.detach() / kl_weight - kl_to_prior(q)
+    return value, slope / kl_weight - mean
+
+
+def _scale_tril(q: Distribution) -> Tensor:
+    return q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
+
+
+def _diagonal_tril(precision: Tensor) -> Tensor:
+    """The best diagonal q at a precision Λ has s_k² = 1/Λ_kk."""
+    return torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+
+
+def refine_gradient(
+    model: VAE,
+    batch: Batch,
+    q: Distribution,
+    *,
+    max_steps: int = 150,
+    n_samples: int = 4,
+    kl_weight: float = 1.0,
+    learning_rate: float = 0.03,
+) -> Distribution:
+    """Adam on each cell's mean and scale over fixed draws, its rate falling to zero."""
+    mean = q.mean.detach().clone().requires_grad_()
+    raw = raw_scale(q).detach().clone().requires_grad_()
+    points = normal_points(n_samples, mean)
+    optimizer = torch.optim.Adam([mean, raw], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
+    with torch.enable_grad():
+        for _ in range(max_steps):
+            current = gaussian(mean, raw)
+            z = mean + (_scale_tril(current) @ points.unsqueeze(-1)).squeeze(-1)
+            expected = model.log_likelihood(batch, z).mean(0)
+            loss = -(expected - kl_weight * kl_to_prior(current)).sum()
+            # Of q alone: the decoder's own gradients are neither needed nor touched.
+            mean.grad, raw.grad = torch.autograd.grad(loss, [mean, raw])
+            optimizer.step()
+            schedule.step()
+    return gaussian(mean.detach(), raw.detach())
+
+
+LOCAL_STEPS: dict[str, Callable[..., Distribution]] = {
+    "natural": refine_natural,
+    "gradient": refine_gradient,
+}
+
+
+def prior_start(model: VAE, n_cells: int, covariance: str) -> Distribution:
+    """q = p(z) for each cell: where refinement starts without an encoder."""
+    like = next(model.decoder.parameters())
+    mean = like.new_zeros(n_cells, model.n_latent)
+    if covariance == "full":
+        eye = torch.eye(model.n_latent, dtype=like.dtype, device=like.device)
+        return MultivariateNormal(
+            mean, scale_tril=eye.expand(n_cells, -1, -1), validate_args=False
+        )
+    return Independent(Normal(mean, torch.ones_like(mean), validate_args=False), 1)
+
+
+def as_family(q: Distribution, covariance: str) -> Distribution:
+    """``q`` as a member of the family: a diagonal one is a full one; a full one keeps its margins."""
+    if covariance == "full" and not isinstance(q, MultivariateNormal):
+        return MultivariateNormal(q.mean, scale_tril=torch.diag_embed(q.stddev))
+    if covariance == "diagonal" and isinstance(q, MultivariateNormal):
+        return Independent(Normal(q.mean, q.stddev), 1)
+    return q
+

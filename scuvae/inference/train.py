@@ -1,0 +1,175 @@
+"""The training loop, one for every posterior."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from scuvae.inference.objectives import elbo
+from scuvae.inference.posteriors import Posterior
+from scuvae.model import VAE, Batch
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+class TrainingError(FloatingPointError):
+    """The loss became infinite or NaN. The model and posterior are as after the last good epoch.
+
+    Attributes
+    ----------
+    epoch, batch
+        Where it happened, counted from 0.
+    cells
+        Row numbers of that batch's cells.
+    """
+
+    def __init__(self, loss: float, epoch: int, batch: int, cells: list[int]) -> None:
+        self.epoch, self.batch, self.cells = epoch, batch, cells
+        shown = ", ".join(map(str, cells[:5])) + (", ..." if len(cells) > 5 else "")
+        super().__init__(
+            f"the loss is {loss} at epoch {epoch}, batch {batch} (rows {shown}): training stopped "
+            "and nothing was written. Lower learning_rate=, or look at these cells' values."
+        )
+
+
+class HeldOut(Protocol):
+    """Held-out cells that keep an optimised q from one evaluation to the next."""
+
+    def elbo(self, model: VAE, *, max_steps: int | None = None) -> float:
+        """Mean ELBO in nats a cell, q optimised with the decoder frozen."""
+
+
+@dataclass
+class EarlyStopping:
+    """Stop when the held-out ELBO has not risen by ``min_delta`` nats in ``patience`` epochs."""
+
+    patience: int
+    min_delta: float = 0.0
+    best: float = -math.inf
+    best_epoch: int = -1
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, epoch: int, value: float, state: Callable[[], dict[str, Any]]) -> bool:
+        if value > self.best + self.min_delta or self.best_epoch < 0:
+            self.best, self.best_epoch, self.state = value, epoch, state()
+        return epoch - self.best_epoch >= self.patience
+
+
+def train(
+    model: VAE,
+    posterior: Posterior,
+    cells: Iterable[Batch],
+    *,
+    n_obs: int,
+    optimizer: torch.optim.Optimizer,
+    max_epochs: int,
+    n_samples: int = 1,
+    kl_weight: float = 1.0,
+    learning_rate_at: Callable[[float], float] = lambda progress: 1.0,
+    held_out: HeldOut | None = None,
+    evaluate_every: int = 1,
+    early_stopping: EarlyStopping | None = None,
+    on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+) -> list[dict[str, float]]:
+    """Fit ``model`` and ``posterior`` to the cells, full batch or in minibatches.
+
+    Parameters
+    ----------
+    cells
+        Its iteration is an epoch: every training cell in one batch.
+    n_obs
+        Number of training cells n: the loss of a batch of B cells weighs n/B, so that its
+        gradient estimates that of all cells; a cell's own parameters are moved by its own loss.
+    optimizer
+        Over the model's parameters; a posterior's rows have their own.
+    learning_rate_at
+        Factor on the learning rate as a function of progress in [0, 1).
+    held_out, evaluate_every, early_stopping
+        Cells to judge the decoder by, every so many epochs, and when to stop; the best state
+        is restored.
+
+    Returns
+    -------
+    One row an epoch: ``loss``, ``elbo``, ``reconstruction``, ``kl``, ``validation_elbo`` in nats
+    a cell, each cell judged when its batch was visited.
+    """
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    history: list[dict[str, float]] = []
+    last_good = _snapshot(model, posterior)
+
+    for epoch in range(max_epochs):
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = base * learning_rate_at(epoch / max_epochs)
+        model.train()
+        losses: list[Tensor] = []
+        visited: list[Tensor] = []
+        totals = torch.zeros(2, dtype=torch.float64)
+
+        for batch in cells:
+            q = posterior(model, batch)
+            terms = elbo(model, batch, q, n_samples)
+            loss = (kl_weight * terms.kl - terms.reconstruction).sum()
+            extra = posterior.extra_loss(q)
+            weight = n_obs / len(batch)
+            optimizer.zero_grad(set_to_none=True)
+            (weight * (loss if extra is None else loss + extra)).backward()
+            if not _finite(loss):
+                _restore(last_good, model, posterior)
+                raise TrainingError(loss.item(), epoch, len(losses), batch.index.tolist())
+            posterior.step(model, batch, scale=weight, kl_weight=kl_weight)
+            optimizer.step()
+            losses.append(loss.detach())
+            visited.append(batch.index)
+            totals += torch.stack([terms.reconstruction.sum(), terms.kl.sum()]).detach().cpu()
+
+        reconstruction, kl = (totals / n_obs).tolist()
+        row = {
+            "loss": kl_weight * kl - reconstruction,
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "validation_elbo": math.nan,
+        }
+        last_epoch = epoch == max_epochs - 1
+        stop = False
+        if held_out is not None and ((epoch + 1) % evaluate_every == 0 or last_epoch):
+            model.eval()
+            row["validation_elbo"] = held_out.elbo(model)
+            if early_stopping is not None:
+                stop = early_stopping.update(
+                    epoch, row["validation_elbo"], lambda: _snapshot(model, posterior)
+                )
+        history.append(row)
+        on_epoch(row)
+        if stop:
+            break
+
+    if early_stopping is not None and early_stopping.state:
+        _restore(early_stopping.state, model, posterior)
+    model.eval()
+    return history
+
+
+def _finite(loss: Tensor) -> bool:
+    return bool(torch.isfinite(loss))
+
+
+def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
+    return copy.deepcopy({"model": model.state_dict(), "posterior": posterior.state_dict()})
+
+
+def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:
+    model.load_state_dict(state["model"])
+    posterior.load_state_dict(state["posterior"])
+
+
+__all__ = ["OPTIMIZERS", "Distribution", "EarlyStopping", "HeldOut", "TrainingError", "train"]

@@ -1,0 +1,1 @@
+"""Between AnnData and tensors: matrices to batches, models to plain arrays and back."""

@@ -1,0 +1,237 @@
+"""AnnData in: the matrix a fit sees, checked before any work."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse as sp
+
+from scuvae._errors import near
+
+
+def check_anndata(adata: object) -> AnnData:
+    """``adata`` itself, if it is an AnnData with cells and genes."""
+    if not isinstance(adata, AnnData):
+        kind = type(adata)
+        if kind.__name__ == "MuData":
+            names = ", ".join(map(repr, adata.mod))  # type: ignore[attr-defined]
+            raise TypeError(f"got a MuData with modalities {names}: pass one of them, mdata[name]")
+        hint = "anndata.read_h5ad(path)" if kind.__name__ in ("str", "PosixPath") else "AnnData(X)"
+        raise TypeError(f"got a {kind.__module__}.{kind.__name__}, not an AnnData: pass {hint}")
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        empty = "no cells" if adata.n_obs == 0 else "no genes"
+        raise ValueError(
+            f"adata is {adata.n_obs} × {adata.n_vars}, it has {empty}: "
+            "was it filtered too strictly?"
+        )
+    return adata
+
+
+def slot_name(layer: str | None) -> str:
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
+def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
+    """``mask_var``, a boolean column of var or a boolean array, as an array; None for all genes."""
+    if mask_var is None:
+        return None
+    if isinstance(mask_var, str):
+        if mask_var not in adata.var:
+            raise ValueError(
+                f"mask_var={mask_var!r} is no column of adata.var. {near(mask_var, adata.var)}"
+            )
+        name, mask = f"adata.var[{mask_var!r}]", adata.var[mask_var].to_numpy()
+    else:
+        name, mask = "mask_var", np.asarray(mask_var)
+    if mask.dtype != bool or mask.shape != (adata.n_vars,):
+        raise ValueError(
+            f"{name} has dtype {mask.dtype} and shape {mask.shape}: it must be boolean with one "
+            f"entry for each of the {adata.n_vars} genes"
+        )
+    if not mask.any():
+        raise ValueError(f"{name} selects none of the {adata.n_vars} genes: the fit needs some")
+    return mask
+
+
+def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
+    """The matrix of ``layer`` restricted to ``genes``: a CSR array or an ndarray, in memory.
+
+    A sparse matrix stays sparse; nothing is copied that need not be.
+    """
+    name = slot_name(layer)
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"{name} does not exist. {near(layer, adata.layers)}")
+    x = adata.X if layer is None else adata.layers[layer]
+    if x is None:
+        raise ValueError(
+            f"adata.X is None: pass layer= with the values to fit. {near('counts', adata.layers)}"
+        )
+    kind = f"{type(x).__module__}.{type(x).__name__}"
+    if kind.startswith("dask"):
+        raise TypeError(f"{name} is a dask array: load it first, adata = adata.to_memory()")
+    if hasattr(x, "to_memory"):
+        x = x.to_memory()
+    elif kind.startswith("h5py") or kind.startswith("zarr"):
+        x = x[:]
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill it first, x.filled(0)")
+    if sp.issparse(x):
+        if x.format not in ("csr", "csc"):
+            raise TypeError(f"{name} is a sparse {x.format.upper()} matrix: convert it, x.tocsr()")
+    elif not isinstance(x, np.ndarray):
+        raise TypeError(f"{name} is a {kind}: pass a numpy array or a scipy CSR or CSC matrix")
+    if x.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {x.dtype}: values must be real numbers")
+    if genes is not None:
+        x = x[:, genes]
+    if not sp.issparse(x):
+        return np.asarray(x)
+    x = sp.csr_array(x)
+    if not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
+    return x
+
+
+def is_whole(x: Any) -> bool:
+    """Whether all values are finite, non-negative and whole."""
+    values = x.data if sp.issparse(x) else x
+    if values.dtype.kind in "bu":
+        return True
+    return all(
+        bool(np.isfinite(part).all() and (part >= 0).all() and (part == np.rint(part)).all())
+        for part in _blocks(values)
+    )
+
+
+def check_values(
+    x: Any, adata: AnnData, layer: str | None, genes: Any, *, likelihood: str, counts: bool,
+    fractions: bool = False,
+) -> None:
+    """Raise where ``x`` holds what the likelihood cannot have; names the first cell and gene."""
+    _refuse(x, adata, layer, genes, lambda v: ~np.isfinite(v), "no finite number", "drop or impute")
+    if counts:
+        _refuse(x, adata, layer, genes, lambda v: v < 0, "negative", _remedy(adata, layer), likelihood)
+        if not fractions:
+            _refuse(
+                x, adata, layer, genes, lambda v: v != np.rint(v), "not whole",
+                _remedy(adata, layer) + ", or check_values=False to fit it all the same",
+                likelihood,
+            )
+        values = x.data if sp.issparse(x) else x
+        if not any(part.any() for part in _blocks(values)):
+            raise ValueError(
+                f"{slot_name(layer)} is zero everywhere: likelihood={likelihood!r} has nothing "
+                "to fit. Pass layer= with raw counts"
+            )
+
+
+def _refuse(
+    x: Any, adata: AnnData, layer: str | None, genes: Any, bad: Any, what: str, remedy: str,
+    likelihood: str | None = None,
+) -> None:
+    values = x.data if sp.issparse(x) else x
+    if values.dtype.kind in "bu" or (values.dtype.kind == "i" and what != "negative"):
+        return
+    count, first = 0, -1
+    start = 0
+    for part in _blocks(values):
+        hits = np.flatnonzero(bad(part))
+        if len(hits) and first < 0:
+            first = start + int(hits[0])
+        count += len(hits)
+        start += part.size
+    if not count:
+        return
+    if sp.issparse(x):
+        row, column = int(np.searchsorted(x.indptr, first, side="right")) - 1, int(x.indices[first])
+        value = x.data[first]
+    else:
+        row, column = divmod(first, x.shape[1])
+        value = x[row, column]
+    gene = adata.var_names[column if genes is None else np.arange(adata.n_vars)[genes][column]]
+    others = f" ({count} such values in all)" if count > 1 else ""
+    needs = f": likelihood={likelihood!r} needs whole counts" if likelihood else f", which is {what}"
+    raise ValueError(
+        f"{slot_name(layer)} holds {value:g} at cell {adata.obs_names[row]!r}, gene {gene!r}"
+        f"{others}{needs}. {remedy[0].upper()}{remedy[1:]}"
+    )
+
+
+def _remedy(adata: AnnData, layer: str | None) -> str:
+    """Where counts are: a layer that holds some, or advice."""
+    for name in [None, *adata.layers]:
+        candidate = adata.X if name is None else adata.layers[name]
+        if name == layer or not isinstance(getattr(candidate, "dtype", None), np.dtype):
+            continue
+        if (sp.issparse(candidate) or isinstance(candidate, np.ndarray)) and is_whole(candidate):
+            where = f"layer={name!r}" if name else "layer=None (adata.X)"
+            return f"pass {where}, which holds whole counts, or likelihood='gaussian'"
+    return "pass layer= with raw counts, or likelihood='gaussian'"
+
+
+def _blocks(values: np.ndarray, rows: int = 2**22) -> Any:
+    """Runs of at most ``rows`` values in C order, so that checks need no matrix-sized masks."""
+    if values.ndim == 1:
+        return (values[i : i + rows] for i in range(0, len(values), rows))
+    step = max(1, rows // max(1, values.shape[1]))
+    return (values[i : i + step].ravel() for i in range(0, len(values), step))
+
+
+def batch_codes(
+    adata: AnnData, batch_key: str | None, known: list[str] | None = None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Batch membership as integers, and the batches' names, those of a fit where given."""
+    if batch_key is None:
+        return None, []
+    if batch_key not in adata.obs:
+        raise ValueError(
+            f"batch_key={batch_key!r} is no column of adata.obs. {near(batch_key, adata.obs)}"
+        )
+    column = adata.obs[batch_key]
+    missing = column.isna().to_numpy()
+    if missing.any():
+        first = adata.obs_names[int(np.flatnonzero(missing)[0])]
+        raise ValueError(
+            f"adata.obs[{batch_key!r}] is missing for {missing.sum()} cells, first {first!r}: "
+            "give these cells a batch, or drop them"
+        )
+    if column.dtype.kind == "f" and column.nunique() > 100:
+        raise ValueError(
+            f"adata.obs[{batch_key!r}] is {column.dtype} with {column.nunique()} values: it looks "
+            "like a measurement, not a batch. Convert it with .astype(str) if it is one"
+        )
+    labels = column.astype(str)
+    names = sorted(labels.unique()) if known is None else known
+    unknown = sorted(set(labels) - set(names))
+    if unknown:
+        raise ValueError(
+            f"adata.obs[{batch_key!r}] has batches that the fit has not seen: "
+            f"{', '.join(map(repr, unknown[:5]))}. Known: {', '.join(map(repr, names[:10]))}"
+        )
+    codes = pd.Categorical(labels, categories=names).codes
+    return np.asarray(codes, np.int64), list(names)
+
+
+def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
+    """A column of obs with positive expected totals, or None for each cell's own total."""
+    if key is None:
+        return None
+    if key not in adata.obs:
+        raise ValueError(f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}")
+    try:
+        values = adata.obs[key].to_numpy().astype(np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"adata.obs[{key!r}] has dtype {adata.obs[key].dtype}: size factors are numbers, the "
+            "total counts expected of each cell"
+        ) from None
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"adata.obs[{key!r}] is {values[row]:g} at cell {adata.obs_names[row]!r}: size factors "
+            "must be finite and positive, in counts"
+        )
+    return values

@@ -1,0 +1,167 @@
+"""A fit in ``uns``: the model as plain arrays, and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import nn
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from scuvae._errors import near
+from scuvae._keys import DEFAULT, Keys
+from scuvae.model import LIKELIHOODS, VAE, Decoder, Encoder, Likelihood
+from scuvae.model.gaussian import pack, unpack
+
+
+def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | None = None) -> VAE:
+    """The VAE that ``params`` describe, freshly initialised from torch's current random state."""
+    n_latent, widths = int(params["n_latent"]), {
+        "n_hidden": int(params["n_hidden"]),
+        "n_layers": int(params["n_layers"]),
+    }
+    if likelihood is None:
+        likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
+    encoder = None
+    if params["amortized"] in (True, "True", "semi"):
+        encoder = Encoder(
+            n_vars,
+            n_latent,
+            covariance=str(params["covariance"]),
+            log1p=likelihood.counts,
+            **widths,
+        )
+    decoder = Decoder(
+        n_latent,
+        n_vars,
+        n_covariates=len(params.get("batches", ())),
+        dropout=float(params["dropout"]),
+        **widths,
+    )
+    return VAE(decoder, likelihood, encoder)
+
+
+def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
+    """Every parameter and buffer by part and name, on the CPU."""
+    return {
+        part: {
+            name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()
+        }
+        for part, module in model.named_children()
+    }
+
+
+def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int) -> VAE:
+    """The inverse of :func:`model_to_arrays`, in evaluation mode."""
+    # Initial values are overwritten: they must not cost the caller random numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(params, n_vars)
+    for part, module in model.named_children():
+        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
+        if part == "likelihood":
+            for name, value in arrays.items():
+                setattr(module, name, nn.Parameter(value))
+        else:
+            module.load_state_dict(arrays)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit as read from ``uns``."""
+
+    key: str | None
+    params: dict[str, Any]
+    var_names: pd.Index
+    history: pd.DataFrame
+    model: VAE
+
+    @property
+    def layer(self) -> str | None:
+        layer = self.params.get("layer")
+        return None if layer is None else str(layer)
+
+    @property
+    def batch_key(self) -> str | None:
+        key = self.params.get("batch_key")
+        return None if key is None else str(key)
+
+    @property
+    def batches(self) -> list[str]:
+        return [str(name) for name in self.params.get("batches", ())]
+
+    @property
+    def size_factor_key(self) -> str | None:
+        key = self.params.get("size_factor_key")
+        return None if key is None else str(key)
+
+
+def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
+    """``adata.uns[key]`` of a fit, or an error that says which call is missing."""
+    name = Keys.of(key).uns
+    entry = adata.uns.get(name)
+    if not (hasattr(entry, "keys") and {"params", "history", "state"} <= set(entry.keys())):
+        fits = [
+            k for k, v in adata.uns.items() if hasattr(v, "keys") and {"params", "state"} <= set(v)
+        ]
+        known = f" {near(name, fits)}" if fits else ""
+        argument = "" if name == DEFAULT else f", key_added={name!r}"
+        raise ValueError(
+            f"adata.uns[{name!r}] holds no fit: run scuvae.tl.fit(adata{argument}) first.{known}"
+        )
+    return dict(entry)
+
+
+def read_fit(adata: AnnData, key: str | None) -> Fit:
+    entry = read_entry(adata, key)
+    params = {name: _plain(value) for name, value in entry["params"].items()}
+    var_names = pd.Index(np.asarray(entry["var_names"]).astype(str))
+    model = model_from_arrays(params, entry["state"], len(var_names))
+    return Fit(key, params, var_names, entry["history"], model)
+
+
+def _plain(value: Any) -> Any:
+    """Files hand back numpy scalars and arrays where Python's own went in."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def read_posterior(adata: AnnData, key: str | None) -> Distribution:
+    """q of every cell from ``obsm``, on the CPU."""
+    read_entry(adata, key)
+    keys = Keys.of(key)
+    for slot in (keys.mean, keys.scale):
+        if slot not in adata.obsm:
+            raise ValueError(
+                f"adata.obsm[{slot!r}] is gone: fit again, or refit its cells with tl.project"
+            )
+    mean = torch.as_tensor(np.array(adata.obsm[keys.mean], np.float32))
+    if keys.covariance in adata.obsm:
+        packed = torch.as_tensor(np.array(adata.obsm[keys.covariance], np.float64))
+        lower = unpack(packed, mean.shape[1])
+        covariance = lower + lower.tril(-1).mT
+        tril = torch.linalg.cholesky(covariance).float()
+        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
+    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def write_posterior(adata: AnnData, key: str | None, q: Distribution, covariance: str) -> None:
+    """q of every cell into ``obsm``."""
+    keys = Keys.of(key)
+    for slot in (keys.mean, keys.scale, keys.covariance):
+        if slot in adata.obsm:
+            del adata.obsm[slot]
+    adata.obsm[keys.mean] = _array(q.mean)
+    adata.obsm[keys.scale] = _array(q.stddev)
+    if covariance == "full":
+        full = isinstance(q, MultivariateNormal)
+        matrix = q.covariance_matrix if full else torch.diag_embed(q.variance)
+        adata.obsm[keys.covariance] = _array(pack(matrix))
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=np.float32)

@@ -1,0 +1,268 @@
+"""p(x | η): how the decoder's p outputs η and a cell's size factor explain its values.
+
+Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
+and the logsumexp runs over the observed genes, so that leaving genes out is exact conditioning.
+A likelihood is four short methods of the location (η, or log μ for counts); ``LIKELIHOODS`` at the
+end names them all.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
+
+Genes = Tensor | slice
+"""The observed genes: a boolean mask, or slice(None) for all."""
+
+# An empty cell has a size factor of 0; a mean this small has no effect and stays finite.
+_TINY = 1e-30
+
+
+class Likelihood(nn.Module, ABC):
+    """A distribution of a cell's values given the decoder's output.
+
+    ``x`` is (cells, genes), a tensor or :class:`SparseRows`; ``eta`` is (..., cells, genes) with
+    any leading dimensions of draws; ``size_factor`` is (cells,), in counts, by default each
+    cell's total over the observed genes; ``observed`` is a boolean mask over genes, by default
+    all of them.
+    """
+
+    name: ClassVar[str]
+    counts: ClassVar[bool]
+    """Whether values must be whole and non-negative; the location is then log μ, else η."""
+
+    def __init__(self, n_vars: int) -> None:
+        super().__init__()
+        self.n_vars = n_vars
+
+    def log_prob(
+        self,
+        x: Tensor | SparseRows,
+        eta: Tensor,
+        size_factor: Tensor | None = None,
+        observed: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x | η) in nats, summed over observed genes: (..., cells)."""
+        x, location, genes = self._locate(x, eta, size_factor, observed)
+        return self._log_prob(x, location, genes)
+
+    @torch.no_grad()
+    def fisher(
+        self,
+        x: Tensor | SparseRows,
+        eta: Tensor,
+        size_factor: Tensor | None = None,
+        observed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fisher weights w, and the softmax π that centres the Jacobian (None for a Gaussian).
+
+        −∇²_z log p ≈ J_cᵀ diag(w) J_c with J_c = J − 1 (πᵀJ) and J = ∂η/∂z. Both have the shape
+        of ``eta`` and are zero at genes that are not observed.
+        """
+        x, location, genes = self._locate(x, eta, size_factor, observed)
+        weight = _widen(self._weight(x, location, genes), eta, genes)
+        return weight, _widen(eta[..., genes].softmax(-1), eta, genes) if self.counts else None
+
+    def mean(
+        self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
+    ) -> Tensor:
+        """E[x | η], of the shape of ``eta``; zero at counts that are not observed."""
+        if not self.counts:
+            return eta
+        if size_factor is None:
+            raise TypeError("mean() of a count likelihood needs size_factor, each cell's total")
+        genes: Genes = slice(None) if observed is None else observed
+        mu = log_mean(eta[..., genes], size_factor).exp()
+        return _widen(self._mean(mu, genes), eta, genes)
+
+    def sample(self, eta: Tensor, size_factor: Tensor | None = None) -> Tensor:
+        """Draws of x, of the shape of ``eta``, from torch's current random state."""
+        if not self.counts:
+            return self._draw(eta)
+        if size_factor is None:
+            raise TypeError("sample() of a count likelihood needs size_factor, each cell's total")
+        return self._draw(log_mean(eta, size_factor).exp())
+
+    def _locate(
+        self,
+        x: Tensor | SparseRows,
+        eta: Tensor,
+        size_factor: Tensor | None,
+        observed: Tensor | None,
+    ) -> tuple[SparseRows | Tensor, Tensor, Genes]:
+        x = sparse(x) if self.counts else dense(x)
+        genes: Genes = slice(None)
+        if observed is not None:
+            genes, eta = observed, eta[..., observed]
+            x = x.select(observed) if isinstance(x, SparseRows) else x[..., observed]
+        if isinstance(x, SparseRows):
+            eta = log_mean(eta, x.sum() if size_factor is None else size_factor)
+        return x, eta, genes
+
+    @abstractmethod
+    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor: ...
+
+    @abstractmethod
+    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor: ...
+
+    @abstractmethod
+    def _mean(self, mu: Tensor, genes: Genes) -> Tensor: ...
+
+    @abstractmethod
+    def _draw(self, mu: Tensor) -> Tensor: ...
+
+
+def log_mean(eta: Tensor, size_factor: Tensor) -> Tensor:
+    """log μ = log ℓ + log softmax(η), the mean that all count likelihoods share."""
+    return F.log_softmax(eta, -1) + size_factor.clamp_min(_TINY).log().unsqueeze(-1)
+
+
+def _widen(values: Tensor, like: Tensor, genes: Genes) -> Tensor:
+    """``values`` of the observed genes, among zeros at the others."""
+    if isinstance(genes, slice):
+        return values
+    out = torch.zeros_like(like)
+    out[..., genes] = values
+    return out
+
+
+class Gaussian(Likelihood):
+    """N(η, σ²), with one σ for all genes as in probabilistic PCA, or one a gene."""
+
+    name = "gaussian"
+    counts = False
+
+    def __init__(self, n_vars: int, *, per_gene: bool = False) -> None:
+        super().__init__(n_vars)
+        self.scale_raw = nn.Parameter(torch.zeros(n_vars if per_gene else 1))
+
+    @property
+    def scale(self) -> Tensor:
+        """σ of every gene, (genes,)."""
+        return F.softplus(self.scale_raw).expand(self.n_vars)
+
+    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        scale = self.scale[genes]
+        log_normaliser = scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
+        return -0.5 * ((dense(x) - location) / scale).square().sum(-1) - log_normaliser
+
+    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        return self.scale[genes].square().reciprocal().expand_as(location)
+
+    def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
+
+    def _draw(self, mu: Tensor) -> Tensor:
+        return mu + self.scale * torch.randn_like(mu)
+
+
+class Poisson(Likelihood):
+    """Poisson(μ). Σ_g μ_g is ℓ whatever η, so only nonzeros and one logsumexp are differentiated."""
+
+    name = "poisson"
+    counts = True
+
+    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        x = sparse(x)
+        at = location.flatten(-2)[..., x.flat]
+        terms = x.value * at - torch.lgamma(x.value + 1)
+        return (-location.detach().exp().sum(-1)).index_add(-1, x.row, terms)
+
+    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        return location.exp()
+
+    def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
+
+    def _draw(self, mu: Tensor) -> Tensor:
+        return torch.poisson(mu)
+
+
+class NegativeBinomial(Likelihood):
+    """NB with mean μ and variance μ + μ²/θ, θ a gene's inverse dispersion.
+
+    log p = lgamma(x+θ) − lgamma(θ) − lgamma(x+1) + θ ln(θ/(θ+μ)) + x ln(μ/(θ+μ)).
+    """
+
+    name = "negative_binomial"
+    counts = True
+
+    def __init__(self, n_vars: int) -> None:
+        super().__init__(n_vars)
+        self.log_theta = nn.Parameter(torch.zeros(n_vars))
+
+    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        return negative_binomial_log_prob(sparse(x), location, self.log_theta[genes])
+
+    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        return _nb_weight(location, self.log_theta[genes])
+
+    def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
+
+    def _draw(self, mu: Tensor) -> Tensor:
+        return torch.poisson(_gamma(mu, self.log_theta))
+
+
+class ZeroInflatedNegativeBinomial(Likelihood):
+    """NB, but zero with a gene's probability π whatever μ.
+
+    x = 0: ln(π + (1−π) NB(0)); else ln(1−π) + ln NB(x).
+    """
+
+    name = "zero_inflated_negative_binomial"
+    counts = True
+
+    def __init__(self, n_vars: int) -> None:
+        super().__init__(n_vars)
+        self.log_theta = nn.Parameter(torch.zeros(n_vars))
+        # π starts at .05: droplet counts show little inflation, and .5 takes long to unlearn.
+        self.logit_dropout = nn.Parameter(torch.full((n_vars,), -3.0))
+
+    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        return negative_binomial_log_prob(
+            sparse(x), location, self.log_theta[genes], self.logit_dropout[genes]
+        )
+
+    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+        log_theta = self.log_theta[genes]
+        log_zero = -log_theta.exp() * F.softplus(location - log_theta)
+        # r = P(not dropped out | x), which is 1 wherever x > 0
+        kept = torch.sigmoid(log_zero - self.logit_dropout[genes])
+        kept.flatten(-2)[..., sparse(x).flat] = 1.0
+        return kept * _nb_weight(location, log_theta)
+
+    def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu * torch.sigmoid(-self.logit_dropout[genes])
+
+    def _draw(self, mu: Tensor) -> Tensor:
+        kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout)
+        return kept * torch.poisson(_gamma(mu, self.log_theta))
+
+
+def _nb_weight(log_mu: Tensor, log_theta: Tensor) -> Tensor:
+    """μθ/(μ+θ), in the form that survives θ → ∞."""
+    return log_theta.exp() * torch.sigmoid(log_mu - log_theta)
+
+
+def _gamma(mu: Tensor, log_theta: Tensor) -> Tensor:
+    """Draws of the rate of a negative binomial: gamma with mean μ and shape θ."""
+    # Above 1e6 the rate's relative spread is under .001, which counts do not show.
+    theta = log_theta.exp().clamp_max(1e6)
+    return mu * torch.distributions.Gamma(theta.expand_as(mu), theta.expand_as(mu)).sample()
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
+    "nb": NegativeBinomial,
+    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+    "zinb": ZeroInflatedNegativeBinomial,
+}

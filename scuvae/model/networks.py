@@ -1,0 +1,139 @@
+"""The two networks: the decoder z → η, and the encoder x → q(z)."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
+
+from scuvae.model.gaussian import gaussian, n_scale_parameters
+
+
+class Decoder(nn.Module):
+    """A multilayer perceptron L → n_hidden (ReLU) × n_layers → genes; linear for ``n_layers=0``.
+
+    Parameters
+    ----------
+    n_latent, n_vars
+        Widths of its two ends.
+    n_hidden, n_layers
+        Width and number of hidden layers.
+    n_covariates
+        Number of batch categories, which shift the first layer's output.
+    dropout
+        Probability that a hidden unit is dropped in training.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_vars: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_latent = n_latent
+        widths = [n_latent, *[n_hidden] * n_layers, n_vars]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.offset = nn.Linear(n_covariates, widths[1], bias=False) if n_covariates else None
+        self.dropout = dropout
+
+    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """η of shape (..., cells, genes) for z of shape (..., cells, latent)."""
+        first, *rest = self.layers
+        out = self._shift(first(z), covariates)
+        for layer in rest:
+            out = layer(F.dropout(F.relu(out), self.dropout, self.training))
+        return out
+
+    def jacobian(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """η, (cells, genes), and ∂η/∂z transposed, (cells, latent, genes), for z (cells, latent).
+
+        Forward mode: L tangents a cell in one pass, as in evaluation, without dropout.
+        """
+        first, *rest = self.layers
+        out = self._shift(first(z), covariates)
+        tangent = first.weight.T.expand(len(z), -1, -1)
+        for layer in rest:
+            tangent = (tangent * (out > 0).unsqueeze(-2)) @ layer.weight.T
+            out = layer(F.relu(out))
+        return out, tangent
+
+    def _shift(self, values: Tensor, covariates: Tensor | None) -> Tensor:
+        if self.offset is None:
+            return values
+        if covariates is None:
+            raise TypeError("this decoder was fitted with batches: pass covariates=, one-hot rows")
+        shifted: Tensor = values + self.offset(covariates)
+        return shifted
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation that a batch of a single cell passes with the running moments."""
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(n_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if self.training and len(x) == 1:
+            return F.batch_norm(
+                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+            )
+        out: Tensor = norm(x)
+        return out
+
+
+NORMALIZATIONS: dict[str, type[nn.Module]] = {
+    "batch": BatchNorm,
+    "layer": nn.LayerNorm,
+    "none": nn.Identity,
+}
+
+
+class Encoder(nn.Module):
+    """A multilayer perceptron genes → n_hidden (ReLU, norm) × n_layers → mean and scale of q.
+
+    Parameters
+    ----------
+    n_vars, n_latent
+        Widths of its two ends.
+    n_hidden, n_layers
+        Width and number of hidden layers.
+    covariance
+        ``"diagonal"`` or ``"full"``: which q it hands out.
+    log1p
+        Whether values enter as log(1 + x): counts do.
+    normalization
+        ``"batch"``, ``"layer"`` or ``"none"``, after each ReLU.
+    """
+
+    def __init__(
+        self,
+        n_vars: int,
+        n_latent: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        covariance: str = "diagonal",
+        log1p: bool = False,
+        normalization: str = "batch",
+    ) -> None:
+        super().__init__()
+        hidden: list[nn.Module] = []
+        widths = [n_vars, *[n_hidden] * n_layers]
+        for a, b in pairwise(widths):
+            hidden += [nn.Linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
+        self.hidden = nn.Sequential(*hidden)
+        self.mean = nn.Linear(widths[-1], n_latent)
+        self.scale = nn.Linear(widths[-1], n_scale_parameters(n_latent, covariance))
+        self.log1p = log1p
+
+    def forward(self, x: Tensor) -> Distribution:
+        """q(z | x) for values x of shape (cells, genes)."""
+        h = self.hidden(x.log1p() if self.log1p else x)
+        return gaussian(self.mean(h), self.scale(h))
