@@ -24,7 +24,11 @@ def whole(name: str, value: object, *, at_least: int = 1) -> int:
 
 
 def real(
-    name: str, value: object, *, above: float | None = None, low: float = -math.inf,
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    low: float = -math.inf,
     below: float = math.inf,
 ) -> float:
     """``value`` as a finite float with ``value > above``, ``low <= value < below``."""

@@ -12,7 +12,7 @@ OBS_NAMES = ("elbo", "reconstruction", "kl", "log_evidence", "amortization_gap",
 
 @dataclass(frozen=True)
 class Keys:
-    """Slots of one fit: the defaults for ``key=None``, else every name made from ``key`` verbatim."""
+    """Slots of one fit: the defaults for ``key=None``, else names made from ``key`` verbatim."""
 
     uns: str
     mean: str

@@ -27,7 +27,7 @@ class Posterior(nn.Module, ABC):
     def step(self, model: VAE, batch: Batch, *, scale: float, kl_weight: float) -> None:
         """A local step after the backward pass; ``scale`` is what the loss of a cell weighs."""
 
-    def extra_loss(self, q: Distribution) -> Tensor | None:  # noqa: B027
+    def extra_loss(self, q: Distribution) -> Tensor | None:
         """What is trained beside the ELBO of ``q``, summed over the batch, or None."""
         return None
 
@@ -149,9 +149,7 @@ class _NaturalRule:
             part = batch if len(due) == len(batch) else batch.take(due)
             training = model.training
             model.eval()
-            target = natural.precision(
-                natural.gauss_newton(model, part, mean[due]), kl_weight
-            )
+            target = natural.precision(natural.gauss_newton(model, part, mean[due]), kl_weight)
             model.train(training)
             renewed = MultivariateNormal(
                 mean[due], scale_tril=natural.scale_tril(target), validate_args=False

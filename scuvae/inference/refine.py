@@ -6,8 +6,9 @@ same fixed points for all of them, so that a cell's posterior depends neither on
 it nor on their order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,22 @@ _NOISE = 1e-3
 
 
 @lru_cache(maxsize=32)
-def _normal_points(n_samples: int, n_latent: int) -> Tensor:
+def _normal_points(n_samples: int, n_latent: int, seed: int) -> Tensor:
     """Antithetic quasi-random draws from N(0, I), (n_samples, n_latent): always the same."""
-    n_pairs = max(1, n_samples // 2)
-    sobol = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=0)
+    n_pairs = (n_samples + 1) // 2
+    sobol = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=seed)
     points = torch.special.ndtri(sobol.draw(n_pairs, dtype=torch.float64).clamp(1e-6, 1 - 1e-6))
-    return torch.cat([points, -points])
+    return torch.cat([points, -points])[:n_samples]
 
 
-def normal_points(n_samples: int, like: Tensor) -> Tensor:
+def normal_points(n_samples: int, like: Tensor, seed: int = 0) -> Tensor:
     """Fixed draws of N(0, I) with the dtype and device of ``like``, (n_samples, 1, latent)."""
-    return _normal_points(n_samples, like.shape[-1]).to(like).unsqueeze(1)
+    return _normal_points(n_samples, like.shape[-1], seed).to(like).unsqueeze(1)
+
+
+def draw(q: Distribution, points: Tensor) -> Tensor:
+    """The draws of q that ``points`` of N(0, I), (samples, 1, latent), stand for."""
+    return q.mean + (_scale_tril(q) @ points.unsqueeze(-1)).squeeze(-1)
 
 
 def refine_natural(
@@ -150,20 +156,68 @@ def refine_gradient(
     """Adam on each cell's mean and scale over fixed draws, its rate falling to zero."""
     mean = q.mean.detach().clone().requires_grad_()
     raw = raw_scale(q).detach().clone().requires_grad_()
-    points = normal_points(n_samples, mean)
+    # New points at each step, the same for every cell: few fixed ones would bias the scales.
+    points = normal_points(n_samples * max_steps, mean).view(2, max_steps, -1, 1, mean.shape[-1])
     optimizer = torch.optim.Adam([mean, raw], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
     with torch.enable_grad():
-        for _ in range(max_steps):
+        for step in range(max_steps):
             current = gaussian(mean, raw)
-            z = mean + (_scale_tril(current) @ points.unsqueeze(-1)).squeeze(-1)
-            expected = model.log_likelihood(batch, z).mean(0)
+            expected = model.log_likelihood(batch, draw(current, points[:, step].flatten(0, 1)))
+            expected = expected.mean(0)
             loss = -(expected - kl_weight * kl_to_prior(current)).sum()
             # Of q alone: the decoder's own gradients are neither needed nor touched.
             mean.grad, raw.grad = torch.autograd.grad(loss, [mean, raw])
             optimizer.step()
             schedule.step()
     return gaussian(mean.detach(), raw.detach())
+
+
+@torch.no_grad()
+def fixed_elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 8) -> Tensor:
+    """Each cell's ELBO over fixed draws, other than those that refinement fits q to, in nats."""
+    z = draw(q, normal_points(n_samples, q.mean, seed=1))
+    return model.log_likelihood(batch, z).mean(0) - kl_to_prior(q)
+
+
+def refine(
+    model: VAE,
+    batch: Batch,
+    starts: Sequence[Distribution],
+    *,
+    local_step: str = "natural",
+    **options: Any,
+) -> Distribution:
+    """q of a batch's cells, refined from each start; the best is kept for each cell.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; its parameters are not moved.
+    starts
+        Distributions of one family, over the batch's cells.
+    local_step, options
+        A name from ``LOCAL_STEPS`` and what that step takes.
+    """
+    step = LOCAL_STEPS[local_step]
+    refined = [step(model, batch, start, **options) for start in starts]
+    if len(refined) == 1:
+        return refined[0]
+    best = torch.stack([fixed_elbo(model, batch, q) for q in refined]).argmax(0)
+    return select(refined, best)
+
+
+def select(options: Sequence[Distribution], choice: Tensor) -> Distribution:
+    """For each cell the distribution that ``choice``, (cells,), names."""
+    cells = torch.arange(len(choice), device=choice.device)
+    mean = torch.stack([q.mean for q in options])[choice, cells]
+    raw = torch.stack([raw_scale(q) for q in options])[choice, cells]
+    return gaussian(mean, raw)
+
+
+def concatenate(parts: Sequence[Distribution]) -> Distribution:
+    """One distribution over the cells of several batches, in order."""
+    return gaussian(torch.cat([q.mean for q in parts]), torch.cat([raw_scale(q) for q in parts]))
 
 
 LOCAL_STEPS: dict[str, Callable[..., Distribution]] = {
@@ -178,17 +232,14 @@ def prior_start(model: VAE, n_cells: int, covariance: str) -> Distribution:
     mean = like.new_zeros(n_cells, model.n_latent)
     if covariance == "full":
         eye = torch.eye(model.n_latent, dtype=like.dtype, device=like.device)
-        return MultivariateNormal(
-            mean, scale_tril=eye.expand(n_cells, -1, -1), validate_args=False
-        )
+        return MultivariateNormal(mean, scale_tril=eye.expand(n_cells, -1, -1), validate_args=False)
     return Independent(Normal(mean, torch.ones_like(mean), validate_args=False), 1)
 
 
 def as_family(q: Distribution, covariance: str) -> Distribution:
-    """``q`` as a member of the family: a diagonal one is a full one; a full one keeps its margins."""
+    """``q`` as a member of the family: a diagonal one is full too; a full one keeps its margins."""
     if covariance == "full" and not isinstance(q, MultivariateNormal):
         return MultivariateNormal(q.mean, scale_tril=torch.diag_embed(q.stddev))
     if covariance == "diagonal" and isinstance(q, MultivariateNormal):
         return Independent(Normal(q.mean, q.stddev), 1)
     return q
-

@@ -106,16 +106,29 @@ def is_whole(x: Any) -> bool:
 
 
 def check_values(
-    x: Any, adata: AnnData, layer: str | None, genes: Any, *, likelihood: str, counts: bool,
+    x: Any,
+    adata: AnnData,
+    layer: str | None,
+    genes: Any,
+    *,
+    likelihood: str,
+    counts: bool,
     fractions: bool = False,
 ) -> None:
     """Raise where ``x`` holds what the likelihood cannot have; names the first cell and gene."""
     _refuse(x, adata, layer, genes, lambda v: ~np.isfinite(v), "no finite number", "drop or impute")
     if counts:
-        _refuse(x, adata, layer, genes, lambda v: v < 0, "negative", _remedy(adata, layer), likelihood)
+        _refuse(
+            x, adata, layer, genes, lambda v: v < 0, "negative", _remedy(adata, layer), likelihood
+        )
         if not fractions:
             _refuse(
-                x, adata, layer, genes, lambda v: v != np.rint(v), "not whole",
+                x,
+                adata,
+                layer,
+                genes,
+                lambda v: v != np.rint(v),
+                "not whole",
                 _remedy(adata, layer) + ", or check_values=False to fit it all the same",
                 likelihood,
             )
@@ -128,7 +141,13 @@ def check_values(
 
 
 def _refuse(
-    x: Any, adata: AnnData, layer: str | None, genes: Any, bad: Any, what: str, remedy: str,
+    x: Any,
+    adata: AnnData,
+    layer: str | None,
+    genes: Any,
+    bad: Any,
+    what: str,
+    remedy: str,
     likelihood: str | None = None,
 ) -> None:
     values = x.data if sp.issparse(x) else x
@@ -152,7 +171,9 @@ def _refuse(
         value = x[row, column]
     gene = adata.var_names[column if genes is None else np.arange(adata.n_vars)[genes][column]]
     others = f" ({count} such values in all)" if count > 1 else ""
-    needs = f": likelihood={likelihood!r} needs whole counts" if likelihood else f", which is {what}"
+    needs = (
+        f": likelihood={likelihood!r} needs whole counts" if likelihood else f", which is {what}"
+    )
     raise ValueError(
         f"{slot_name(layer)} holds {value:g} at cell {adata.obs_names[row]!r}, gene {gene!r}"
         f"{others}{needs}. {remedy[0].upper()}{remedy[1:]}"
@@ -219,7 +240,9 @@ def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
     if key is None:
         return None
     if key not in adata.obs:
-        raise ValueError(f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}")
+        raise ValueError(
+            f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}"
+        )
     try:
         values = adata.obs[key].to_numpy().astype(np.float32)
     except (TypeError, ValueError):

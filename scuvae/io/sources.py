@@ -1,4 +1,4 @@
-"""Matrices as batches of cells. A batch is gathered on the device; the matrix is never densified."""
+"""Matrices as batches of cells, gathered on the device; the matrix is never densified."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -58,7 +58,9 @@ class SparseSource(Source):
         # Where a row's entries lie in the matrix, less where they lie in the batch.
         shift = start - (length.cumsum(0) - length)
         at = torch.arange(len(row), device=row.device) + shift[row]
-        return SparseRows(row, self.columns[at].long(), self.values[at], (len(index), self.shape[1]))
+        return SparseRows(
+            row, self.columns[at].long(), self.values[at], (len(index), self.shape[1])
+        )
 
     def totals(self) -> Tensor:
         row = torch.repeat_interleave(self.starts.diff())
@@ -121,7 +123,7 @@ class Cells:
 
 
 class Loader:
-    """Iterating is an epoch over ``rows``: in a new random order with a generator, else in order."""
+    """An iteration is an epoch over ``rows``: in random order with a generator, else in order."""
 
     def __init__(
         self, cells: Cells, rows: Tensor, batch_size: int, generator: torch.Generator | None = None

@@ -18,10 +18,13 @@ from scuvae.model.gaussian import pack, unpack
 
 def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | None = None) -> VAE:
     """The VAE that ``params`` describe, freshly initialised from torch's current random state."""
-    n_latent, widths = int(params["n_latent"]), {
-        "n_hidden": int(params["n_hidden"]),
-        "n_layers": int(params["n_layers"]),
-    }
+    n_latent, widths = (
+        int(params["n_latent"]),
+        {
+            "n_hidden": int(params["n_hidden"]),
+            "n_layers": int(params["n_layers"]),
+        },
+    )
     if likelihood is None:
         likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
     encoder = None
@@ -47,7 +50,8 @@ def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
     """Every parameter and buffer by part and name, on the CPU."""
     return {
         part: {
-            name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()
+            name: tensor.detach().cpu().numpy().copy()
+            for name, tensor in module.state_dict().items()
         }
         for part, module in model.named_children()
     }

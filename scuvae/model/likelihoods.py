@@ -163,7 +163,7 @@ class Gaussian(Likelihood):
 
 
 class Poisson(Likelihood):
-    """Poisson(μ). Σ_g μ_g is ℓ whatever η, so only nonzeros and one logsumexp are differentiated."""
+    """Poisson(μ). Σ_g μ_g is ℓ whatever η, so only the nonzeros have a gradient of their own."""
 
     name = "poisson"
     counts = True

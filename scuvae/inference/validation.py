@@ -1,0 +1,61 @@
+"""Held-out cells: they judge the decoder by the ELBO of an optimised q."""
+
+from collections.abc import Iterable
+
+from torch.distributions import Distribution
+
+from scuvae.inference.refine import as_family, concatenate, fixed_elbo, prior_start, refine
+from scuvae.model import VAE, Batch
+
+# Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
+# last q: it moves little between evaluations.
+_STEPS = {"natural": (8, 2), "gradient": (100, 20)}
+
+
+class HeldOutCells:
+    """Keeps each cell's q from one evaluation to the next, so that each needs few local steps.
+
+    Parameters
+    ----------
+    cells
+        Batches in a fixed order.
+    covariance, local_step
+        The family of q, and how it is optimised.
+    """
+
+    def __init__(self, cells: Iterable[Batch], *, covariance: str, local_step: str) -> None:
+        self.cells = cells
+        self.covariance = covariance
+        self.local_step = local_step
+        self.posterior: list[Distribution] = []
+
+    def elbo(self, model: VAE) -> float:
+        """Mean ELBO in nats a cell, after a few local steps on every q."""
+        first, later = _STEPS[self.local_step]
+        steps = later if self.posterior else first
+        total, n_cells = 0.0, 0
+        renewed = []
+        for i, batch in enumerate(self.cells):
+            q = refine(
+                model,
+                batch,
+                [self.posterior[i] if self.posterior else start(model, batch, self.covariance)],
+                local_step=self.local_step,
+                max_steps=steps,
+            )
+            renewed.append(q)
+            total += fixed_elbo(model, batch, q).sum().item()
+            n_cells += len(batch)
+        self.posterior = renewed
+        return total / n_cells
+
+    def q(self) -> Distribution:
+        """q of all held-out cells, in order."""
+        return concatenate(self.posterior)
+
+
+def start(model: VAE, batch: Batch, covariance: str) -> Distribution:
+    """Where a cell without a q begins: at the encoder's, or at the prior."""
+    if model.encoder is None or batch.observed is not None:
+        return prior_start(model, len(batch), covariance)
+    return as_family(model.encode(batch), covariance)

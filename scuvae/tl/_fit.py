@@ -1,0 +1,302 @@
+"""tl.fit: AnnData -> Batch -> posterior -> q -> ELBO -> train -> slots."""
+
+import copy as copying
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from scuvae import __version__
+from scuvae._checks import random_state_alias
+from scuvae._errors import near
+from scuvae._keys import Keys
+from scuvae.io import inputs
+from scuvae.io.sources import Cells, source_of
+from scuvae.io.state import build_model, model_to_arrays, write_posterior
+from scuvae.model import LIKELIHOODS, Likelihood
+from scuvae.tl._run import run
+from scuvae.tl._settings import Settings
+from scuvae.tl._shared import logger, random_state, resolve_device, target
+
+
+@random_state_alias
+def fit(
+    adata: AnnData,
+    *,
+    amortized: bool | str = False,
+    likelihood: str | Likelihood = "auto",
+    n_latent: int = 10,
+    n_hidden: int = 128,
+    n_layers: int = 1,
+    covariance: str | None = None,
+    layer: str | None = None,
+    mask_var: str | np.ndarray | None = None,
+    batch_key: str | None = None,
+    size_factor_key: str | None = None,
+    validation_fraction: float = 0.1,
+    max_epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    optimizer: str = "adam",
+    local_step: str = "natural",
+    n_samples: int = 1,
+    kl_weight: float = 1.0,
+    early_stopping: bool = True,
+    check_values: bool = True,
+    device: str = "auto",
+    rng: int | np.random.Generator | None = 0,
+    key_added: str | None = None,
+    copy: bool = False,
+    progress: bool | None = None,
+) -> AnnData | None:
+    """Fit a variational autoencoder to the cells of ``adata``, with or without an encoder.
+
+    z ~ N(0, I), x ~ likelihood(decoder(z)). Every cell gets an approximate posterior q(z), a
+    Gaussian: from parameters of its own (the default), from an encoder network, or from an
+    encoder followed by local steps. The training cells maximise the ELBO; a held-out part, whose q
+    is optimised with the decoder frozen, decides when to stop.
+
+    Parameters
+    ----------
+    adata
+        Cells × genes. Raw counts for count likelihoods.
+    amortized
+        ``False``: every cell its own parameters. ``True``: an encoder. ``"semi"``: an encoder,
+        then local steps.
+    likelihood
+        ``"gaussian"``, ``"poisson"``, ``"negative_binomial"`` (``"nb"``),
+        ``"zero_inflated_negative_binomial"`` (``"zinb"``), an instance of a registered
+        likelihood, or ``"auto"``: negative binomial for non-negative whole numbers, else Gaussian.
+    n_latent, n_hidden, n_layers
+        Latent dimensions; width and number of the hidden layers of decoder and encoder.
+        ``n_layers=0`` is a linear decoder.
+    covariance
+        ``"full"`` or ``"diagonal"`` covariance of q; None: full where local steps are natural,
+        diagonal otherwise.
+    layer
+        The layer to fit; None for ``adata.X``.
+    mask_var
+        A boolean column of ``adata.var``, such as ``"highly_variable"``, or a boolean array: the
+        genes to model. None for all.
+    batch_key
+        Column of ``adata.obs`` with each cell's batch, which the decoder is told.
+    size_factor_key
+        Column of ``adata.obs`` with each cell's expected total, in counts; None for its total
+        over the modelled genes.
+    validation_fraction
+        Part of the cells held out from training. They get a posterior all the same.
+    max_epochs
+        None: about 3,000 steps.
+    batch_size
+        Cells a step; ``adata.n_obs`` for full batches. None for 128.
+    learning_rate
+        Of the networks; None for 3e-3 (adam), 1e-2 (rmsprop) or 1e-3 (sgd). With adam it falls
+        to zero along a cosine.
+    optimizer
+        ``"adam"``, ``"rmsprop"`` or ``"sgd"``, with PyTorch's defaults.
+    local_step
+        How a cell's own parameters move: ``"natural"`` gradient, or ``"gradient"`` by
+        ``optimizer`` with moments for every cell.
+    n_samples
+        Draws of z per cell and step.
+    kl_weight
+        Weight of the KL term; 1 is the ELBO.
+    early_stopping
+        Stop when the held-out ELBO no longer rises, and keep the best decoder.
+    check_values
+        False lets fractional values pass under a count likelihood.
+    device
+        ``"auto"`` (CUDA where there is one, else CPU), ``"cpu"``, ``"cuda"``, ``"mps"``.
+    rng
+        Seed, :class:`numpy.random.Generator` or None. Global random states are neither read nor
+        changed; the same seed on the same machine writes the same bytes. ``random_state`` is an
+        alias.
+    key_added
+        Name of the fit; see below.
+    copy
+        Return a copy with the fit and leave ``adata`` alone.
+    progress
+        Show one bar; None: where there is a terminal or notebook.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the AnnData. Sets the following fields (with ``key_added="k"``:
+    ``k`` in place of ``X_scuvae`` and ``scuvae``), replacing all of an earlier fit of that name:
+
+    ``obsm["X_scuvae"]``, ``obsm["X_scuvae_scale"]``
+        Posterior means and standard deviations, float32 (n_obs, n_latent).
+    ``obsm["X_scuvae_covariance"]``
+        Lower triangle of the covariance, row-major, for a full covariance.
+    ``uns["scuvae"]``
+        ``params``, ``history`` (nats per cell and epoch), ``var_names``, and ``state``: the model
+        as plain arrays. With it ``adata`` is a complete model, also when read back from a file.
+    ``obs["scuvae_split"]``
+        Categorical: ``train`` or ``validation``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For values, slots or arguments that cannot be fitted, before any work.
+    scuvae.inference.train.TrainingError
+        The loss became infinite or NaN: names epoch, batch and cells.
+
+    Notes
+    -----
+    ELBO: Kingma & Welling, ICLR 2014. Natural-gradient steps: Khan & Rue, "The Bayesian Learning
+    Rule", JMLR 2023. Count likelihoods with a softmax mean: Lopez et al., Nat Methods 2018.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> scuvae.tl.fit(adata, max_epochs=5)
+    >>> adata.obsm["X_scuvae"].shape
+    (700, 10)
+    """
+    inputs.check_anndata(adata)
+    settings = Settings.resolve(
+        adata.n_obs,
+        amortized,
+        likelihood,
+        n_latent,
+        n_hidden,
+        n_layers,
+        covariance,
+        validation_fraction,
+        max_epochs,
+        batch_size,
+        learning_rate,
+        optimizer,
+        local_step,
+        n_samples,
+        kl_weight,
+    )
+    genes = inputs.gene_mask(adata, mask_var)
+    matrix = inputs.read_matrix(adata, layer, genes)
+    chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    inputs.check_values(
+        matrix,
+        adata,
+        layer,
+        genes,
+        likelihood=chosen.name,
+        counts=chosen.counts,
+        fractions=not check_values,
+    )
+    codes, batches = inputs.batch_codes(adata, batch_key)
+    size_factor = inputs.size_factors(adata, size_factor_key)
+    _warn(matrix, settings, chosen)
+    where = resolve_device(device)
+
+    arguments: dict[str, Any] = {
+        **settings.__dict__,
+        "likelihood": chosen.name,
+        "layer": layer,
+        "batch_key": batch_key,
+        "batches": np.array(batches, dtype=object) if batches else None,
+        "size_factor_key": size_factor_key,
+        "mask_var": mask_var if isinstance(mask_var, str) else None,
+        "early_stopping": bool(early_stopping),
+        "check_values": bool(check_values),
+        "device": where.type,
+        "rng": int(rng) if isinstance(rng, int | np.integer) else None,
+        "version": __version__,
+        "torch_version": version("torch").split("+")[0],
+        "anndata_version": version("anndata"),
+    }
+    # Files have no place for None: an argument that is None is left out.
+    params = {name: value for name, value in arguments.items() if value is not None}
+    with random_state(rng, where) as generator:
+        model = build_model(params, matrix.shape[1], _instance(chosen, matrix.shape[1])).to(where)
+        cells = Cells(
+            source_of(matrix, where),
+            size_factor=_tensor(size_factor, where),
+            codes=_tensor(codes, where),
+            n_categories=len(batches),
+        )
+        held_out = _hold_out(len(cells), settings.validation_fraction, generator)
+        if early_stopping and not held_out.any():
+            logger.warning("no cells are held out: early stopping is off")
+        q, history = run(
+            model,
+            cells,
+            held_out,
+            settings,
+            early_stopping=early_stopping,
+            progress=progress,
+            seed=int(generator.integers(2**63)),
+        )
+
+    out = target(adata, copy)
+    keys = Keys.of(key_added)
+    keys.clear(out)
+    write_posterior(out, key_added, q, settings.covariance)
+    out.obs[keys.obs["split"]] = pd.Categorical(
+        np.where(held_out, "validation", "train"), categories=["train", "validation"]
+    )
+    out.uns[keys.uns] = {
+        "params": params,
+        "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
+        "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
+        "state": model_to_arrays(model),
+    }
+    return out if copy else None
+
+
+def _choose_likelihood(
+    likelihood: str | Likelihood, matrix: Any, slot: str
+) -> type[Likelihood] | Likelihood:
+    if isinstance(likelihood, Likelihood):
+        if likelihood.n_vars != matrix.shape[1]:
+            raise ValueError(
+                f"likelihood has n_vars={likelihood.n_vars}, {slot} has {matrix.shape[1]} modelled "
+                "genes: make it with their number"
+            )
+        if LIKELIHOODS.get(likelihood.name) is not type(likelihood):
+            raise ValueError(
+                f"likelihood of class {type(likelihood).__name__} is not registered: set "
+                f"scuvae.model.LIKELIHOODS[{likelihood.name!r}] to the class, so that the fit can "
+                f"be read back. {near(likelihood.name, LIKELIHOODS)}"
+            )
+        return copying.deepcopy(likelihood)
+    if likelihood == "auto":
+        likelihood = "negative_binomial" if inputs.is_whole(matrix) else "gaussian"
+        logger.info(
+            "likelihood='auto': %s holds %s values, using %s",
+            slot,
+            "whole" if likelihood != "gaussian" else "real",
+            likelihood,
+        )
+    return LIKELIHOODS[likelihood]
+
+
+def _instance(chosen: type[Likelihood] | Likelihood, n_vars: int) -> Likelihood:
+    return chosen if isinstance(chosen, Likelihood) else chosen(n_vars)
+
+
+def _hold_out(n_cells: int, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    held_out = np.zeros(n_cells, bool)
+    held_out[generator.permutation(n_cells)[: int(n_cells * fraction)]] = True
+    return held_out
+
+
+def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likelihood) -> None:
+    n_vars = matrix.shape[1]
+    if settings.n_latent >= n_vars > 1:
+        warnings.warn(
+            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=3
+        )
+    if likelihood.counts:
+        empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
+        if empty:
+            warnings.warn(
+                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=3
+            )
+
+
+def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
+    return None if values is None else torch.as_tensor(values, device=device)

@@ -1,0 +1,139 @@
+"""A fit between tensors: start, train, and a posterior for every cell."""
+
+import math
+
+import numpy as np
+import torch
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from scuvae.inference.posteriors import (
+    POSTERIORS,
+    AmortizedPosterior,
+    Posterior,
+    SemiAmortizedPosterior,
+    UnamortizedPosterior,
+)
+from scuvae.inference.refine import concatenate, refine
+from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
+from scuvae.inference.train import OPTIMIZERS, EarlyStopping, train
+from scuvae.inference.validation import HeldOutCells, start
+from scuvae.io.sources import Cells
+from scuvae.model import VAE
+from scuvae.model.gaussian import n_scale_parameters, pack
+from scuvae.tl._settings import INFERENCE, Settings
+from scuvae.tl._shared import CHUNK, show_progress
+
+
+def run(
+    model: VAE,
+    cells: Cells,
+    held_out: np.ndarray,
+    settings: Settings,
+    *,
+    early_stopping: bool,
+    progress: bool | None,
+    seed: int,
+) -> tuple[Distribution, list[dict[str, float]]]:
+    """Train, then give every cell its posterior."""
+    where = next(model.parameters()).device
+    training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
+    validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
+    posterior = _posterior(model, cells, training, settings).to(where)
+    judge = None
+    if len(validation):
+        judge = HeldOutCells(
+            cells.loader(validation, CHUNK),
+            covariance=settings.covariance,
+            local_step=settings.local_step,
+        )
+    every = max(1, settings.max_epochs // 20)
+    stopping = EarlyStopping(patience=4 * every) if early_stopping and judge else None
+    cosine = settings.optimizer == "adam"
+    with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
+
+        def on_epoch(row: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.1f}")
+
+        history = train(
+            model,
+            posterior,
+            cells.loader(training, settings.batch_size, torch.Generator().manual_seed(seed)),
+            n_obs=len(training),
+            optimizer=OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
+            max_epochs=settings.max_epochs,
+            n_samples=settings.n_samples,
+            kl_weight=settings.kl_weight,
+            learning_rate_at=_cosine if cosine else lambda progress: 1.0,
+            held_out=judge,
+            evaluate_every=every,
+            early_stopping=stopping,
+            on_epoch=on_epoch,
+        )
+    return final_posterior(model, posterior, cells, settings, judge, validation), history
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def final_posterior(
+    model: VAE,
+    posterior: Posterior,
+    cells: Cells,
+    settings: Settings,
+    judge: HeldOutCells | None,
+    validation: torch.Tensor,
+) -> Distribution:
+    """q of every cell under the final decoder: the encoder's, or refined to convergence."""
+    if judge is not None and isinstance(posterior, UnamortizedPosterior):
+        posterior.store(validation, judge.q())
+    parts = []
+    everyone = torch.arange(len(cells), device=cells.size_factor.device)
+    for batch in cells.loader(everyone, CHUNK):
+        if isinstance(posterior, AmortizedPosterior):
+            parts.append(model.encode(batch))
+            continue
+        if isinstance(posterior, UnamortizedPosterior):
+            first = posterior(model, batch)
+        else:
+            first = start(model, batch, settings.covariance)
+        parts.append(
+            refine(
+                model, batch, [first], local_step=settings.local_step, kl_weight=settings.kl_weight
+            )
+        )
+    return concatenate(parts)
+
+
+def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
+    kind = POSTERIORS[INFERENCE[settings.amortized]]
+    if kind is SemiAmortizedPosterior:
+        return SemiAmortizedPosterior(local_step=settings.local_step)
+    if kind is not UnamortizedPosterior:
+        return kind()
+    shape = len(cells), settings.n_latent
+    like = cells.size_factor
+    mean = like.new_zeros(shape)
+    raw = like.new_zeros(shape[0], n_scale_parameters(settings.n_latent, settings.covariance))
+    if settings.local_step == "natural":
+        # From random or zero means the decoder needs many epochs to tell the cells apart.
+        some = training[torch.randperm(len(training))[:MOST_CELLS].sort().values]
+        pca = WhitenedPCA(cells.batch(some), settings.n_latent, counts=model.likelihood.counts)
+        for batch in cells.loader(training, 8192):
+            mean[batch.index] = pca(batch)
+        diagonal = torch.full(shape, -1.0)  # a standard deviation of .3
+        raw = _raw_from_diagonal(diagonal, settings.covariance).to(like)
+    return UnamortizedPosterior(
+        mean,
+        raw,
+        local_step=settings.local_step,
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+    )
+
+
+def _raw_from_diagonal(raw: torch.Tensor, covariance: str) -> torch.Tensor:
+    return pack(torch.diag_embed(raw)) if covariance == "full" else raw

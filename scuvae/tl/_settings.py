@@ -1,0 +1,83 @@
+"""The arguments of a fit that concern model and training, checked and resolved."""
+
+import math
+from dataclasses import dataclass
+
+from scuvae._checks import one_of, real, whole
+from scuvae.inference.refine import LOCAL_STEPS
+from scuvae.inference.train import OPTIMIZERS
+from scuvae.model import LIKELIHOODS, Likelihood
+from scuvae.model.gaussian import COVARIANCES
+
+LEARNING_RATES = {"adam": 3e-3, "rmsprop": 1e-2, "sgd": 1e-3}
+INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    amortized: bool | str
+    n_latent: int
+    n_hidden: int
+    n_layers: int
+    covariance: str
+    validation_fraction: float
+    max_epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    local_step: str
+    n_samples: int
+    kl_weight: float
+    dropout: float
+
+    @classmethod
+    def resolve(
+        cls,
+        n_obs: int,
+        amortized: bool | str,
+        likelihood: object,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        covariance: str | None,
+        validation_fraction: float,
+        max_epochs: int | None,
+        batch_size: int | None,
+        learning_rate: float | None,
+        optimizer: str,
+        local_step: str,
+        n_samples: int,
+        kl_weight: float,
+    ) -> "Settings":
+        one_of("amortized", amortized, INFERENCE)
+        if not isinstance(likelihood, Likelihood):
+            one_of("likelihood", likelihood, ["auto", *LIKELIHOODS])
+        one_of("optimizer", optimizer, OPTIMIZERS)
+        one_of("local_step", local_step, LOCAL_STEPS)
+        if covariance is None:
+            natural = amortized is not True and local_step == "natural"
+            covariance = "full" if natural else "diagonal"
+        one_of("covariance", covariance, COVARIANCES)
+        fraction = real("validation_fraction", validation_fraction, low=0.0, below=1.0)
+        size = 128 if batch_size is None else whole("batch_size", batch_size)
+        if max_epochs is None:
+            steps = math.ceil(n_obs * (1 - fraction) / size)
+            max_epochs = min(400, max(10, round(3000 / steps)))
+        if learning_rate is None:
+            learning_rate = LEARNING_RATES[optimizer]
+        return cls(
+            amortized=amortized,
+            n_latent=whole("n_latent", n_latent),
+            n_hidden=whole("n_hidden", n_hidden),
+            n_layers=whole("n_layers", n_layers, at_least=0),
+            covariance=covariance,
+            validation_fraction=fraction,
+            max_epochs=whole("max_epochs", max_epochs),
+            batch_size=size,
+            learning_rate=real("learning_rate", learning_rate, above=0.0),
+            optimizer=optimizer,
+            local_step=local_step,
+            n_samples=whole("n_samples", n_samples),
+            kl_weight=real("kl_weight", kl_weight, above=0.0),
+            dropout=0.0,
+        )

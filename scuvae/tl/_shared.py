@@ -1,0 +1,147 @@
+"""What the verbs of tl share: random state, device, log, progress, cells lined up with a fit."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+from scuvae._checks import one_of
+from scuvae.io import inputs
+from scuvae.io.sources import Cells, source_of
+from scuvae.io.state import Fit
+
+logger = logging.getLogger("scuvae")
+
+# Cells that inference with a frozen decoder takes at once.
+CHUNK = 512
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for ``device``; ``"auto"`` is CUDA where there is one, else the CPU."""
+    kind = device.split(":")[0] if isinstance(device, str) else device
+    one_of("device", kind, DEVICES)
+    if kind == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device='auto': using %s", device)
+    elif kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r}: torch sees no CUDA device. Pass device='auto' or 'cpu'"
+        )
+    elif kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            f"device={device!r}: torch sees no Metal device. Pass device='auto' or 'cpu'"
+        )
+    return torch.device(device)
+
+
+@contextmanager
+def random_state(
+    rng: int | np.random.Generator | None, device: torch.device
+) -> Iterator[np.random.Generator]:
+    """Inside, torch's random state comes from ``rng``; outside, nothing has changed."""
+    if isinstance(rng, bool) or not (
+        rng is None or isinstance(rng, int | np.integer | np.random.Generator)
+    ):
+        raise TypeError(
+            f"rng={rng!r} is a {type(rng).__name__}: pass an int, a numpy.random.Generator or None"
+        )
+    if isinstance(rng, int | np.integer) and rng < 0:
+        raise ValueError(f"rng={rng}: a seed is not negative")
+    generator = np.random.default_rng(rng)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(generator.integers(2**63)))
+        yield generator
+
+
+def show_progress(progress: bool | None) -> bool:
+    """``progress`` itself, or by default whether anybody is watching: a terminal or a notebook."""
+    if progress is not None:
+        return progress
+    shell = sys.modules.get("IPython")
+    notebook = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    return notebook or sys.stderr.isatty()
+
+
+def cells_of(
+    adata: AnnData, fit: Fit, layer: str | None = None, device: torch.device | None = None
+) -> Cells:
+    """The cells of ``adata`` as the fit's model sees them: its genes, by name and in its order.
+
+    Genes that ``adata`` lacks are left out of the likelihood (``observed``); genes that the fit
+    does not know are dropped. Both are logged.
+    """
+    device = device or torch.device("cpu")
+    layer = fit.layer if layer is None else layer
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        raise ValueError(
+            f"adata.var_names holds {twice!r} more than once: genes are matched by name. "
+            "Call adata.var_names_make_unique() on the reference and here alike"
+        )
+    position = adata.var_names.get_indexer(fit.var_names)
+    found = position >= 0
+    if not found.any():
+        raise ValueError(
+            f"adata.var_names share no gene with the fit's {len(fit.var_names)}: the fit has "
+            f"{', '.join(map(repr, fit.var_names[:3]))}, ..., adata has "
+            f"{', '.join(map(repr, adata.var_names[:3]))}, .... Are both symbols, or both ids?"
+        )
+    same = found.all() and np.array_equal(position, np.arange(adata.n_vars))
+    genes = None if same else position[found]
+    if not found.all():
+        logger.info(
+            "%d of the fit's %d genes are observed; the others are left out of the likelihood",
+            found.sum(),
+            len(found),
+        )
+    if adata.n_vars > found.sum():
+        logger.info("%d genes unknown to the fit are not used", adata.n_vars - found.sum())
+
+    matrix = inputs.read_matrix(adata, layer, genes)
+    likelihood = fit.model.likelihood
+    inputs.check_values(
+        matrix,
+        adata,
+        layer,
+        genes,
+        likelihood=likelihood.name,
+        counts=likelihood.counts,
+        fractions=not fit.params.get("check_values", True),
+    )
+    codes, names = inputs.batch_codes(adata, fit.batch_key, fit.batches)
+    size_factor = inputs.size_factors(adata, fit.size_factor_key)
+    observed = None
+    if not found.all():
+        matrix = _spread(matrix, np.flatnonzero(found), len(found))
+        observed = torch.as_tensor(found, device=device)
+    return Cells(
+        source_of(matrix, device),
+        size_factor=None if size_factor is None else torch.as_tensor(size_factor, device=device),
+        codes=None if codes is None else torch.as_tensor(codes, device=device),
+        n_categories=len(names),
+        observed=observed,
+    )
+
+
+def _spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
+    """``matrix`` with its columns at the places ``columns`` among ``n_vars``; the others unused."""
+    if isinstance(matrix, np.ndarray):
+        wide = np.zeros((matrix.shape[0], n_vars), np.float32)
+        wide[:, columns] = matrix
+        return wide
+    return type(matrix)(
+        (matrix.data, columns[matrix.indices], matrix.indptr), shape=(matrix.shape[0], n_vars)
+    )
+
+
+def target(adata: AnnData, copy: bool) -> AnnData:
+    """What to write to, once the results are there."""
+    return adata.copy() if copy else adata
