@@ -1,0 +1,482 @@
+"""The command line: what reaches tl, what is written, and what is left when it fails."""
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+from anndata import AnnData
+
+from scuvae import cli, datasets, tl
+
+FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
+    "amortized": (["--inference", "amortized"], True),
+    "likelihood": (["--likelihood", "poisson"], "poisson"),
+    "n_latent": (["--n-latent", "3"], 3),
+    "n_hidden": (["--n-hidden", "16"], 16),
+    "n_layers": (["--n-layers", "0"], 0),
+    "covariance": (["--covariance", "diagonal"], "diagonal"),
+    "layer": (["--layer", "counts"], "counts"),
+    "mask_var": (["--mask-var", "highly_variable"], "highly_variable"),
+    "batch_key": (["--batch-key", "donor"], "donor"),
+    "size_factor_key": (["--size-factor-key", "total"], "total"),
+    "validation_fraction": (["--validation-fraction", "0.2"], 0.2),
+    "max_epochs": (["--max-epochs", "2"], 2),
+    "batch_size": (["--batch-size", "64"], 64),
+    "learning_rate": (["--learning-rate", "1e-3"], 1e-3),
+    "optimizer": (["--optimizer", "rmsprop"], "rmsprop"),
+    "local_step": (["--local-step", "gradient"], "gradient"),
+    "n_samples": (["--n-samples", "5"], 5),
+    "kl_weight": (["--kl-weight", "0.5"], 0.5),
+    "early_stopping": (["--no-early-stopping"], False),
+    "check_values": (["--no-check-values"], False),
+    "device": (["--device", "cpu"], "cpu"),
+    "rng": (["--rng", "7"], 7),
+    "key_added": (["--key-added", "k"], "k"),
+    "progress": (["-q"], False),
+}
+PROJECT_FLAGS: dict[str, tuple[list[str], Any]] = {
+    "key": (["--key", "k0"], "k0"),
+    "amortized": (["--amortized"], True),
+    "max_steps": (["--max-steps", "5"], 5),
+} | {name: FIT_FLAGS[name] for name in ("layer", "covariance", "device", "key_added")}
+# The command line works on copies by nature; random_state is rng under its older name.
+NO_FLAG = {"copy", "random_state"}
+
+
+@pytest.fixture
+def counts(tmp_path: Path) -> Path:
+    path = tmp_path / "in.h5ad"
+    AnnData(np.arange(12, dtype=np.float32).reshape(4, 3)).write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Keyword arguments that reach ``tl.fit`` and ``tl.project``, which here only leave a mark."""
+    seen: list[dict[str, Any]] = []
+
+    def fit(adata: AnnData, **arguments: Any) -> None:
+        adata.uns["fitted"] = 1
+        seen.append(arguments)
+
+    def project(adata: AnnData, reference: AnnData, **arguments: Any) -> None:
+        fit(adata, **arguments)
+
+    monkeypatch.setattr(tl, "fit", fit)
+    monkeypatch.setattr(tl, "project", project)
+    return seen
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``, hidden ones too, and every folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }
+
+
+def keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - NO_FLAG
+
+
+# ---------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("--help", 0),
+        ("fit --help", 0),
+        ("project --help", 0),
+        ("demo --help", 0),
+        ("--version", 0),
+        ("", 2),
+        ("fit in.h5ad", 2),
+        ("fit in.csv -o out.h5ad", 2),
+        ("fit in.h5ad -o out.h5ad --inference both", 2),
+        ("fit in.h5ad -o out.h5ad --n-latent ten", 2),
+        ("fit missing.h5ad -o out.h5ad", 1),
+    ],
+)
+def test_answers_without_heavy_imports(line: str, status: int, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from scuvae.cli import main
+try:
+    status = main({line.split()!r})
+except SystemExit as end:
+    status = end.code
+heavy = {{"torch", "anndata", "scanpy", "numpy", "pandas", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == status, run.stderr
+    assert "Traceback" not in run.stderr
+    assert bool(run.stdout) == (status == 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("function", "flags"), [("fit", FIT_FLAGS), ("project", PROJECT_FLAGS)])
+def test_every_keyword_has_a_flag(function: str, flags: dict[str, tuple[list[str], Any]]) -> None:
+    assert set(flags) == keywords(getattr(tl, function))
+
+
+def test_flags_reach_fit(counts: Path, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    flags = [word for words, _ in FIT_FLAGS.values() for word in words]
+    assert cli.main(["fit", str(counts), "-o", str(tmp_path / "out.h5ad"), *flags]) == 0
+    assert calls == [{name: value for name, (_, value) in FIT_FLAGS.items()}]
+
+
+def test_flags_reach_project(counts: Path, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    reference = tmp_path / "reference.h5ad"
+    reference.write_bytes(counts.read_bytes())
+    flags = [word for words, _ in PROJECT_FLAGS.values() for word in words]
+    files = [str(counts), "--reference", str(reference), "-o", str(tmp_path / "out.h5ad")]
+    assert cli.main(["project", *files, *flags]) == 0
+    assert calls == [{name: value for name, (_, value) in PROJECT_FLAGS.items()}]
+
+
+def test_unset_flags_are_not_passed(
+    counts: Path, tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    assert cli.main(["fit", str(counts), "-o", str(tmp_path / "out.h5ad")]) == 0
+    assert calls == [{}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("unamortized", False), ("amortized", True), ("semi", "semi")]
+)
+def test_inference_names(
+    name: str, value: object, counts: Path, tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    output = str(tmp_path / "out.h5ad")
+    assert cli.main(["fit", str(counts), "-o", output, "--inference", name]) == 0
+    assert calls == [{"amortized": value}]
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("adata.X holds NaN\n  at cell 'a'"), "adata.X holds NaN at cell 'a'"),
+        (KeyError("no layer 'count'"), "no layer 'count'"),
+        (RuntimeError("broken"), "RuntimeError: broken (--debug shows where)"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_error_is_one_line(
+    error: Exception,
+    line: str,
+    counts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fit(adata: AnnData, **_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tl, "fit", fit)
+    output = tmp_path / "out.h5ad"
+    output.write_bytes(b"old")
+    before = contents(tmp_path)
+    assert cli.main(["fit", str(counts), "-o", str(output)]) == 1
+    assert capsys.readouterr() == ("", f"scuvae: error: {line}\n")
+    assert contents(tmp_path) == before
+    with pytest.raises(type(error)):
+        cli.main(["fit", str(counts), "-o", str(output), "--debug"])
+
+
+def test_user_mistake_end_to_end(
+    tmp_path: Path, counts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(tmp_path)
+    assert cli.main(["fit", str(counts), "-o", str(tmp_path / "out.h5ad"), "--layer", "raw"]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("scuvae: error: ")
+    assert "'raw'" in stderr
+    assert stderr.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["broken.h5ad", "empty.h5ad", "broken.zarr"])
+def test_unreadable_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"no such format")
+    assert cli.main(["fit", str(tmp_path / name), "-o", str(tmp_path / "out.h5ad")]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"scuvae: error: cannot read {tmp_path / name}: ")
+    assert stderr.count("\n") == 1
+
+
+def test_warnings_are_one_line(
+    counts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fit(adata: AnnData, **_: Any) -> None:
+        import logging
+        import warnings
+
+        warnings.warn("cell 'a'\nhas no counts", stacklevel=1)
+        warnings.warn("gone in 2.0", FutureWarning, stacklevel=1)
+        logging.getLogger("scuvae.tl").info("device: cpu")
+
+    monkeypatch.setattr(tl, "fit", fit)
+    line = ["fit", str(counts), "-o", str(tmp_path / "out.h5ad")]
+    assert cli.main(line) == 0
+    assert capsys.readouterr().err == "scuvae: warning: cell 'a' has no counts\n"
+    assert cli.main([*line, "-v"]) == 0
+    assert "scuvae: device: cpu\n" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", cli.SUFFIXES)
+def test_output_is_replaced(
+    suffix: str, counts: Path, tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    for _ in range(2):
+        assert cli.main(["fit", str(counts), "-o", str(output)]) == 0
+        assert cli._read(output).uns["fitted"] == 1
+        assert {path.name for path in tmp_path.iterdir()} == {counts.name, output.name}
+    again = tmp_path / "again.h5ad"
+    assert cli.main(["fit", str(output), "-o", str(again)]) == 0
+    assert anndata.read_h5ad(again).n_obs == 4
+
+
+def test_output_link_is_written_through(
+    counts: Path, tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = tmp_path / "out.h5ad"
+    link.symlink_to(elsewhere / "real.h5ad")
+    assert cli.main(["fit", str(counts), "-o", str(link)]) == 0
+    assert link.is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["real.h5ad"]
+
+
+@pytest.mark.parametrize("suffix", cli.SUFFIXES)
+def test_failed_write_keeps_the_old_file(
+    suffix: str,
+    counts: Path,
+    tmp_path: Path,
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    assert cli.main(["fit", str(counts), "-o", str(output)]) == 0
+    before = contents(tmp_path)
+
+    def full(self: AnnData, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AnnData, "write_h5ad", full)
+    monkeypatch.setattr(AnnData, "write_zarr", full)
+    assert cli.main(["fit", str(counts), "-o", str(output)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_store_is_put_back_if_the_new_one_cannot_take_its_place(
+    counts: Path, tmp_path: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.zarr"
+    assert cli.main(["fit", str(counts), "-o", str(output)]) == 0
+    before = contents(tmp_path)
+    rename = os.rename
+
+    def fail_once(source: Path, target: Path) -> None:
+        if Path(target) == output and Path(source).name == output.name:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    assert cli.main(["fit", str(counts), "-o", str(output)]) == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", ["same", "relative", "symlink", "hardlink"])
+@pytest.mark.parametrize("role", ["input", "reference"])
+def test_input_is_never_overwritten(
+    how: str,
+    role: str,
+    counts: Path,
+    tmp_path: Path,
+    calls: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other.h5ad"
+    other.write_bytes(counts.read_bytes())
+    output = tmp_path / "out.h5ad"
+    match how:
+        case "same":
+            output = counts
+        case "relative":
+            output = tmp_path / ".." / tmp_path.name / counts.name
+        case "symlink":
+            output.symlink_to(counts)
+        case "hardlink":
+            os.link(counts, output)
+    new, reference = (counts, other) if role == "input" else (other, counts)
+    before = contents(tmp_path)
+    line = ["project", str(new), "--reference", str(reference), "-o", str(output)]
+    assert cli.main(line) == 1
+    assert "would overwrite" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert calls == []
+
+
+def test_store_that_holds_the_input_is_not_replaced(
+    tmp_path: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "in.zarr"
+    AnnData(np.ones((2, 2), dtype=np.float32)).write_zarr(store)
+    before = contents(tmp_path)
+    for output in (store, store / "X.zarr", store / "out.h5ad"):
+        assert cli.main(["fit", str(store), "-o", str(output)]) == 1
+        assert "would overwrite" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("missing/out.h5ad", "no such folder"),
+        ("folder.h5ad", "is a folder"),
+        ("folder.zarr", "no zarr store"),
+        ("locked/out.h5ad", "Permission denied"),
+    ],
+)
+def test_bad_output_is_refused_before_the_work(
+    output: str,
+    message: str,
+    counts: Path,
+    tmp_path: Path,
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("folder.h5ad", "folder.zarr", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("keep")
+    if output.startswith("locked"):  # permission bits do not stop root, who may run this
+
+        def locked(target: Path) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(cli, "_temporary", locked)
+    before = contents(tmp_path)
+    assert cli.main(["fit", str(counts), "-o", str(tmp_path / output)]) == 1
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert calls == []
+
+
+@pytest.mark.parametrize("when", ["fit", "write"])
+@pytest.mark.parametrize(
+    ("signum", "status", "line"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_signals(when: str, signum: int, status: int, line: str, tmp_path: Path) -> None:
+    # Light stand-ins for the data and for tl: what is tested is how the process ends.
+    code = f"""
+import sys, time, types
+from pathlib import Path
+import scuvae
+from scuvae import cli
+
+def wait(when):
+    if when == {when!r}:
+        print("ready", flush=True)
+        time.sleep(60)
+
+class Data:
+    def write_h5ad(self, path):
+        Path(path).write_bytes(b"part")
+        wait("write")
+
+scuvae.tl = types.SimpleNamespace(fit=lambda adata: wait("fit"))
+cli._read = lambda path: Data()
+sys.exit(cli.main(["fit", "in.h5ad", "-o", "out.h5ad"]))
+"""
+    (tmp_path / "in.h5ad").write_bytes(b"in")
+    (tmp_path / "out.h5ad").write_bytes(b"old")
+    before = contents(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A parent that ignores SIGINT, as a background job does, would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == status
+        assert process.stderr.read() == f"scuvae: {line}\n"
+    assert contents(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.parametrize("suffix", cli.SUFFIXES)
+def test_fit_then_project(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = datasets.pbmc68k_counts()
+    reference, new = cells[:150].copy(), cells[150:200, ::-1].copy()
+    paths = {name: str(tmp_path / f"{name}{suffix}") for name in ("in", "fit", "new", "out")}
+    for data, name in ((reference, "in"), (new, "new")):
+        data.write_zarr(paths[name]) if suffix == ".zarr" else data.write_h5ad(paths[name])
+
+    options = ["--max-epochs", "2", "--n-latent", "4", "--rng", "3"]
+    assert cli.main(["fit", paths["in"], "-o", paths["fit"], *options]) == 0
+    line = ["project", paths["new"], "--reference", paths["fit"], "-o", paths["out"]]
+    assert cli.main(line) == 0
+    assert capsys.readouterr().err == ""
+
+    tl.fit(reference, max_epochs=2, n_latent=4, rng=3)
+    fitted, projected = cli._read(Path(paths["fit"])), cli._read(Path(paths["out"]))
+    np.testing.assert_array_equal(fitted.obsm["X_scuvae"], reference.obsm["X_scuvae"])
+    assert projected.obsm["X_scuvae"].shape == (50, 4)
+    assert np.isfinite(projected.obsm["X_scuvae"]).all()
+    assert list(projected.var_names) == list(new.var_names)
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    run = subprocess.run(
+        [sys.executable, "-m", "scuvae", "demo", "-o", str(folder)], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    pictures = {"loss.png", "observed_vs_predicted.png", "umap.png"}
+    assert {path.name for path in folder.iterdir()} == {"demo.h5ad", *pictures}
+    for name in pictures:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert str(folder / name) in run.stdout
+    adata = anndata.read_h5ad(folder / "demo.h5ad")
+    for key in ("amortized", "unamortized"):
+        assert key in run.stdout
+        assert adata.obsm[key].shape[0] == adata.n_obs
+        assert adata.obsm[f"X_{key}_umap"].shape == (adata.n_obs, 2)
