@@ -44,6 +44,13 @@ def real(
     return number
 
 
+def flag(name: str, value: object) -> bool:
+    """``value``, which must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass True or False")
+    return value
+
+
 def one_of(name: str, value: object, known: Iterable[object]) -> Any:
     """``value``, which must be among ``known``."""
     known = list(known)

@@ -19,9 +19,14 @@ class Keys:
     scale: str
     covariance: str
     obs: dict[str, str]
+    layer: str
 
     @classmethod
     def of(cls, key: str | None) -> "Keys":
+        if key is not None and (not isinstance(key, str) or not key or "/" in key):
+            raise ValueError(
+                f"key={key!r} cannot name a fit: pass a string without '/', or None for {DEFAULT!r}"
+            )
         uns = DEFAULT if key is None else key
         mean = f"X_{uns}" if key is None or key == DEFAULT else key
         return cls(
@@ -30,11 +35,14 @@ class Keys:
             scale=f"{mean}_scale",
             covariance=f"{mean}_covariance",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
+            layer=f"{uns}_denoised",
         )
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
         adata.uns.pop(self.uns, None)
+        if self.layer in adata.layers:
+            del adata.layers[self.layer]
         for slot in (self.mean, self.scale, self.covariance):
             if slot in adata.obsm:
                 del adata.obsm[slot]

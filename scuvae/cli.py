@@ -126,6 +126,7 @@ FIT = {
         ("--local-step", str, "NAME", "natural or gradient: how a cell's posterior is updated"),
         ("--n-samples", int, "N", "draws per cell and step"),
         ("--kl-weight", float, "F", "weight of the KL divergence"),
+        ("--dropout", float, "P", "share of the decoder's hidden units that a step drops"),
         DEVICE,
         ("--rng", int, "SEED", "seed of all draws"),
         KEY_ADDED,

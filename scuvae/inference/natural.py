@@ -11,6 +11,7 @@ Gauss–Newton in VAEs: Park, Kim & Kim, ICML 2019). One step is exact for linea
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.model import VAE, Batch
 
@@ -51,11 +52,35 @@ def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:
 
 def scale_tril(precision: Tensor) -> Tensor:
     """The lower-triangular C with C Cᵀ = Λ⁻¹."""
-    # Reversing both axes turns the upper factor of Λ = Uᵀ-type into the lower one of Λ⁻¹.
-    reversed_factor = torch.linalg.cholesky(precision.flip((-2, -1)))
+    # With both axes reversed the Cholesky factor of Λ is upper: its inverse is C.
+    reversed_factor = _cholesky(precision.flip((-2, -1)))
     factor = reversed_factor.flip((-2, -1)).mT
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factors; a cell whose matrix is no longer positive in its precision gets jitter.
+
+    One cell must not fail the others: where even the jitter does not help, its diagonal stands in.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed.any():
+        return factor
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    jitter = 1e-5 * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    jittered, still = torch.linalg.cholesky_ex(matrix + torch.diag_embed(jitter))
+    plain = torch.diag_embed(diagonal.abs().sqrt())
+    repaired = torch.where((still > 0)[..., None, None], plain, jittered)
+    return torch.where((failed > 0)[..., None, None], repaired, factor)
+
+
+def posterior(mean: Tensor, precision: Tensor, *, full: bool) -> Distribution:
+    """The best q at a mean and precision: N(m, Λ⁻¹), or s_k² = 1/Λ_kk in the diagonal family."""
+    if full:
+        return MultivariateNormal(mean, scale_tril=scale_tril(precision), validate_args=False)
+    scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
+    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
 
 
 def cap_length(step: Tensor, longest: float) -> Tensor:

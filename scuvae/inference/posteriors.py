@@ -6,13 +6,16 @@ through the leaves that the call made.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.inference import natural
-from scuvae.inference.refine import LOCAL_STEPS, as_family
+from scuvae.inference.objectives import elbo
+from scuvae.inference.refine import LOCAL_STEPS
 from scuvae.inference.rows import ROW_OPTIMIZERS
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 
@@ -21,21 +24,26 @@ class Posterior(nn.Module, ABC):
     """Hands out q for a batch of cells."""
 
     @abstractmethod
-    def forward(self, model: VAE, batch: Batch) -> Distribution:
-        """q for the cells of the batch."""
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+        """q for the cells of the batch; ``kl_weight`` is that of the fit."""
 
-    def step(self, model: VAE, batch: Batch, *, scale: float, kl_weight: float) -> None:
-        """A local step after the backward pass; ``scale`` is what the loss of a cell weighs."""
+    def step(
+        self, model: VAE, batch: Batch, *, scale: float, kl_weight: float, rate: float = 1.0
+    ) -> None:
+        """A local step after the backward pass.
 
-    def extra_loss(self, q: Distribution) -> Tensor | None:
-        """What is trained beside the ELBO of ``q``, summed over the batch, or None."""
+        ``scale`` is what the loss of a cell weighs, ``rate`` the schedule's factor on step sizes.
+        """
+
+    def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
+        """What is minimised beside the loss of the last q, summed over the batch, or None."""
         return None
 
 
 class AmortizedPosterior(Posterior):
     """The encoder's q; it has no parameters of its own."""
 
-    def forward(self, model: VAE, batch: Batch) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         return model.encode(batch)
 
 
@@ -70,13 +78,15 @@ class UnamortizedPosterior(Posterior):
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
         self._leaves: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, model: VAE, batch: Batch) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         mean, raw = self.mean[batch.index], self.raw[batch.index]
         if torch.is_grad_enabled():
             self._leaves = mean.requires_grad_(), raw.requires_grad_()
         return gaussian(mean, raw)
 
-    def step(self, model: VAE, batch: Batch, *, scale: float, kl_weight: float) -> None:
+    def step(
+        self, model: VAE, batch: Batch, *, scale: float, kl_weight: float, rate: float = 1.0
+    ) -> None:
         if self._leaves is None:
             raise RuntimeError("step() follows a call of the posterior and a backward pass")
         mean, raw = self._leaves
@@ -84,9 +94,7 @@ class UnamortizedPosterior(Posterior):
         if mean.grad is None or raw.grad is None:
             raise RuntimeError("step() follows a backward pass through the posterior's q")
         with torch.no_grad():
-            self.rule.step(
-                self, model, batch, mean.grad / scale, raw.grad / scale, kl_weight=kl_weight
-            )
+            self.rule.step(self, model, batch, mean.grad / scale, raw.grad / scale, kl_weight, rate)
 
     def store(self, rows: Tensor, q: Distribution) -> None:
         """Put ``q`` into the table's rows."""
@@ -95,9 +103,25 @@ class UnamortizedPosterior(Posterior):
             self.raw[rows] = raw_scale(q)
 
 
+class _LocalRule(Protocol):
+    """How the rows of a batch move, given the gradients of their own loss."""
+
+    def step(
+        self,
+        table: "UnamortizedPosterior",
+        model: VAE,
+        batch: Batch,
+        mean_grad: Tensor,
+        raw_grad: Tensor,
+        kl_weight: float,
+        rate: float,
+    ) -> None: ...
+
+
 class _GradientRule:
     """Gradient steps by a row optimiser, as in the plain algorithm."""
 
+    # Row optimisers move their rows as the networks' optimiser moves weights, by the same schedule.
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         make = ROW_OPTIMIZERS[optimizer]
         self.optimizers = make(table.mean, learning_rate), make(table.raw, learning_rate)
@@ -109,21 +133,21 @@ class _GradientRule:
         batch: Batch,
         mean_grad: Tensor,
         raw_grad: Tensor,
-        *,
         kl_weight: float,
+        rate: float,
     ) -> None:
-        self.optimizers[0].step(table.mean, batch.index, mean_grad)
-        self.optimizers[1].step(table.raw, batch.index, raw_grad)
+        self.optimizers[0].step(table.mean, batch.index, mean_grad, rate)
+        self.optimizers[1].step(table.raw, batch.index, raw_grad, rate)
 
 
 class _NaturalRule:
     """The backward pass's gradient of the mean, preconditioned by the stored covariance.
 
-    The precision is renewed at a cell's first visit and at every fourth from then on: renewing
-    it at all of them costs three times as much and fits no better.
+    The precision is renewed at a cell's first visit and at every eighth from then on: renewing
+    it at every second costs half as much again and fits no better.
     """
 
-    period = 4
+    period = 8
     rate = 0.5
     longest = 2.0
 
@@ -137,48 +161,50 @@ class _NaturalRule:
         batch: Batch,
         mean_grad: Tensor,
         raw_grad: Tensor,
-        *,
         kl_weight: float,
+        rate: float,
     ) -> None:
         rows = batch.index
-        mean = table.mean[rows]
-        q = gaussian(mean, table.raw[rows])
         due = (self.visits[rows] % self.period == 0).nonzero().squeeze(-1)
         self.visits[rows] += 1
         if len(due):
             part = batch if len(due) == len(batch) else batch.take(due)
-            training = model.training
-            model.eval()
-            target = natural.precision(natural.gauss_newton(model, part, mean[due]), kl_weight)
-            model.train(training)
-            renewed = MultivariateNormal(
-                mean[due], scale_tril=natural.scale_tril(target), validate_args=False
-            )
-            full = isinstance(q, MultivariateNormal)
-            if not full:
-                scale = target.diagonal(dim1=-2, dim2=-1).rsqrt()
-                renewed = torch.distributions.Independent(
-                    torch.distributions.Normal(mean[due], scale), 1
-                )
-            table.store(rows[due], renewed)
-            q = gaussian(mean, table.raw[rows])
+            self._renew(table, model, part, kl_weight)
+        mean = table.mean[rows]
+        q = gaussian(mean, table.raw[rows])
         gradient = -mean_grad / kl_weight
         if isinstance(q, MultivariateNormal):
             tril = q.scale_tril
             direction = (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
         else:
             direction = q.variance * gradient
-        table.mean[rows] = mean + natural.cap_length(self.rate * direction, self.longest)
+        table.mean[rows] = mean + rate * natural.cap_length(self.rate * direction, self.longest)
+
+    def _renew(
+        self, table: UnamortizedPosterior, model: VAE, batch: Batch, kl_weight: float
+    ) -> None:
+        """Put each cell's precision at its present mean into the table."""
+        mean = table.mean[batch.index]
+        training = model.training
+        model.eval()  # the precision is that of the decoder without dropout
+        target = natural.precision(natural.gauss_newton(model, batch, mean), kl_weight)
+        model.train(training)
+        full = table.raw.shape[-1] != mean.shape[-1]
+        table.store(batch.index, natural.posterior(mean, target, full=full))
 
 
-_LOCAL_RULES = {"natural": _NaturalRule, "gradient": _GradientRule}
+_LOCAL_RULES: dict[str, Callable[[UnamortizedPosterior, str, float], _LocalRule]] = {
+    "natural": _NaturalRule,
+    "gradient": _GradientRule,
+}
 
 
 class SemiAmortizedPosterior(Posterior):
     """The encoder's q, improved by local steps with the decoder frozen.
 
-    The decoder learns from the improved q; the encoder is taught to hit it, by KL(improved ‖
-    encoder's).
+    The improved q is what the decoder is fitted under; the encoder learns from the ELBO of its
+    own q, which the decoder is fitted under as well. Teaching the encoder the improved q instead,
+    by their KL, was measured to diverge: both then follow steps from wherever the encoder is.
     """
 
     def __init__(self, *, local_step: str = "natural", n_steps: int = 1) -> None:
@@ -187,22 +213,23 @@ class SemiAmortizedPosterior(Posterior):
         self.n_steps = n_steps
         self._encoded: Distribution | None = None
 
-    def forward(self, model: VAE, batch: Batch) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         encoded = model.encode(batch)
         self._encoded = encoded
         training = model.training
         model.eval()
-        q = LOCAL_STEPS[self.local_step](model, batch, encoded, max_steps=self.n_steps)
+        q = LOCAL_STEPS[self.local_step](
+            model, batch, encoded, max_steps=self.n_steps, kl_weight=kl_weight
+        )
         model.train(training)
         return q
 
-    def extra_loss(self, q: Distribution) -> Tensor | None:
+    def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
         encoded, self._encoded = self._encoded, None
         if encoded is None:
-            return None
-        if isinstance(q, MultivariateNormal):
-            encoded = as_family(encoded, "full")
-        return torch.distributions.kl_divergence(q, encoded).sum()
+            raise RuntimeError("extra_loss() follows a call of the posterior")
+        own = elbo(model, batch, encoded)
+        return (kl_weight * own.kl - own.reconstruction).sum()
 
 
 POSTERIORS: dict[str, type[Posterior]] = {

@@ -25,12 +25,21 @@ _LONGEST_STEP = 4.0
 _NOISE = 1e-3
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=1024)
 def _normal_points(n_samples: int, n_latent: int, seed: int) -> Tensor:
-    """Antithetic quasi-random draws from N(0, I), (n_samples, n_latent): always the same."""
+    """Antithetic quasi-random draws from N(0, I), (n_samples, n_latent): always the same.
+
+    Their second moment is exact, where they are enough to have the identity's, or else in each
+    dimension: without that, few points overrate or underrate every wide q.
+    """
     n_pairs = (n_samples + 1) // 2
     sobol = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=seed)
     points = torch.special.ndtri(sobol.draw(n_pairs, dtype=torch.float64).clamp(1e-6, 1 - 1e-6))
+    if n_pairs >= n_latent:
+        factor = torch.linalg.cholesky(points.T @ points / n_pairs)
+        points = torch.linalg.solve_triangular(factor, points.T, upper=False).T
+    else:
+        points = points / points.square().mean(0).sqrt()
     return torch.cat([points, -points])[:n_samples]
 
 
@@ -40,7 +49,7 @@ def normal_points(n_samples: int, like: Tensor, seed: int = 0) -> Tensor:
 
 
 def draw(q: Distribution, points: Tensor) -> Tensor:
-    """The draws of q that ``points`` of N(0, I), (samples, 1, latent), stand for."""
+    """The draws of q that ``points`` of N(0, I), (samples, 1 or cells, latent), stand for."""
     return q.mean + (_scale_tril(q) @ points.unsqueeze(-1)).squeeze(-1)
 
 
@@ -69,8 +78,8 @@ def refine_natural(
     A distribution of q's own family: full covariance stays full, diagonal stays diagonal.
     """
     full = isinstance(q, MultivariateNormal)
-    mean = q.mean.detach().clone()
-    tril = _scale_tril(q).detach().clone()
+    first_mean, first_tril = q.mean.detach(), _scale_tril(q).detach()
+    mean, tril = first_mean.clone(), first_tril.clone()
     active = torch.arange(len(batch), device=mean.device)
     part = batch
     points = normal_points(n_samples, mean)
@@ -81,13 +90,16 @@ def refine_natural(
 
     for step_number in range(max_steps):
         old_mean, old_tril = mean[active], tril[active]
-        target = natural.precision(natural.gauss_newton(model, part, old_mean), kl_weight)
+        target = natural.precision(
+            _curvature(model, part, old_mean, old_tril, points, step_number), kl_weight
+        )
         # Where a cell's steps are short, so is the change of its precision.
         old = torch.cholesky_inverse(old_tril.mT.contiguous(), upper=True)
         blended = torch.lerp(old, target, rate.view(-1, 1, 1))
         factor = natural.scale_tril(blended)
-        direction = torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(target))
-        step = natural.cap_length(direction.squeeze(-1), _LONGEST_STEP)
+        whole = natural.scale_tril(target)
+        direction = (whole @ (whole.mT @ gradient.unsqueeze(-1))).squeeze(-1)
+        step = natural.cap_length(direction, _LONGEST_STEP)
         new_mean = old_mean + rate.unsqueeze(-1) * step
         new_tril = factor if full else _diagonal_tril(blended)
         new_value, new_gradient = _value_and_gradient(
@@ -111,13 +123,28 @@ def refine_natural(
         rate, active = rate[going], active[going]
         if not going.all():
             part = part.take(going.nonzero().squeeze(-1))
-    worse = best < start
-    mean = torch.where(worse[:, None], q.mean, mean)
-    tril = torch.where(worse[:, None, None], _scale_tril(q), tril)
+    worse = ~(best >= start)  # also where the ELBO is no number
+    mean = torch.where(worse[:, None], first_mean, mean)
+    tril = torch.where(worse[:, None, None], first_tril, tril)
     if full:
         return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
     scale = tril.diagonal(dim1=-2, dim2=-1)
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def _curvature(
+    model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, step_number: int
+) -> Tensor:
+    """E_q of the curvature: at the mean first, then over one antithetic pair after another."""
+    if step_number == 0 or len(points) < 2:
+        return natural.gauss_newton(model, batch, mean)
+    n_pairs = len(points) // 2
+    pair = (step_number - 1) % n_pairs
+    spread = (tril @ points[pair].unsqueeze(-1)).squeeze(-1)
+    return 0.5 * (
+        natural.gauss_newton(model, batch, mean + spread)
+        + natural.gauss_newton(model, batch, mean - spread)
+    )
 
 
 def _value_and_gradient(
@@ -148,23 +175,23 @@ def refine_gradient(
     batch: Batch,
     q: Distribution,
     *,
-    max_steps: int = 150,
+    max_steps: int = 200,
     n_samples: int = 4,
     kl_weight: float = 1.0,
-    learning_rate: float = 0.03,
+    learning_rate: float = 0.1,
 ) -> Distribution:
     """Adam on each cell's mean and scale over fixed draws, its rate falling to zero."""
     mean = q.mean.detach().clone().requires_grad_()
     raw = raw_scale(q).detach().clone().requires_grad_()
-    # New points at each step, the same for every cell: few fixed ones would bias the scales.
-    points = normal_points(n_samples * max_steps, mean).view(2, max_steps, -1, 1, mean.shape[-1])
-    optimizer = torch.optim.Adam([mean, raw], lr=learning_rate)
+    # A short memory of squared gradients: the first are orders of magnitude larger than the last.
+    optimizer = torch.optim.Adam([mean, raw], lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
     with torch.enable_grad():
         for step in range(max_steps):
             current = gaussian(mean, raw)
-            expected = model.log_likelihood(batch, draw(current, points[:, step].flatten(0, 1)))
-            expected = expected.mean(0)
+            # New points at each step, the same for every cell: few fixed ones bias the scales.
+            points = normal_points(n_samples, mean, seed=step)
+            expected = model.log_likelihood(batch, draw(current, points)).mean(0)
             loss = -(expected - kl_weight * kl_to_prior(current)).sum()
             # Of q alone: the decoder's own gradients are neither needed nor touched.
             mean.grad, raw.grad = torch.autograd.grad(loss, [mean, raw])
@@ -174,9 +201,12 @@ def refine_gradient(
 
 
 @torch.no_grad()
-def fixed_elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 8) -> Tensor:
-    """Each cell's ELBO over fixed draws, other than those that refinement fits q to, in nats."""
-    z = draw(q, normal_points(n_samples, q.mean, seed=1))
+def fixed_elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int | None = None) -> Tensor:
+    """Each cell's ELBO over fixed draws, other than those that refinement fits q to, in nats.
+
+    By default there are twice as many draws as latent dimensions: their second moment is exact.
+    """
+    z = draw(q, normal_points(n_samples or 2 * q.mean.shape[-1], q.mean, seed=1))
     return model.log_likelihood(batch, z).mean(0) - kl_to_prior(q)
 
 

@@ -21,11 +21,11 @@ class RowOptimizer(ABC):
         self.state = {name: torch.zeros_like(table) for name in self.moments}
         self.state["steps"] = table.new_zeros(len(table), 1)
 
-    def step(self, table: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Move ``table[rows]`` against ``gradient``; rows are distinct."""
+    def step(self, table: Tensor, rows: Tensor, gradient: Tensor, rate: float = 1.0) -> None:
+        """Move ``table[rows]`` against ``gradient``, by ``rate`` of the step; rows are distinct."""
         own = {name: values[rows] for name, values in self.state.items()}
         own["steps"] = own["steps"] + 1
-        table[rows] += self.learning_rate * self._direction(gradient, own)
+        table[rows] += rate * self.learning_rate * self._direction(gradient, own)
         for name, values in own.items():
             self.state[name][rows] = values
 

@@ -13,8 +13,7 @@ class WhitenedPCA:
     """Principal components scaled to unit variance, fitted to one batch and applied to any.
 
     Counts enter as log(1 + x · median / ℓ); other values as they are. The matrix is centred
-    implicitly and never densified (randomised method of Halko, Martinsson & Tropp, SIAM Review
-    2011, as in ``torch.svd_lowrank``, from torch's current random state).
+    implicitly and never densified; torch's current random state seeds the randomised method.
     """
 
     def __init__(self, batch: Batch, n_latent: int, *, counts: bool) -> None:
@@ -24,14 +23,12 @@ class WhitenedPCA:
         n_cells, n_vars = x.shape
         self.centre = torch.ones(1, n_cells, dtype=x.dtype, device=x.device) @ x / n_cells
         rank = min(n_latent, n_cells, n_vars)
-        _, singular, right = torch.svd_lowrank(
-            x, q=min(rank + 10, n_cells, n_vars), niter=4, M=self.centre
-        )
-        scale = singular[:rank] / n_cells**0.5
+        singular, right = _leading(x, self.centre, rank)
+        scale = singular / n_cells**0.5
         # Components without variance start at zero rather than at noise blown up.
         inverse = torch.where(scale > 1e-6 * scale[0].clamp_min(1e-12), 1 / scale, 0.0)
         self.basis = torch.zeros(n_vars, n_latent, dtype=x.dtype, device=x.device)
-        self.basis[:, :rank] = right[:, :rank] * inverse
+        self.basis[:, :rank] = right * inverse
 
     def __call__(self, batch: Batch) -> Tensor:
         """Whitened scores of the batch's cells, (cells, latent)."""
@@ -50,3 +47,25 @@ class WhitenedPCA:
         return torch.sparse_coo_tensor(
             torch.stack([x.row, x.col]), value, x.shape, is_coalesced=True, check_invariants=False
         )
+
+
+def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular values and right singular vectors, (genes, rank), of ``x`` − ``centre``.
+
+    Subspace iteration of Halko, Martinsson & Tropp, SIAM Review 2011. ``torch.svd_lowrank`` would
+    write out the centre as a matrix of the shape of ``x``.
+    """
+
+    def times(v: Tensor) -> Tensor:
+        return x @ v - centre @ v
+
+    def transposed_times(u: Tensor) -> Tensor:
+        return x.mT @ u - centre.mT * u.sum(0)
+
+    width = min(rank + 10, *x.shape)
+    u = times(torch.randn(x.shape[1], width, dtype=x.dtype, device=x.device))
+    for _ in range(4):
+        v = torch.linalg.qr(transposed_times(torch.linalg.qr(u).Q)).Q
+        u = times(v)
+    _, singular, right = torch.linalg.svd(transposed_times(torch.linalg.qr(u).Q).mT, False)
+    return singular[:rank], right[:rank].mT

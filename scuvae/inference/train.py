@@ -8,13 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae.inference.objectives import elbo
 from scuvae.inference.posteriors import Posterior
 from scuvae.model import VAE, Batch
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
@@ -42,9 +41,9 @@ class TrainingError(FloatingPointError):
 
 
 class HeldOut(Protocol):
-    """Held-out cells that keep an optimised q from one evaluation to the next."""
+    """Cells to judge the decoder by."""
 
-    def elbo(self, model: VAE, *, max_steps: int | None = None) -> float:
+    def elbo(self, model: VAE) -> float:
         """Mean ELBO in nats a cell, q optimised with the decoder frozen."""
 
 
@@ -107,25 +106,31 @@ def train(
     last_good = _snapshot(model, posterior)
 
     for epoch in range(max_epochs):
+        rate = learning_rate_at(epoch / max_epochs)
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * learning_rate_at(epoch / max_epochs)
+            group["lr"] = base * rate
+        before = _snapshot(model, posterior)
         model.train()
         losses: list[Tensor] = []
         visited: list[Tensor] = []
         totals = torch.zeros(2, dtype=torch.float64)
 
         for batch in cells:
-            q = posterior(model, batch)
+            q = posterior(model, batch, kl_weight)
             terms = elbo(model, batch, q, n_samples)
             loss = (kl_weight * terms.kl - terms.reconstruction).sum()
-            extra = posterior.extra_loss(q)
+            extra = posterior.extra_loss(model, batch, kl_weight)
             weight = n_obs / len(batch)
             optimizer.zero_grad(set_to_none=True)
             (weight * (loss if extra is None else loss + extra)).backward()
-            if not _finite(loss):
+            if not _finite(loss, extra):
                 _restore(last_good, model, posterior)
                 raise TrainingError(loss.item(), epoch, len(losses), batch.index.tolist())
-            posterior.step(model, batch, scale=weight, kl_weight=kl_weight)
+            if not losses:
+                # A last step can ruin what only the next loss shows: this loss clears the state
+                # that the epoch began with.
+                last_good = before
+            posterior.step(model, batch, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
             losses.append(loss.detach())
             visited.append(batch.index)
@@ -159,8 +164,8 @@ def train(
     return history
 
 
-def _finite(loss: Tensor) -> bool:
-    return bool(torch.isfinite(loss))
+def _finite(loss: Tensor, extra: Tensor | None) -> bool:
+    return bool(torch.isfinite(loss if extra is None else loss + extra))
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
@@ -170,6 +175,3 @@ def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
 def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:
     model.load_state_dict(state["model"])
     posterior.load_state_dict(state["posterior"])
-
-
-__all__ = ["OPTIMIZERS", "Distribution", "EarlyStopping", "HeldOut", "TrainingError", "train"]

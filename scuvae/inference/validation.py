@@ -2,14 +2,20 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch.distributions import Distribution
 
-from scuvae.inference.refine import as_family, concatenate, fixed_elbo, prior_start, refine
+from scuvae.inference.objectives import kl_to_prior
+from scuvae.inference.refine import as_family, concatenate, draw, prior_start, refine
 from scuvae.model import VAE, Batch
 
 # Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
 # last q: it moves little between evaluations.
 _STEPS = {"natural": (8, 2), "gradient": (100, 20)}
+
+
+# Draws that an evaluation takes of each q.
+_DRAWS = 8
 
 
 class HeldOutCells:
@@ -35,6 +41,8 @@ class HeldOutCells:
         steps = later if self.posterior else first
         total, n_cells = 0.0, 0
         renewed = []
+        # The same draws at every evaluation, so that evaluations differ by the decoder alone.
+        noise = torch.Generator().manual_seed(0)
         for i, batch in enumerate(self.cells):
             q = refine(
                 model,
@@ -44,7 +52,10 @@ class HeldOutCells:
                 max_steps=steps,
             )
             renewed.append(q)
-            total += fixed_elbo(model, batch, q).sum().item()
+            points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)
+            with torch.no_grad():
+                expected = model.log_likelihood(batch, draw(q, points)).mean(0)
+                total += (expected - kl_to_prior(q)).sum().item()
             n_cells += len(batch)
         self.posterior = renewed
         return total / n_cells

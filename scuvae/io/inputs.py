@@ -1,5 +1,7 @@
 """AnnData in: the matrix a fit sees, checked before any work."""
 
+from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -9,23 +11,45 @@ from scipy import sparse as sp
 
 from scuvae._errors import near
 
+_LARGEST = np.finfo(np.float32).max
+# A column of floats with more values than this is a measurement, not a batch.
+MOST_FLOAT_BATCHES = 20
+
+
+def check_type(adata: object, name: str = "adata") -> AnnData:
+    """``adata`` itself, if it is an AnnData."""
+    if isinstance(adata, AnnData):
+        return adata
+    kind = type(adata)
+    if kind.__name__ == "MuData":
+        modalities = ", ".join(map(repr, adata.mod))  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} is a MuData with modalities {modalities}: pass one of them, mdata[modality]"
+        )
+    hint = "anndata.read_h5ad(path)" if isinstance(adata, str | PathLike) else "AnnData(X)"
+    raise TypeError(f"{name} is a {kind.__module__}.{kind.__name__}, not an AnnData: pass {hint}")
+
 
 def check_anndata(adata: object) -> AnnData:
     """``adata`` itself, if it is an AnnData with cells and genes."""
-    if not isinstance(adata, AnnData):
-        kind = type(adata)
-        if kind.__name__ == "MuData":
-            names = ", ".join(map(repr, adata.mod))  # type: ignore[attr-defined]
-            raise TypeError(f"got a MuData with modalities {names}: pass one of them, mdata[name]")
-        hint = "anndata.read_h5ad(path)" if kind.__name__ in ("str", "PosixPath") else "AnnData(X)"
-        raise TypeError(f"got a {kind.__module__}.{kind.__name__}, not an AnnData: pass {hint}")
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        empty = "no cells" if adata.n_obs == 0 else "no genes"
+    checked = check_type(adata)
+    if checked.n_obs == 0 or checked.n_vars == 0:
+        empty = "no cells" if checked.n_obs == 0 else "no genes"
         raise ValueError(
-            f"adata is {adata.n_obs} × {adata.n_vars}, it has {empty}: "
+            f"adata is {checked.n_obs} × {checked.n_vars}, it has {empty}: "
             "was it filtered too strictly?"
         )
-    return adata
+    return checked
+
+
+def check_unique_genes(adata: AnnData) -> None:
+    """Raise where a gene's name occurs twice: models and data meet by name."""
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        raise ValueError(
+            f"adata.var_names holds {twice!r} more than once, but genes are matched by name: call "
+            "adata.var_names_make_unique() before fitting, on every AnnData alike"
+        )
 
 
 def slot_name(layer: str | None) -> str:
@@ -82,7 +106,10 @@ def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
     elif not isinstance(x, np.ndarray):
         raise TypeError(f"{name} is a {kind}: pass a numpy array or a scipy CSR or CSC matrix")
     if x.dtype.kind not in "biuf":
-        raise TypeError(f"{name} has dtype {x.dtype}: values must be real numbers")
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, but values must be real numbers: convert it, "
+            "x.astype('float32')"
+        )
     if genes is not None:
         x = x[:, genes]
     if not sp.issparse(x):
@@ -114,55 +141,52 @@ def check_values(
     likelihood: str,
     counts: bool,
     fractions: bool = False,
+    fitting: bool = True,
 ) -> None:
-    """Raise where ``x`` holds what the likelihood cannot have; names the first cell and gene."""
-    _refuse(x, adata, layer, genes, lambda v: ~np.isfinite(v), "no finite number", "drop or impute")
-    if counts:
-        _refuse(
-            x, adata, layer, genes, lambda v: v < 0, "negative", _remedy(adata, layer), likelihood
-        )
-        if not fractions:
-            _refuse(
-                x,
-                adata,
-                layer,
-                genes,
-                lambda v: v != np.rint(v),
-                "not whole",
-                _remedy(adata, layer) + ", or check_values=False to fit it all the same",
-                likelihood,
-            )
-        values = x.data if sp.issparse(x) else x
-        if not any(part.any() for part in _blocks(values)):
-            raise ValueError(
-                f"{slot_name(layer)} is zero everywhere: likelihood={likelihood!r} has nothing "
-                "to fit. Pass layer= with raw counts"
-            )
+    """Raise where ``x`` holds what the likelihood cannot have; names the first cell and gene.
 
-
-def _refuse(
-    x: Any,
-    adata: AnnData,
-    layer: str | None,
-    genes: Any,
-    bad: Any,
-    what: str,
-    remedy: str,
-    likelihood: str | None = None,
-) -> None:
+    ``fitting=False``: values for a model that is there. The likelihood is then no longer open,
+    and a matrix of zeros is as good as another.
+    """
     values = x.data if sp.issparse(x) else x
-    if values.dtype.kind in "bu" or (values.dtype.kind == "i" and what != "negative"):
-        return
-    count, first = 0, -1
-    start = 0
+    count, first = _find(values, lambda v: ~(np.abs(v) <= _LARGEST), kinds="f")
+    if count:
+        place = _place(x, first, adata, layer, genes, count)
+        raise ValueError(f"{place}, which is no finite number in float32. Impute it, or drop it")
+    if counts:
+        count, first = _find(values, lambda v: v < 0, kinds="if")
+        negative = count > 0
+        if not negative and not fractions:
+            count, first = _find(values, lambda v: v != np.rint(v), kinds="f")
+        if count:
+            raise ValueError(
+                f"{_place(x, first, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
+                f"whole counts. {_remedy(adata, layer, fitting)}"
+                + ("" if negative or not fitting else ". check_values=False fits it all the same")
+            )
+    if fitting and not any(part.any() for part in _blocks(values)):
+        raise ValueError(
+            f"{slot_name(layer)} is zero everywhere: there is nothing to fit. Pass layer= with "
+            "the values to fit"
+        )
+
+
+def _find(values: np.ndarray, bad: Callable[[Any], Any], kinds: str) -> tuple[int, int]:
+    """How many ``values`` are bad and where the first is; only ``kinds`` of dtype can be."""
+    count, first, start = 0, -1, 0
+    if values.dtype.kind not in kinds:
+        return count, first
     for part in _blocks(values):
         hits = np.flatnonzero(bad(part))
         if len(hits) and first < 0:
             first = start + int(hits[0])
         count += len(hits)
         start += part.size
-    if not count:
-        return
+    return count, first
+
+
+def _place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, count: int) -> str:
+    """The value at position ``first`` of the stored ones, with its cell and gene."""
     if sp.issparse(x):
         row, column = int(np.searchsorted(x.indptr, first, side="right")) - 1, int(x.indices[first])
         value = x.data[first]
@@ -171,25 +195,26 @@ def _refuse(
         value = x[row, column]
     gene = adata.var_names[column if genes is None else np.arange(adata.n_vars)[genes][column]]
     others = f" ({count} such values in all)" if count > 1 else ""
-    needs = (
-        f": likelihood={likelihood!r} needs whole counts" if likelihood else f", which is {what}"
-    )
-    raise ValueError(
+    return (
         f"{slot_name(layer)} holds {value:g} at cell {adata.obs_names[row]!r}, gene {gene!r}"
-        f"{others}{needs}. {remedy[0].upper()}{remedy[1:]}"
+        f"{others}"
     )
 
 
-def _remedy(adata: AnnData, layer: str | None) -> str:
+def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
     """Where counts are: a layer that holds some, or advice."""
     for name in [None, *adata.layers]:
         candidate = adata.X if name is None else adata.layers[name]
         if name == layer or not isinstance(getattr(candidate, "dtype", None), np.dtype):
             continue
         if (sp.issparse(candidate) or isinstance(candidate, np.ndarray)) and is_whole(candidate):
+            if not fitting:
+                return f"{slot_name(name)} holds some: put them there"
             where = f"layer={name!r}" if name else "layer=None (adata.X)"
-            return f"pass {where}, which holds whole counts, or likelihood='gaussian'"
-    return "pass layer= with raw counts, or likelihood='gaussian'"
+            return f"Pass {where}, which holds whole counts, or likelihood='gaussian'"
+    if not fitting:
+        return "Put raw counts there, as in the fit"
+    return "Pass layer= with raw counts, or likelihood='gaussian'"
 
 
 def _blocks(values: np.ndarray, rows: int = 2**22) -> Any:
@@ -218,7 +243,7 @@ def batch_codes(
             f"adata.obs[{batch_key!r}] is missing for {missing.sum()} cells, first {first!r}: "
             "give these cells a batch, or drop them"
         )
-    if column.dtype.kind == "f" and column.nunique() > 100:
+    if known is None and column.dtype.kind == "f" and column.nunique() > MOST_FLOAT_BATCHES:
         raise ValueError(
             f"adata.obs[{batch_key!r}] is {column.dtype} with {column.nunique()} values: it looks "
             "like a measurement, not a batch. Convert it with .astype(str) if it is one"
@@ -243,13 +268,13 @@ def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
         raise ValueError(
             f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}"
         )
-    try:
-        values = adata.obs[key].to_numpy().astype(np.float32)
-    except (TypeError, ValueError):
+    column = adata.obs[key]
+    if not pd.api.types.is_numeric_dtype(column):
         raise TypeError(
-            f"adata.obs[{key!r}] has dtype {adata.obs[key].dtype}: size factors are numbers, the "
-            "total counts expected of each cell"
-        ) from None
+            f"adata.obs[{key!r}] has dtype {column.dtype}, but size factors are numbers, the total "
+            "counts expected of each cell: convert it with .astype(float)"
+        )
+    values = column.to_numpy(dtype=np.float32, na_value=np.nan)
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])

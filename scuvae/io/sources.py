@@ -1,7 +1,7 @@
 """Matrices as batches of cells, gathered on the device; the matrix is never densified."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ class SparseSource(Source):
 
     def __init__(self, x: Any, device: torch.device) -> None:
         x = sp.csr_array(x)
+        if not x.data.all():  # likelihoods take every entry for a nonzero
+            x = x.copy()
+            x.eliminate_zeros()
         self.shape = (x.shape[0], x.shape[1])
         self.starts = torch.as_tensor(np.asarray(x.indptr, np.int64), device=device)
         self.columns = torch.as_tensor(np.asarray(x.indices, np.int32).copy(), device=device)
@@ -67,7 +70,10 @@ class SparseSource(Source):
         return self.values.new_zeros(self.shape[0]).index_add_(0, row, self.values)
 
 
-SOURCES: dict[str, type[Source]] = {"dense": DenseSource, "sparse": SparseSource}
+SOURCES: dict[str, Callable[[Any, torch.device], Source]] = {
+    "dense": DenseSource,
+    "sparse": SparseSource,
+}
 
 
 def source_of(x: Any, device: torch.device) -> Source:

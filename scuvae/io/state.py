@@ -18,13 +18,8 @@ from scuvae.model.gaussian import pack, unpack
 
 def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | None = None) -> VAE:
     """The VAE that ``params`` describe, freshly initialised from torch's current random state."""
-    n_latent, widths = (
-        int(params["n_latent"]),
-        {
-            "n_hidden": int(params["n_hidden"]),
-            "n_layers": int(params["n_layers"]),
-        },
-    )
+    n_latent = int(params["n_latent"])
+    n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
     if likelihood is None:
         likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
     encoder = None
@@ -34,14 +29,16 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
             n_latent,
             covariance=str(params["covariance"]),
             log1p=likelihood.counts,
-            **widths,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
         )
     decoder = Decoder(
         n_latent,
         n_vars,
         n_covariates=len(params.get("batches", ())),
         dropout=float(params["dropout"]),
-        **widths,
+        n_hidden=n_hidden,
+        n_layers=n_layers,
     )
     return VAE(decoder, likelihood, encoder)
 
@@ -50,7 +47,8 @@ def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
     """Every parameter and buffer by part and name, on the CPU."""
     return {
         part: {
-            name: tensor.detach().cpu().numpy().copy()
+            # A single number would come back from a file as a scalar.
+            name: np.atleast_1d(tensor.detach().cpu().numpy().copy())
             for name, tensor in module.state_dict().items()
         }
         for part, module in model.named_children()
@@ -121,7 +119,7 @@ def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
 def read_fit(adata: AnnData, key: str | None) -> Fit:
     entry = read_entry(adata, key)
     params = {name: _plain(value) for name, value in entry["params"].items()}
-    var_names = pd.Index(np.asarray(entry["var_names"]).astype(str))
+    var_names = pd.Index([str(name) for name in entry["var_names"]])
     model = model_from_arrays(params, entry["state"], len(var_names))
     return Fit(key, params, var_names, entry["history"], model)
 
@@ -162,8 +160,10 @@ def write_posterior(adata: AnnData, key: str | None, q: Distribution, covariance
     adata.obsm[keys.mean] = _array(q.mean)
     adata.obsm[keys.scale] = _array(q.stddev)
     if covariance == "full":
-        full = isinstance(q, MultivariateNormal)
-        matrix = q.covariance_matrix if full else torch.diag_embed(q.variance)
+        if isinstance(q, MultivariateNormal):
+            matrix = q.covariance_matrix
+        else:
+            matrix = torch.diag_embed(q.variance)
         adata.obsm[keys.covariance] = _array(pack(matrix))
 
 

@@ -40,7 +40,7 @@ def log_prob(
     -------
     (..., cells), summed over genes.
     """
-    result: Tensor = _LogProb.apply(log_mu, log_theta, logit_dropout, x)  # type: ignore[no-untyped-call]
+    result: Tensor = _LogProb.apply(log_mu, log_theta, logit_dropout, x, torch.is_grad_enabled())
     return result
 
 
@@ -49,8 +49,14 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_mu: Tensor, log_theta: Tensor, logit: Tensor | None, x: SparseRows
+        ctx: Any,
+        log_mu: Tensor,
+        log_theta: Tensor,
+        logit: Tensor | None,
+        x: SparseRows,
+        grad_enabled: bool,
     ) -> Tensor:
+        log_mu = log_mu.contiguous()  # results take its layout, and are written to when flattened
         theta = log_theta.exp()
         log_ratio = log_mu - log_theta
         log1p_ratio = F.softplus(log_ratio, threshold=30.0)  # log1p(μ/θ)
@@ -72,7 +78,7 @@ class _LogProb(torch.autograd.Function):
             out = out + excess.sum(-1) - F.softplus(logit).sum()
         out = out.index_add(-1, row, at_nonzeros)
 
-        if any(ctx.needs_input_grad):
+        if grad_enabled and any(ctx.needs_input_grad):
             slope_theta = share - log1p_ratio  # of −θ log1p(μ/θ)
             slope_mu = share * -theta
             if logit is not None:
@@ -90,7 +96,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slope_mu, slope_theta, slope_logit, theta = ctx.saved_tensors
         flat_grad = grad.flatten()
         grad_mu = grad_theta = grad_logit = None
@@ -100,7 +106,7 @@ class _LogProb(torch.autograd.Function):
             grad_theta = (flat_grad @ slope_theta.flatten(0, -2)) * theta
         if slope_logit is not None and ctx.needs_input_grad[2]:
             grad_logit = flat_grad @ slope_logit.flatten(0, -2)
-        return grad_mu, grad_theta, grad_logit, None
+        return grad_mu, grad_theta, grad_logit, None, None
 
 
 def _rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

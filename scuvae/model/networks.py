@@ -54,7 +54,7 @@ class Decoder(nn.Module):
 
         Forward mode: L tangents a cell in one pass, as in evaluation, without dropout.
         """
-        first, *rest = self.layers
+        first, *rest = map(_linear, self.layers)
         out = self._shift(first(z), covariates)
         tangent = first.weight.T.expand(len(z), -1, -1)
         for layer in rest:
@@ -69,6 +69,12 @@ class Decoder(nn.Module):
             raise TypeError("this decoder was fitted with batches: pass covariates=, one-hot rows")
         shifted: Tensor = values + self.offset(covariates)
         return shifted
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    """A module list forgets what it holds; type checkers need to know."""
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 class BatchNorm(nn.Module):

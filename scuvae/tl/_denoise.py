@@ -49,7 +49,7 @@ def denoise(
     Raises
     ------
     ValueError
-        ``adata`` holds no fit under ``key``.
+        ``adata`` holds no fit under ``key``, or ``layer_added`` is the layer that was fitted.
 
     Examples
     --------
@@ -62,6 +62,13 @@ def denoise(
     """
     fit = read_fit(inputs.check_anndata(adata), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
+    layer_added = Keys.of(key).layer if layer_added is None else layer_added
+    if not isinstance(layer_added, str) or not layer_added or layer_added == fit.layer:
+        taken = ", the layer that was fitted" if layer_added == fit.layer else ""
+        raise ValueError(
+            f"layer_added={layer_added!r}{taken}: pass another name, or None for "
+            f"{Keys.of(key).layer!r}"
+        )
     stored = read_posterior(adata, key)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -83,5 +90,5 @@ def denoise(
             layer[rows[:, None], np.flatnonzero(known >= 0)] = expected.cpu().numpy()
 
     out = target(adata, copy)
-    out.layers[layer_added or f"{Keys.of(key).uns}_denoised"] = layer
+    out.layers[layer_added] = layer
     return out if copy else None

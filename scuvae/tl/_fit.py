@@ -45,6 +45,7 @@ def fit(
     local_step: str = "natural",
     n_samples: int = 1,
     kl_weight: float = 1.0,
+    dropout: float | None = None,
     early_stopping: bool = True,
     check_values: bool = True,
     device: str = "auto",
@@ -94,7 +95,7 @@ def fit(
     batch_size
         Cells a step; ``adata.n_obs`` for full batches. None for 128.
     learning_rate
-        Of the networks; None for 3e-3 (adam), 1e-2 (rmsprop) or 1e-3 (sgd). With adam it falls
+        Of the networks; None for 1e-2 (adam), 1e-2 (rmsprop) or 1e-3 (sgd). With adam it falls
         to zero along a cosine.
     optimizer
         ``"adam"``, ``"rmsprop"`` or ``"sgd"``, with PyTorch's defaults.
@@ -105,6 +106,9 @@ def fit(
         Draws of z per cell and step.
     kl_weight
         Weight of the KL term; 1 is the ELBO.
+    dropout
+        Share of the decoder's hidden units that a training step drops; None: 0.1 with adam and
+        natural steps, else 0.
     early_stopping
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values
@@ -158,6 +162,7 @@ def fit(
     (700, 10)
     """
     inputs.check_anndata(adata)
+    keys = Keys.of(key_added)
     settings = Settings.resolve(
         adata.n_obs,
         amortized,
@@ -174,7 +179,9 @@ def fit(
         local_step,
         n_samples,
         kl_weight,
+        dropout,
     )
+    inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes)
     chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
@@ -232,7 +239,6 @@ def fit(
         )
 
     out = target(adata, copy)
-    keys = Keys.of(key_added)
     keys.clear(out)
     write_posterior(out, key_added, q, settings.covariance)
     out.obs[keys.obs["split"]] = pd.Categorical(
@@ -288,13 +294,13 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
     n_vars = matrix.shape[1]
     if settings.n_latent >= n_vars > 1:
         warnings.warn(
-            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=3
+            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=4
         )
     if likelihood.counts:
         empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
         if empty:
             warnings.warn(
-                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=3
+                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=4
             )
 
 

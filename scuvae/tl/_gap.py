@@ -6,11 +6,10 @@ from anndata import AnnData
 
 from scuvae._checks import whole
 from scuvae._keys import Keys
-from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import draw, normal_points, refine
+from scuvae.inference.refine import refine
 from scuvae.io import inputs
 from scuvae.io.state import read_fit
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, resolve_device, target
 
 
 def amortization_gap(
@@ -81,13 +80,7 @@ def amortization_gap(
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             encoded = model.encode(batch)
             best = refine(model, batch, [encoded], max_steps=max_steps, n_samples=8)
-            points = normal_points(n_samples, encoded.mean, seed=1)
-            gap = torch.zeros_like(batch.size_factor)
-            for part in points.split(8):
-                share = len(part) / len(points)
-                gap += share * model.log_likelihood(batch, draw(best, part)).mean(0)
-                gap -= share * model.log_likelihood(batch, draw(encoded, part)).mean(0)
-            gaps.append(gap - kl_to_prior(best) + kl_to_prior(encoded))
+            gaps.append(elbo_gain(model, batch, best, encoded, n_samples=n_samples))
 
     out = target(adata, copy)
     column = Keys.of(key).obs["amortization_gap"]

@@ -1,20 +1,22 @@
 """tl.project: q for cells that a fit has not seen."""
 
+import copy as copying
+import warnings
 from os import PathLike
-from typing import Any
+from pathlib import Path
 
 import anndata
 import torch
 from anndata import AnnData
 
-from scuvae._checks import one_of, whole
+from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.refine import as_family, concatenate, prior_start, refine
 from scuvae.inference.validation import start
 from scuvae.io import inputs
 from scuvae.io.state import read_entry, read_fit, write_posterior
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, resolve_device, step_options, target
 
 
 def project(
@@ -26,7 +28,7 @@ def project(
     key_added: str | None = None,
     amortized: bool = False,
     covariance: str | None = None,
-    max_steps: int = 20,
+    max_steps: int | None = None,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -41,7 +43,7 @@ def project(
     adata
         New cells.
     reference
-        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``).
+        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells are not used.
     key
         The reference's fit; None for the default.
     layer
@@ -54,7 +56,8 @@ def project(
     covariance
         ``"full"`` or ``"diagonal"``; None: as in the fit.
     max_steps
-        Local steps at most; a cell stops when it has converged.
+        Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
+        for another rule its own number.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -84,12 +87,22 @@ def project(
     (100, 10)
     """
     inputs.check_anndata(adata)
+    keys = Keys.of(key_added)
+    flag("amortized", amortized)
+    if max_steps is not None:
+        max_steps = whole("max_steps", max_steps)
+    if covariance is not None:
+        one_of("covariance", covariance, COVARIANCES)
     if isinstance(reference, str | PathLike):
         reference = _read(reference)
-    inputs.check_anndata(reference)
+    inputs.check_type(reference, "reference")
     fit = read_fit(reference, key)
-    covariance = one_of("covariance", covariance or fit.params["covariance"], COVARIANCES)
-    max_steps = whole("max_steps", max_steps)
+    entry = copying.deepcopy(read_entry(reference, key))
+    if layer is not None:
+        entry["params"]["layer"] = layer
+    if covariance is None:
+        covariance = str(fit.params["covariance"])
+    options = step_options(str(fit.params["local_step"]), max_steps, fit.params)
     where = resolve_device(device)
     cells = cells_of(adata, fit, layer, where)
     if amortized and (fit.model.encoder is None or cells.observed is not None):
@@ -111,35 +124,27 @@ def project(
             starts = [prior_start(model, len(batch), covariance)]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, covariance))
-            parts.append(
-                refine(
-                    model,
-                    batch,
-                    starts,
-                    local_step=str(fit.params["local_step"]),
-                    **_steps(fit.params, max_steps),
-                )
-            )
+            parts.append(refine(model, batch, starts, **options))
 
+    if model.likelihood.counts:
+        empty = int((cells.source.totals() == 0).sum())
+        if empty:
+            warnings.warn(
+                f"{empty} cells have no counts in the fit's genes: they say nothing about z",
+                stacklevel=2,
+            )
     out = target(adata, copy)
-    keys = Keys.of(key_added)
     keys.clear(out)
     write_posterior(out, key_added, concatenate(parts), covariance)
-    entry = read_entry(reference, key)
-    params = dict(entry["params"])
-    if layer is not None:
-        params["layer"] = layer
-    out.uns[keys.uns] = {**entry, "params": {**params, "covariance": covariance}}
+    out.uns[keys.uns] = entry
     return out if copy else None
 
 
-def _steps(params: dict[str, Any], max_steps: int) -> dict[str, Any]:
-    # Gradient steps have no way to tell that a cell has converged: their own number stands.
-    steps = {} if params["local_step"] == "gradient" else {"max_steps": max_steps}
-    return {**steps, "kl_weight": float(params["kl_weight"])}
-
-
 def _read(path: str | PathLike[str]) -> AnnData:
-    if str(path).rstrip("/").endswith(".zarr"):
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
+        )
+    if Path(path).is_dir():
         return anndata.read_zarr(str(path))
     return anndata.read_h5ad(path)

@@ -7,14 +7,14 @@ from anndata import AnnData
 
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import as_family, concatenate
+from scuvae.inference.refine import LOCAL_STEPS, as_family, concatenate, select
 from scuvae.inference.refine import refine as refine_batch
 from scuvae.inference.validation import start
 from scuvae.io import inputs
 from scuvae.io.state import read_entry, read_fit, read_posterior, write_posterior
 from scuvae.model import gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, resolve_device, step_options, target
 
 
 def refine(
@@ -24,7 +24,7 @@ def refine(
     key_added: str | None = None,
     covariance: str | None = None,
     local_step: str = "natural",
-    max_steps: int = 20,
+    max_steps: int | None = None,
     n_samples: int = 8,
     device: str = "auto",
     copy: bool = False,
@@ -32,8 +32,8 @@ def refine(
     """Improve the posteriors of fitted cells by local steps, the decoder untouched.
 
     Repairs what an encoder loses. Each cell starts from its stored q and from the encoder's,
-    where there is one; the better result is kept, and no cell ends below its start beyond
-    Monte-Carlo error.
+    where there is one; the best of the results and the stored q is kept, so that no cell's ELBO
+    falls beyond Monte-Carlo error.
 
     Parameters
     ----------
@@ -44,11 +44,12 @@ def refine(
     key_added
         Name of the refined fit's slots; None: those of ``key``, replacing its posterior.
     covariance
-        ``"full"`` or ``"diagonal"``; None: as in the fit.
+        ``"full"`` or ``"diagonal"``; None: as stored.
     local_step
         ``"natural"`` or ``"gradient"``.
     max_steps
-        Local steps at most.
+        Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
+        for another rule its own number.
     n_samples
         Fixed draws of z that an expectation under q is taken over.
     device
@@ -77,9 +78,15 @@ def refine(
     (700, 10)
     """
     fit = read_fit(inputs.check_anndata(adata), key)
-    covariance = one_of("covariance", covariance or fit.params["covariance"], COVARIANCES)
-    one_of("local_step", local_step, ["natural", "gradient"])
-    max_steps, n_samples = whole("max_steps", max_steps), whole("n_samples", n_samples)
+    keys = Keys.of(key if key_added is None else key_added)
+    if covariance is None:
+        covariance = "full" if Keys.of(key).covariance in adata.obsm else "diagonal"
+    one_of("covariance", covariance, COVARIANCES)
+    one_of("local_step", local_step, LOCAL_STEPS)
+    if max_steps is not None:
+        max_steps = whole("max_steps", max_steps)
+    options = step_options(local_step, max_steps, fit.params)
+    n_samples = whole("n_samples", n_samples)
     stored = as_family(read_posterior(adata, key), covariance)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -92,22 +99,12 @@ def refine(
             starts = [gaussian(mean[batch.index], raw[batch.index])]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, covariance))
-            parts.append(
-                refine_batch(
-                    model,
-                    batch,
-                    starts,
-                    local_step=local_step,
-                    max_steps=max_steps,
-                    n_samples=n_samples,
-                    kl_weight=float(fit.params["kl_weight"]),
-                )
-            )
+            refined = refine_batch(model, batch, starts, n_samples=n_samples, **options)
+            gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
+            parts.append(select([starts[0], refined], (gain > 0).long()))
 
     out = target(adata, copy)
     entry = copying.deepcopy(read_entry(adata, key))
-    entry["params"]["covariance"] = covariance
-    keys = Keys.of(key if key_added is None else key_added)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)
     out.uns[keys.uns] = entry

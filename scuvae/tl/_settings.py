@@ -9,7 +9,7 @@ from scuvae.inference.train import OPTIMIZERS
 from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.model.gaussian import COVARIANCES
 
-LEARNING_RATES = {"adam": 3e-3, "rmsprop": 1e-2, "sgd": 1e-3}
+LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
 INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
 
 
@@ -48,6 +48,7 @@ class Settings:
         local_step: str,
         n_samples: int,
         kl_weight: float,
+        dropout: float | None,
     ) -> "Settings":
         one_of("amortized", amortized, INFERENCE)
         if not isinstance(likelihood, Likelihood):
@@ -63,6 +64,10 @@ class Settings:
         if max_epochs is None:
             steps = math.ceil(n_obs * (1 - fraction) / size)
             max_epochs = min(400, max(10, round(3000 / steps)))
+        if dropout is None:
+            # As measured to generalise best; rmsprop, sgd and gradient steps stay plain.
+            plain = optimizer != "adam" or local_step != "natural"
+            dropout = 0.0 if plain else 0.1
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
         return cls(
@@ -79,5 +84,5 @@ class Settings:
             local_step=local_step,
             n_samples=whole("n_samples", n_samples),
             kl_weight=real("kl_weight", kl_weight, above=0.0),
-            dropout=0.0,
+            dropout=real("dropout", dropout, low=0.0, below=1.0),
         )

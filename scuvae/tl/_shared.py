@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
+from torch.distributions import Distribution
 
 from scuvae._checks import one_of
+from scuvae.inference.objectives import kl_to_prior
+from scuvae.inference.refine import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.sources import Cells, source_of
 from scuvae.io.state import Fit
+from scuvae.model import VAE, Batch
 
 logger = logging.getLogger("scuvae")
 
@@ -55,10 +59,23 @@ def random_state(
     if isinstance(rng, int | np.integer) and rng < 0:
         raise ValueError(f"rng={rng}: a seed is not negative")
     generator = np.random.default_rng(rng)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(generator.integers(2**63)))
-        yield generator
+    seed = int(generator.integers(2**63))
+    if isinstance(rng, int | np.integer):  # then as torch.manual_seed(rng) would have it
+        seed = int(rng) % 2**63
+    metal = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # torch.manual_seed would seed every device, also those that nothing restores.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif metal is not None:
+            torch.mps.manual_seed(seed)
+        try:
+            yield generator
+        finally:
+            if metal is not None:
+                torch.mps.set_rng_state(metal)
 
 
 def show_progress(progress: bool | None) -> bool:
@@ -80,12 +97,7 @@ def cells_of(
     """
     device = device or torch.device("cpu")
     layer = fit.layer if layer is None else layer
-    if not adata.var_names.is_unique:
-        twice = adata.var_names[adata.var_names.duplicated()][0]
-        raise ValueError(
-            f"adata.var_names holds {twice!r} more than once: genes are matched by name. "
-            "Call adata.var_names_make_unique() on the reference and here alike"
-        )
+    inputs.check_unique_genes(adata)
     position = adata.var_names.get_indexer(fit.var_names)
     found = position >= 0
     if not found.any():
@@ -115,6 +127,7 @@ def cells_of(
         likelihood=likelihood.name,
         counts=likelihood.counts,
         fractions=not fit.params.get("check_values", True),
+        fitting=False,
     )
     codes, names = inputs.batch_codes(adata, fit.batch_key, fit.batches)
     size_factor = inputs.size_factors(adata, fit.size_factor_key)
@@ -142,6 +155,42 @@ def _spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
     )
 
 
+def step_options(local_step: str, max_steps: int | None, params: dict[str, Any]) -> dict[str, Any]:
+    """Options of :func:`scuvae.inference.refine.refine` for a fit's cells.
+
+    Natural steps end by themselves once a cell has converged; other rules cannot tell, and unless
+    told otherwise take as many as they need.
+    """
+    if max_steps is None and local_step == "natural":
+        max_steps = 20
+    steps = {} if max_steps is None else {"max_steps": max_steps}
+    return {"local_step": local_step, "kl_weight": float(params["kl_weight"]), **steps}
+
+
+def elbo_gain(
+    model: VAE,
+    batch: Batch,
+    q: Distribution,
+    other: Distribution,
+    *,
+    n_samples: int = 32,
+    kl_weight: float = 1.0,
+) -> torch.Tensor:
+    """By how much q's ELBO exceeds the other's over the same fixed draws, (cells,), in nats.
+
+    The draws are not those that refinement fits q to.
+    """
+    gain = kl_weight * (kl_to_prior(other) - kl_to_prior(q))
+    points = normal_points(n_samples, q.mean, seed=1)
+    for part in points.split(8):
+        difference = model.log_likelihood(batch, draw(q, part))
+        difference = difference - model.log_likelihood(batch, draw(other, part))
+        gain = gain + difference.sum(0) / len(points)
+    return gain
+
+
 def target(adata: AnnData, copy: bool) -> AnnData:
-    """What to write to, once the results are there."""
-    return adata.copy() if copy else adata
+    """What to write to, once the results are there: a copy of a backed AnnData is in memory."""
+    if not copy:
+        return adata
+    return adata.to_memory(copy=True) if adata.isbacked else adata.copy()

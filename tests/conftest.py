@@ -1,0 +1,15 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def fixed_random_state() -> Iterator[None]:
+    """torch's random state is the same at the start of each test, and as before after it."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
