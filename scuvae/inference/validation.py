@@ -6,7 +6,7 @@ import torch
 from torch.distributions import Distribution
 
 from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import as_family, concatenate, draw, prior_start, refine
+from scuvae.inference.refine import as_family, concatenate, draw, prior_start, refine, select
 from scuvae.model import VAE, Batch
 
 # Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
@@ -65,8 +65,17 @@ class HeldOutCells:
         return concatenate(self.posterior)
 
 
+def encoded(model: VAE, batch: Batch, covariance: str) -> Distribution:
+    """The encoder's q, but the prior for cells without counts: nothing was observed of them."""
+    q = as_family(model.encode(batch), covariance)
+    empty = batch.size_factor <= 0
+    if not (model.likelihood.counts and empty.any()):
+        return q
+    return select([q, prior_start(model, len(batch), covariance)], empty.long())
+
+
 def start(model: VAE, batch: Batch, covariance: str) -> Distribution:
     """Where a cell without a q begins: at the encoder's, or at the prior."""
     if model.encoder is None or batch.observed is not None:
         return prior_start(model, len(batch), covariance)
-    return as_family(model.encode(batch), covariance)
+    return encoded(model, batch, covariance)

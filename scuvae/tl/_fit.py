@@ -91,12 +91,12 @@ def fit(
     validation_fraction
         Part of the cells held out from training. They get a posterior all the same.
     max_epochs
-        None: about 3,000 steps.
+        None: as many as make about 2,000 steps, at least 10 and at most 400.
     batch_size
         Cells a step; ``adata.n_obs`` for full batches. None for 128.
     learning_rate
-        Of the networks; None for 1e-2 (adam), 1e-2 (rmsprop) or 1e-3 (sgd). With adam it falls
-        to zero along a cosine.
+        Of the networks; None for 1e-2 (adam, rmsprop), 2e-2 (adam with natural steps and no
+        encoder) or 1e-3 (sgd). With adam it falls to zero along a cosine.
     optimizer
         ``"adam"``, ``"rmsprop"`` or ``"sgd"``, with PyTorch's defaults.
     local_step

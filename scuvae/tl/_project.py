@@ -11,8 +11,8 @@ from anndata import AnnData
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import as_family, concatenate, prior_start, refine
-from scuvae.inference.validation import start
+from scuvae.inference.refine import concatenate, prior_start, refine
+from scuvae.inference.validation import encoded, start
 from scuvae.io import inputs
 from scuvae.io.state import read_entry, read_fit, write_posterior
 from scuvae.model.gaussian import COVARIANCES
@@ -119,7 +119,7 @@ def project(
     with torch.no_grad():
         for batch in cells.loader(everyone, CHUNK):
             if amortized:
-                parts.append(as_family(model.encode(batch), covariance))
+                parts.append(encoded(model, batch, covariance))
                 continue
             starts = [prior_start(model, len(batch), covariance)]
             if model.encoder is not None and batch.observed is None:

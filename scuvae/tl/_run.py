@@ -17,7 +17,7 @@ from scuvae.inference.posteriors import (
 from scuvae.inference.refine import concatenate, refine
 from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
 from scuvae.inference.train import OPTIMIZERS, EarlyStopping, train
-from scuvae.inference.validation import HeldOutCells, start
+from scuvae.inference.validation import HeldOutCells, encoded, start
 from scuvae.io.sources import Cells
 from scuvae.model import VAE
 from scuvae.model.gaussian import n_scale_parameters, pack
@@ -48,7 +48,7 @@ def run(
             local_step=settings.local_step,
         )
     every = max(1, settings.max_epochs // 20)
-    stopping = EarlyStopping(patience=4 * every) if early_stopping and judge else None
+    stopping = EarlyStopping(patience=6 * every) if early_stopping and judge else None
     cosine = settings.optimizer == "adam"
     with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
 
@@ -94,7 +94,7 @@ def final_posterior(
     everyone = torch.arange(len(cells), device=cells.size_factor.device)
     for batch in cells.loader(everyone, CHUNK):
         if isinstance(posterior, AmortizedPosterior):
-            parts.append(model.encode(batch))
+            parts.append(encoded(model, batch, settings.covariance))
             continue
         if isinstance(posterior, UnamortizedPosterior):
             first = posterior(model, batch)

@@ -10,6 +10,7 @@ from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.model.gaussian import COVARIANCES
 
 LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
+TRAINING_STEPS = 2000
 INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
 
 
@@ -63,13 +64,16 @@ class Settings:
         size = 128 if batch_size is None else whole("batch_size", batch_size)
         if max_epochs is None:
             steps = math.ceil(n_obs * (1 - fraction) / size)
-            max_epochs = min(400, max(10, round(3000 / steps)))
+            max_epochs = min(400, max(10, round(TRAINING_STEPS / steps)))
         if dropout is None:
             # As measured to generalise best; rmsprop, sgd and gradient steps stay plain.
             plain = optimizer != "adam" or local_step != "natural"
             dropout = 0.0 if plain else 0.1
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
+            if amortized is False and optimizer == "adam" and local_step == "natural":
+                # No encoder has to follow the decoder: it can take longer steps.
+                learning_rate *= 2
         return cls(
             amortized=amortized,
             n_latent=whole("n_latent", n_latent),

@@ -1,0 +1,278 @@
+"""The package's own shape: its import arrows, its signatures, its docstrings."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scuvae
+from scuvae import tl
+
+ROOT = Path(scuvae.__file__).parent
+
+# Whom a part may import. A part that is not listed fails: give it a place in the design first.
+ARROWS: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "cli": {"tl", "pl", "get", "io", "datasets", "_demo"},
+    "_demo": {"tl", "pl", "get", "datasets"},
+    "external": {"tl", "inference", "io", "get", "model"},
+    "tl": {"inference", "io", "get", "model"},
+    "get": {"io", "model"},
+    "io": {"model"},
+    "inference": {"model"},
+    "model": set(),
+    "pl": set(),
+    "pp": {"io"},
+    "datasets": set(),
+}
+HELPERS = {"_keys", "_checks", "_errors"}
+
+# What nothing that the part imports from scuvae may import either.
+FORBIDDEN: dict[str, set[str]] = {
+    "model": {"anndata", "scanpy", "pandas", "h5py", "zarr"},
+    "inference": {"anndata", "scanpy", "pandas", "h5py", "zarr"},
+    "pl": {"torch"},
+    "datasets": {"torch"},
+    "__init__": {"torch", "anndata", "scanpy", "numpy", "pandas", "scipy"},
+}
+
+MODULES = {
+    "scuvae." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The full names of all modules that a module's code imports, anywhere in it."""
+    found = set()
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            # ``from scuvae import tl`` imports scuvae.tl, ``from scuvae import __version__`` not.
+            if name == "scuvae":
+                found |= {f"scuvae.{alias.name}" for alias in node.names}
+            else:
+                found.add(name)
+    return frozenset(found)
+
+
+def internal(module: str) -> set[str]:
+    """The modules of scuvae that a module imports."""
+    found = set()
+    for name in imports(module):
+        if name.startswith("scuvae."):
+            found |= {name, f"{name}.__init__"} & set(MODULES)
+    return found
+
+
+def reached(module: str) -> set[str]:
+    """The module and all of scuvae that it imports, by however many steps."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += internal(name)
+    return seen
+
+
+def test_there_is_something_to_walk() -> None:
+    assert {"scuvae.tl._fit", "scuvae.model.vae", "scuvae._keys"} <= set(MODULES)
+    assert "scuvae.tl._run" in internal("scuvae.tl._fit")
+    assert "scuvae.model.__init__" in internal("scuvae.inference.train")
+    assert "scuvae._errors" in internal("scuvae.pl._common")  # a relative import
+    assert "scuvae.model.likelihoods" in reached("scuvae.tl._score")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module: str) -> None:
+    part = part_of(module)
+    if part in HELPERS:
+        assert {part_of(name) for name in internal(module)} <= HELPERS
+        return
+    assert part in ARROWS, f"{part} has no place in ARROWS"
+    allowed = ARROWS[part] | HELPERS | {part}
+    wrong = {name for name in internal(module) if part_of(name) not in allowed}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in FORBIDDEN])
+def test_libraries_stay_where_they_belong(module: str) -> None:
+    for name in reached(module):
+        libraries = {library.split(".")[0] for library in imports(name)}
+        wrong = libraries & FORBIDDEN[part_of(module)]
+        assert not wrong, f"{module} imports {sorted(wrong)} by way of {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_imported_in_a_circle(module: str) -> None:
+    assert all(module not in reached(name) for name in internal(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_holds_one_idea(module: str) -> None:
+    lines = MODULES[module].read_text().splitlines()
+    assert len(lines) <= 420  # "about 400"
+    if lines:
+        assert ast.get_docstring(ast.parse("\n".join(lines))), f"{module} has no docstring"
+
+
+# --- signatures ---------------------------------------------------------------------------------
+
+FIT_DEFAULTS: dict[str, Any] = {
+    "amortized": False,
+    "likelihood": "auto",
+    "n_latent": 10,
+    "n_hidden": 128,
+    "n_layers": 1,
+    "covariance": None,
+    "layer": None,
+    "mask_var": None,
+    "batch_key": None,
+    "size_factor_key": None,
+    "validation_fraction": 0.1,
+    "max_epochs": None,
+    "batch_size": None,
+    "learning_rate": None,
+    "optimizer": "adam",
+    "local_step": "natural",
+    "n_samples": 1,
+    "kl_weight": 1.0,
+    "early_stopping": True,
+    "device": "auto",
+    "rng": 0,
+    "key_added": None,
+    "copy": False,
+    "progress": None,
+}
+OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "project": {"key": None, "layer": None, "key_added": None},
+    "refine": {"key": None, "key_added": None},
+    "score": {"key": None, "n_samples": 100, "rng": 0},
+    "amortization_gap": {"key": None},
+    "denoise": {"key": None, "layer_added": None},
+}
+
+
+def public() -> Iterator[tuple[str, Callable[..., object]]]:
+    for part in ("tl", "get", "pl", "datasets"):
+        module = importlib.import_module(f"scuvae.{part}")
+        for name in module.__all__:
+            yield f"{part}.{name}", getattr(module, name)
+
+
+PUBLIC = dict(public())
+every_verb = pytest.mark.parametrize("name", tl.__all__)
+
+
+def sections(function: Callable[..., object]) -> dict[str, list[str]]:
+    """The numpydoc sections of a docstring."""
+    out: dict[str, list[str]] = {"": []}
+    title = ""
+    lines = (inspect.getdoc(function) or "").splitlines()
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"-{3,}", line):
+            continue
+        if i + 1 < len(lines) and re.fullmatch(r"-{3,}", lines[i + 1]):
+            title = line
+            assert title not in out
+            out[title] = []
+        else:
+            out[title].append(line)
+    return out
+
+
+@every_verb
+def test_adata_first_all_else_by_name(name: str) -> None:
+    first, *rest = inspect.signature(getattr(tl, name)).parameters.values()
+    assert first.name == "adata"
+    assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if name == "project":
+        reference = rest.pop(0)
+        assert (reference.name, reference.default) == ("reference", inspect.Parameter.empty)
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)
+    assert all(p.default is not inspect.Parameter.empty for p in rest)
+    assert {p.name: p.default for p in rest}["copy"] is False
+
+
+@every_verb
+def test_the_arguments_that_the_design_names(name: str) -> None:
+    designed = FIT_DEFAULTS if name == "fit" else OTHER_DEFAULTS[name]
+    parameters = inspect.signature(getattr(tl, name)).parameters
+    found = {key: parameters[key].default for key in designed}
+    assert found == designed
+    assert all(type(found[key]) is type(value) for key, value in designed.items())
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n.startswith("get.")])
+def test_getters_take_a_key(name: str) -> None:
+    adata, key = inspect.signature(PUBLIC[name]).parameters.values()
+    assert (adata.name, key.name, key.default) == ("adata", "key", None)
+    assert key.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_types_and_docstrings_are_complete(name: str) -> None:
+    function = PUBLIC[name]
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not p.empty for p in signature.parameters.values())
+
+    parts = sections(function)
+    assert "".join(parts[""]).strip()
+    needed = {"Returns", "Raises", "Examples"} | ({"Parameters"} if signature.parameters else set())
+    assert needed <= set(parts)
+    assert any(line.startswith(">>> ") for line in parts["Examples"])
+    listed = [
+        argument.strip()
+        for line in parts.get("Parameters", [])
+        if line and not line.startswith(" ")
+        for argument in line.split(":")[0].split(",")
+    ]
+    assert listed == list(signature.parameters)
+
+
+@every_verb
+def test_every_slot_that_a_verb_writes_is_documented(name: str) -> None:
+    text = "\n".join(sections(getattr(tl, name))["Returns"])
+    assert re.search(r'(obsm|obs|uns|layers)\["', text)
+    assert "None" in text
+
+
+# --- doctests -----------------------------------------------------------------------------------
+
+
+def modules_with_examples() -> list[str]:
+    names = [info.name for info in pkgutil.walk_packages(scuvae.__path__, "scuvae.")]
+    return [
+        name
+        for name in names
+        if not name.endswith("__main__")
+        and ">>>" in MODULES.get(name, MODULES.get(f"{name}.__init__", ROOT)).read_text()
+    ]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed
