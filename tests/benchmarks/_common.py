@@ -1,0 +1,277 @@
+"""What the benchmarks share: data, splits, clocks, one evaluation for all models, tables."""
+
+# ruff: noqa: E402
+
+import os
+
+# Before torch and numba are imported: one thread, so that CPU time is the time of one core.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+from scipy import sparse as sp
+from torch.distributions import Distribution, MultivariateNormal
+
+from scuvae.inference.objectives import elbo, log_evidence_bound
+from scuvae.inference.refine import as_family, concatenate, prior_start, refine
+from scuvae.io.sources import Cells, source_of
+from scuvae.model import VAE
+
+torch.set_num_threads(1)
+
+# Cells that an evaluation takes at once: draws × cells × genes stay in a core's cache.
+_CHUNK = 64
+_DRAWS_AT_ONCE = 10
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load(data: str, n_genes: int = 2000) -> ad.AnnData:
+    """Counts of a file's most variable genes (``seurat_v3``), or of all where there are fewer.
+
+    ``data`` is a path, or ``"pbmc68k"`` for :func:`scuvae.datasets.pbmc68k_counts`. Genes are
+    chosen over all cells; cells without a count in them are left out.
+    """
+    import scanpy as sc
+
+    import scuvae
+
+    full = scuvae.datasets.pbmc68k_counts() if data == "pbmc68k" else ad.read_h5ad(data)
+    if full.n_vars > n_genes:
+        sc.pp.highly_variable_genes(full, flavor="seurat_v3", n_top_genes=n_genes)
+        full = full[:, full.var["highly_variable"]]
+    counts = sp.csr_matrix(full.X, dtype=np.float32)
+    adata = ad.AnnData(counts, obs=full.obs.copy(), var=full.var[[]].copy())
+    return adata[np.asarray(counts.sum(1)).ravel() > 0].copy()
+
+
+def name_of(data: str) -> str:
+    return Path(data).stem
+
+
+def split(adata: ad.AnnData, seed: int, held_out: float = 0.2) -> tuple[ad.AnnData, ad.AnnData]:
+    """Training and held-out cells: the same for a seed, whatever the model."""
+    order = np.random.default_rng(seed).permutation(adata.n_obs)
+    n = round(adata.n_obs * held_out)
+    return adata[np.sort(order[n:])].copy(), adata[np.sort(order[:n])].copy()
+
+
+def cells_of(adata: ad.AnnData) -> Cells:
+    return Cells(source_of(adata.X, torch.device("cpu")))
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """CPU seconds of this process since it was made, less those spent inside ``paused()``."""
+
+    started: float = field(default_factory=time.process_time)
+    excluded: float = 0.0
+
+    def seconds(self) -> float:
+        return time.process_time() - self.started - self.excluded
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.process_time()
+        try:
+            yield
+        finally:
+            self.excluded += time.process_time() - before
+
+
+# --- evaluation: the same code for every model ---------------------------------------------------
+
+
+def rows_of(q: Distribution, rows: torch.Tensor) -> Distribution:
+    full = as_family(q, "full")
+    return MultivariateNormal(full.mean[rows], scale_tril=full.scale_tril[rows])
+
+
+def _batches(cells: Cells, size: int) -> Any:
+    return cells.loader(torch.arange(len(cells)), size)
+
+
+@torch.no_grad()
+def encoded(model: VAE, cells: Cells) -> Distribution | None:
+    """The encoder's q as a full Gaussian, or None where there is no encoder."""
+    if model.encoder is None:
+        return None
+    parts = [as_family(model.encode(batch), "full") for batch in _batches(cells, 512)]
+    return concatenate(parts)
+
+
+@torch.no_grad()
+def refined(
+    model: VAE, cells: Cells, *starts: Distribution | None, prior: bool = True
+) -> Distribution:
+    """Full-covariance q after natural steps from the starts and the prior: each cell's best."""
+    parts = []
+    for batch in _batches(cells, 512):
+        first = [rows_of(q, batch.index) for q in starts if q is not None]
+        if prior or not first:
+            first.append(prior_start(model, len(batch), "full"))
+        parts.append(refine(model, batch, first))
+    return concatenate(parts)
+
+
+@torch.no_grad()
+def elbos(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> np.ndarray:
+    """Each cell's ELBO in nats, the KL analytic, over independent draws (the same seed always)."""
+    out = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for batch in _batches(cells, _CHUNK):
+            part, total, done = rows_of(q, batch.index), torch.zeros(len(batch)), 0
+            while done < n_draws:
+                n = min(_DRAWS_AT_ONCE, n_draws - done)
+                total += n * elbo(model, batch, part, n).elbo
+                done += n
+            out.append(total / n_draws)
+    return torch.cat(out).double().numpy()
+
+
+@torch.no_grad()
+def evidence(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> np.ndarray:
+    """Each cell's importance-weighted bound on log p(x) in nats."""
+    out = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for batch in _batches(cells, _CHUNK):
+            part = rows_of(q, batch.index)
+            out.append(log_evidence_bound(model, batch, part, n_draws, draws_at_once=10))
+    return torch.cat(out).double().numpy()
+
+
+def held_out_scores(model: VAE, cells: Cells) -> tuple[dict[str, float], Distribution]:
+    """Mean ELBO of the encoder's q and of the refined q, and the bound at the refined q."""
+    first = encoded(model, cells)
+    best = refined(model, cells, first)
+    scores = {
+        "elbo_encoder": float("nan") if first is None else elbos(model, cells, first).mean(),
+        "elbo_refined": elbos(model, cells, best).mean(),
+        "evidence": evidence(model, cells, best).mean(),
+    }
+    return {name: float(value) for name, value in scores.items()}, best
+
+
+def curve(
+    points: Sequence[tuple[int, float, Callable[[], VAE]]],
+    cells: Cells,
+    *,
+    refine_q: bool,
+    n_draws: int = 20,
+) -> list[dict[str, float]]:
+    """Held-out ELBO at each (epoch, CPU seconds, model): of refined q, or of the encoder's.
+
+    A refined q starts at the one of the point before, which spares steps.
+    """
+    out, q = [], None
+    for epoch, seconds, make in points:
+        model = make()
+        q = refined(model, cells, q, prior=q is None) if refine_q else encoded(model, cells)
+        value = float(elbos(model, cells, q, n_draws).mean())
+        out.append({"epoch": epoch, "cpu_s": seconds, "elbo": value})
+    return out
+
+
+def seconds_until(points: Sequence[dict[str, float]], target: float) -> float:
+    """CPU seconds at the first point that is no lower than ``target``; NaN if there is none."""
+    return next((p["cpu_s"] for p in points if p["elbo"] >= target), float("nan"))
+
+
+# --- embeddings ----------------------------------------------------------------------------------
+
+
+def neighbour_accuracy(
+    train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, truth: np.ndarray, k: int = 15
+) -> float:
+    """Share of held-out cells whose label most of their ``k`` nearest training cells carry."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    guess = KNeighborsClassifier(k).fit(train, labels).predict(held_out)
+    return float((guess == truth).mean())
+
+
+def clustering(embedding: np.ndarray, labels: np.ndarray, resolution: float) -> dict[str, float]:
+    """Leiden clusters of scanpy's neighbour graph against labels."""
+    import scanpy as sc
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    adata = ad.AnnData(obsm={"X": embedding})
+    sc.pp.neighbors(adata, use_rep="X", random_state=0)
+    sc.tl.leiden(
+        adata,
+        resolution=resolution,
+        flavor="igraph",
+        n_iterations=2,
+        directed=False,
+        random_state=0,
+    )
+    found = adata.obs["leiden"].to_numpy()
+    return {
+        "clusters": float(len(np.unique(found))),
+        "ari": float(adjusted_rand_score(labels, found)),
+        "nmi": float(normalized_mutual_info_score(labels, found)),
+    }
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def medians(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """One row for each value of ``by``, in order: medians, and the spread of several seeds."""
+    out = []
+    for value in dict.fromkeys(row[by] for row in rows):
+        group = [row for row in rows if row[by] == value]
+        merged: dict[str, Any] = {by: value, "seeds": len(group)}
+        for name in group[0]:
+            numbers = [row[name] for row in group if isinstance(row.get(name), float)]
+            numbers = [number for number in numbers if not np.isnan(number)]
+            if numbers:
+                merged[name] = float(np.median(numbers))
+                merged[f"{name}_range"] = [min(numbers), max(numbers)]
+        out.append(merged)
+    return out
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
+    """Markdown; ``columns`` maps a key to its heading and number format."""
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in rows:
+        lines.append([_cell(row, name, form) for name, (_, form) in columns.items()])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for i, line in enumerate(lines):
+        print("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    print(flush=True)
+
+
+def _cell(row: dict[str, Any], name: str, form: str) -> str:
+    value = row.get(name)
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    text = format(value, form)
+    low_high = row.get(f"{name}_range")
+    if low_high and row["seeds"] > 1:
+        text += f" ({format(low_high[0], form)} to {format(low_high[1], form)})"
+    return text
+
+
+def write_json(path: str | None, content: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
