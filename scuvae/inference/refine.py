@@ -23,6 +23,8 @@ _LONGEST_STEP = 4.0
 # A step is taken back when it costs a cell more than this many nats: float32's noise on sums of
 # some thousands of terms.
 _NOISE = 1e-3
+# A later start has to be better than the first by so many nats.
+_TIE = 0.05
 
 
 @lru_cache(maxsize=1024)
@@ -233,8 +235,10 @@ def refine(
     refined = [step(model, batch, start, **options) for start in starts]
     if len(refined) == 1:
         return refined[0]
-    best = torch.stack([fixed_elbo(model, batch, q) for q in refined]).argmax(0)
-    return select(refined, best)
+    values = torch.stack([fixed_elbo(model, batch, q) for q in refined])
+    # Starts that end at one optimum differ by rounding, which must not choose between them.
+    values[0] += _TIE
+    return select(refined, values.argmax(0))
 
 
 def select(options: Sequence[Distribution], choice: Tensor) -> Distribution:

@@ -136,6 +136,10 @@ def train(
             visited.append(batch.index)
             totals += torch.stack([terms.reconstruction.sum(), terms.kl.sum()]).detach().cpu()
 
+        # The last step of an epoch has no loss after it that would show what it did.
+        if not _all_finite(model, posterior):
+            _restore(last_good, model, posterior)
+            raise TrainingError(math.nan, epoch, len(losses) - 1, visited[-1].tolist())
         reconstruction, kl = (totals / n_obs).tolist()
         row = {
             "loss": kl_weight * kl - reconstruction,
@@ -149,6 +153,11 @@ def train(
         if held_out is not None and ((epoch + 1) % evaluate_every == 0 or last_epoch):
             model.eval()
             row["validation_elbo"] = held_out.elbo(model)
+            if not math.isfinite(row["validation_elbo"]):
+                _restore(last_good, model, posterior)
+                raise TrainingError(
+                    row["validation_elbo"], epoch, len(losses) - 1, visited[-1].tolist()
+                )
             if early_stopping is not None:
                 stop = early_stopping.update(
                     epoch, row["validation_elbo"], lambda: _snapshot(model, posterior)
@@ -166,6 +175,11 @@ def train(
 
 def _finite(loss: Tensor, extra: Tensor | None) -> bool:
     return bool(torch.isfinite(loss if extra is None else loss + extra))
+
+
+def _all_finite(model: VAE, posterior: Posterior) -> bool:
+    tensors = [*model.state_dict().values(), *posterior.state_dict().values()]
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:

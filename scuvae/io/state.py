@@ -145,7 +145,14 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
         packed = torch.as_tensor(np.array(adata.obsm[keys.covariance], np.float64))
         lower = unpack(packed, mean.shape[1])
         covariance = lower + lower.tril(-1).mT
-        tril = torch.linalg.cholesky(covariance).float()
+        tril, failed = torch.linalg.cholesky_ex(covariance)
+        if failed.any():
+            # float32 has rounded a very long, thin covariance past positive definiteness.
+            longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+            jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
+            bad = (failed > 0)[:, None, None]
+            tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
+        tril = tril.float()
         return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
     scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)

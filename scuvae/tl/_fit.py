@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 
 from scuvae import __version__
-from scuvae._checks import random_state_alias
+from scuvae._checks import flag, random_state_alias
 from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.io import inputs
@@ -162,6 +162,9 @@ def fit(
     (700, 10)
     """
     inputs.check_anndata(adata)
+    flag("early_stopping", early_stopping)
+    flag("check_values", check_values)
+    flag("copy", copy)
     keys = Keys.of(key_added)
     settings = Settings.resolve(
         adata.n_obs,
@@ -207,8 +210,8 @@ def fit(
         "batches": np.array(batches, dtype=object) if batches else None,
         "size_factor_key": size_factor_key,
         "mask_var": mask_var if isinstance(mask_var, str) else None,
-        "early_stopping": bool(early_stopping),
-        "check_values": bool(check_values),
+        "early_stopping": early_stopping,
+        "check_values": check_values,
         "device": where.type,
         "rng": int(rng) if isinstance(rng, int | np.integer) else None,
         "version": __version__,
@@ -305,4 +308,4 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
-    return None if values is None else torch.as_tensor(values, device=device)
+    return None if values is None else torch.tensor(values, device=device)

@@ -137,8 +137,8 @@ def cells_of(
         observed = torch.as_tensor(found, device=device)
     return Cells(
         source_of(matrix, device),
-        size_factor=None if size_factor is None else torch.as_tensor(size_factor, device=device),
-        codes=None if codes is None else torch.as_tensor(codes, device=device),
+        size_factor=None if size_factor is None else torch.tensor(size_factor, device=device),
+        codes=None if codes is None else torch.tensor(codes, device=device),
         n_categories=len(names),
         observed=observed,
     )
