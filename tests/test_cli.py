@@ -35,6 +35,7 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "local_step": (["--local-step", "gradient"], "gradient"),
     "n_samples": (["--n-samples", "5"], 5),
     "kl_weight": (["--kl-weight", "0.5"], 0.5),
+    "dropout": (["--dropout", "0.2"], 0.2),
     "early_stopping": (["--no-early-stopping"], False),
     "check_values": (["--no-check-values"], False),
     "device": (["--device", "cpu"], "cpu"),

@@ -1,7 +1,9 @@
 """The two networks: the decoder z → η, and the encoder x → q(z)."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
@@ -143,3 +145,25 @@ class Encoder(nn.Module):
         """q(z | x) for values x of shape (cells, genes)."""
         h = self.hidden(x.log1p() if self.log1p else x)
         return gaussian(self.mean(h), self.scale(h))
+
+    @torch.no_grad()
+    def settle(self, batches: Iterable[Tensor]) -> None:
+        """Take the batch norms' moments anew, from all ``batches`` under the present weights.
+
+        Their running averages trail the weights, by which the encoder loses nats.
+        """
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm1d)]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over batches
+        training = self.training
+        self.train()
+        for x in batches:
+            if len(x) > 1:  # one cell has no variance
+                self(x)
+        self.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -20,6 +20,7 @@ from scuvae.inference.train import OPTIMIZERS, EarlyStopping, train
 from scuvae.inference.validation import HeldOutCells, encoded, start
 from scuvae.io.sources import Cells
 from scuvae.model import VAE
+from scuvae.model.batch import dense
 from scuvae.model.gaussian import n_scale_parameters, pack
 from scuvae.tl._settings import INFERENCE, Settings
 from scuvae.tl._shared import CHUNK, show_progress
@@ -71,6 +72,9 @@ def run(
             early_stopping=stopping,
             on_epoch=on_epoch,
         )
+    if model.encoder is not None:
+        settling = cells.loader(training, settings.batch_size)
+        model.encoder.settle(dense(batch.x) for batch in settling)
     return final_posterior(model, posterior, cells, settings, judge, validation), history
 
 
