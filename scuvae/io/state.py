@@ -22,6 +22,15 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
     n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
     if likelihood is None:
         likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
+    # The decoder first: the same seed starts it alike with an encoder and without.
+    decoder = Decoder(
+        n_latent,
+        n_vars,
+        n_covariates=len(params.get("batches", ())),
+        dropout=float(params["dropout"]),
+        n_hidden=n_hidden,
+        n_layers=n_layers,
+    )
     encoder = None
     if params["amortized"] in (True, "True", "semi"):
         encoder = Encoder(
@@ -32,14 +41,6 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
             n_hidden=n_hidden,
             n_layers=n_layers,
         )
-    decoder = Decoder(
-        n_latent,
-        n_vars,
-        n_covariates=len(params.get("batches", ())),
-        dropout=float(params["dropout"]),
-        n_hidden=n_hidden,
-        n_layers=n_layers,
-    )
     return VAE(decoder, likelihood, encoder)
 
 
