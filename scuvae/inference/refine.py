@@ -65,7 +65,7 @@ def refine_natural(
     tolerance: float = 0.01,
     kl_weight: float = 1.0,
 ) -> Distribution:
-    """Natural-gradient steps from ``q``, each undone and halved in cells where it lowers the ELBO.
+    """Natural-gradient steps from ``q``, each undone and shortened where it lowers the ELBO.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ def train(
     """
     base_rates = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
-    last_good = _snapshot(model, posterior)
+    last_good: dict[str, Any] = {}
 
     for epoch in range(max_epochs):
         rate = learning_rate_at(epoch / max_epochs)
@@ -113,7 +113,7 @@ def train(
         model.train()
         losses: list[Tensor] = []
         visited: list[Tensor] = []
-        totals = torch.zeros(2, dtype=torch.float64)
+        parts: list[Tensor] = []
 
         for batch in cells:
             q = posterior(model, batch, kl_weight)
@@ -123,24 +123,26 @@ def train(
             weight = n_obs / len(batch)
             optimizer.zero_grad(set_to_none=True)
             (weight * (loss if extra is None else loss + extra)).backward()
-            if not _finite(loss, extra):
-                _restore(last_good, model, posterior)
-                raise TrainingError(loss.item(), epoch, len(losses), batch.index.tolist())
-            if not losses:
-                # A last step can ruin what only the next loss shows: this loss clears the state
-                # that the epoch began with.
-                last_good = before
             posterior.step(model, batch, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append((loss if extra is None else loss + extra).detach())
             visited.append(batch.index)
-            totals += torch.stack([terms.reconstruction.sum(), terms.kl.sum()]).detach().cpu()
+            parts.append(torch.stack([terms.reconstruction.sum(), terms.kl.sum()]).detach())
 
+        # Looked at once an epoch: a look at every batch would make a GPU wait for the host.
+        values = torch.stack(losses)
+        if not values.isfinite().all():
+            first = int((~values.isfinite()).nonzero()[0])
+            # A last step can ruin what only the next loss shows: a first loss that is no number
+            # condemns the state that the epoch began with.
+            _restore(before if first else last_good or before, model, posterior)
+            raise TrainingError(values[first].item(), epoch, first, visited[first].tolist())
+        last_good = before
         # The last step of an epoch has no loss after it that would show what it did.
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
             raise TrainingError(math.nan, epoch, len(losses) - 1, visited[-1].tolist())
-        reconstruction, kl = (totals / n_obs).tolist()
+        reconstruction, kl = (torch.stack(parts).cpu().double().sum(0) / n_obs).tolist()
         row = {
             "loss": kl_weight * kl - reconstruction,
             "elbo": reconstruction - kl,
@@ -171,10 +173,6 @@ def train(
         _restore(early_stopping.state, model, posterior)
     model.eval()
     return history
-
-
-def _finite(loss: Tensor, extra: Tensor | None) -> bool:
-    return bool(torch.isfinite(loss if extra is None else loss + extra))
 
 
 def _all_finite(model: VAE, posterior: Posterior) -> bool:

@@ -32,7 +32,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_layers=n_layers,
     )
     encoder = None
-    if params["amortized"] in (True, "True", "semi"):
+    if params["amortized"] in (True, "semi"):
         encoder = Encoder(
             n_vars,
             n_latent,
@@ -75,10 +75,8 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
 class Fit:
     """A fit as read from ``uns``."""
 
-    key: str | None
     params: dict[str, Any]
     var_names: pd.Index
-    history: pd.DataFrame
     model: VAE
 
     @property
@@ -122,7 +120,7 @@ def read_fit(adata: AnnData, key: str | None) -> Fit:
     params = {name: _plain(value) for name, value in entry["params"].items()}
     var_names = pd.Index([str(name) for name in entry["var_names"]])
     model = model_from_arrays(params, entry["state"], len(var_names))
-    return Fit(key, params, var_names, entry["history"], model)
+    return Fit(params, var_names, model)
 
 
 def _plain(value: Any) -> Any:
