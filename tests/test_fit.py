@@ -631,3 +631,10 @@ def test_scanpy_goes_on() -> None:
     sc.tl.leiden(adata, flavor="igraph", n_iterations=2, directed=False)
     assert np.isfinite(adata.obsm["X_umap"]).all()
     assert adata.obs["leiden"].nunique() > 1
+
+
+def test_scanpy_goes_on_by_the_path_of_many_cells() -> None:
+    """Above 8,192 cells scanpy takes its neighbours from pynndescent."""
+    adata = fitted("negative_binomial", SCHEMES[0])
+    sc.pp.neighbors(adata, use_rep="X_scuvae", n_neighbors=10, transformer="pynndescent")
+    assert (np.diff(adata.obsp["distances"].indptr) > 0).all()
