@@ -152,7 +152,7 @@ def test_natural_rows_settle_at_the_best_q(name: str, covariance: str) -> None:
         [batch],
         n_obs=10,
         optimizer=sgd(model, 0.0),
-        max_epochs=30,
+        max_epochs=100,
         n_samples=64,
     )
     best = refine(model, batch, [prior_start(model, 10, covariance)], n_samples=64, max_steps=30)

@@ -91,7 +91,7 @@ def fit(
     validation_fraction
         Part of the cells held out from training. They get a posterior all the same.
     max_epochs
-        None: as many as make about 2,000 steps, at least 10 and at most 400.
+        None: 425 / √(steps an epoch), at least 10 and at most 200.
     batch_size
         Cells a step; ``adata.n_obs`` for full batches. None for 128.
     learning_rate
@@ -107,8 +107,9 @@ def fit(
     kl_weight
         Weight of the KL term; 1 is the ELBO.
     dropout
-        Share of the decoder's hidden units that a training step drops; None: 0.1 with adam and
-        natural steps, else 0.
+        Share of the decoder's hidden units that a training step drops; None: 0 with rmsprop,
+        sgd or gradient steps; else 1000 / (1000 + cells), at most 0.5: few cells are overfitted
+        most.
     early_stopping
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values

@@ -10,7 +10,10 @@ from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.model.gaussian import COVARIANCES
 
 LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
-TRAINING_STEPS = 2000
+# Epochs where one takes a single step; with more cells fewer are needed, but more steps.
+EPOCHS = 425
+# A decoder overfits few cells: as many drop every second hidden unit.
+DROPOUT_CELLS = 1000
 INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
 
 
@@ -64,11 +67,11 @@ class Settings:
         size = 128 if batch_size is None else whole("batch_size", batch_size)
         if max_epochs is None:
             steps = math.ceil(n_obs * (1 - fraction) / size)
-            max_epochs = min(400, max(10, round(TRAINING_STEPS / steps)))
+            max_epochs = min(200, max(10, round(EPOCHS / math.sqrt(steps))))
         if dropout is None:
             # As measured to generalise best; rmsprop, sgd and gradient steps stay plain.
             plain = optimizer != "adam" or local_step != "natural"
-            dropout = 0.0 if plain else 0.1
+            dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
             if amortized is False and optimizer == "adam" and local_step == "natural":
