@@ -20,8 +20,9 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from scuvae.inference.local_steps import normal_points
 from scuvae.inference.objectives import elbo, kl_to_prior, log_evidence_bound
-from scuvae.inference.refine import fixed_elbo, normal_points
+from scuvae.inference.refine import fixed_elbo
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES, n_scale_parameters, pack, unpack
 

@@ -20,8 +20,9 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae.inference.local_steps import LOCAL_STEPS
 from scuvae.inference.posteriors import POSTERIORS, Posterior, UnamortizedPosterior
-from scuvae.inference.refine import LOCAL_STEPS, prior_start, refine
+from scuvae.inference.refine import prior_start, refine
 from scuvae.inference.starts import WhitenedPCA
 from scuvae.inference.train import EarlyStopping, TrainingError, train
 from scuvae.inference.validation import HeldOutCells

@@ -15,33 +15,29 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from scuvae.model import VAE, Batch
 
-# Numbers in the Jacobians held at once: 4 MB in float32, about a core's cache; larger is slower.
-_JACOBIAN_NUMBERS = 2**20
+# Numbers in the Jacobians held at once: 2 MB in float32, about a core's cache; larger is slower.
+_JACOBIAN_NUMBERS = 2**19
 
 
 @torch.no_grad()
 def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """J_cᵀ diag(w) J_c at z, (cells, latent, latent): the likelihood's part of the precision.
 
-    Memory is bounded whatever the number of cells.
+    Jacobians are held of a few cells at a time.
     """
-    n_genes = model.likelihood.n_vars
-    chunk = max(1, _JACOBIAN_NUMBERS // (n_genes * z.shape[-1]))
-    if len(batch) > chunk:
-        rows = torch.arange(len(batch), device=z.device)
-        return torch.cat(
-            [_gauss_newton(model, batch.take(part), z[part]) for part in rows.split(chunk)]
-        )
-    return _gauss_newton(model, batch, z)
-
-
-def _gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
-    eta, jacobian = model.decoder.jacobian(z, batch.covariates)
+    eta = model.decoder(z, batch.covariates)
     weight, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
-    if centre is not None:
-        jacobian = jacobian - jacobian @ centre.unsqueeze(-1)
-    jacobian = jacobian * weight.sqrt().unsqueeze(-2)
-    return jacobian @ jacobian.mT
+    root = weight.sqrt()
+    chunk = max(1, _JACOBIAN_NUMBERS // (eta.shape[-1] * z.shape[-1]))
+    parts = []
+    for some in torch.arange(len(z), device=z.device).split(chunk):
+        covariates = None if batch.covariates is None else batch.covariates[some]
+        _, jacobian = model.decoder.jacobian(z[some], covariates)
+        if centre is not None:
+            jacobian.sub_(jacobian @ centre[some].unsqueeze(-1))
+        jacobian.mul_(root[some].unsqueeze(-2))
+        parts.append(jacobian @ jacobian.mT)
+    return torch.cat(parts)
 
 
 def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.inference import natural
+from scuvae.inference.local_steps import LOCAL_STEPS
 from scuvae.inference.objectives import elbo
-from scuvae.inference.refine import LOCAL_STEPS
 from scuvae.inference.rows import ROW_OPTIMIZERS
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 

@@ -1,12 +1,16 @@
-"""Where unamortized means start: a whitened PCA of the log-normalised matrix."""
+"""Where q begins: a whitened PCA in training; with a decoder, the likeliest of some points."""
 
 import torch
 from torch import Tensor
 
-from scuvae.model import Batch, SparseRows
+from scuvae.inference.local_steps import normal_points
+from scuvae.model import VAE, Batch, SparseRows
+from scuvae.model.batch import dense
 
 # Enough cells to find the leading components by; the others are projected on them.
 MOST_CELLS = 20_000
+# Draws of the prior that a cell may begin at.
+_PRIOR_POINTS = 512
 
 
 class WhitenedPCA:
@@ -44,9 +48,13 @@ class WhitenedPCA:
         if self.counts:
             factor = self.target / batch.size_factor.clamp_min(1e-12)
             value = (value * factor[x.row]).log1p()
-        return torch.sparse_coo_tensor(
-            torch.stack([x.row, x.col]), value, x.shape, is_coalesced=True, check_invariants=False
-        )
+        return _as_matrix(SparseRows(x.row, x.col, value, x.shape))
+
+
+def _as_matrix(x: SparseRows) -> Tensor:
+    return torch.sparse_coo_tensor(
+        torch.stack([x.row, x.col]), x.value, x.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -69,3 +77,45 @@ def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u = times(v)
     _, singular, right = torch.linalg.svd(transposed_times(torch.linalg.qr(u).Q).mT, False)
     return singular[:rank], right[:rank].mT
+
+
+@torch.no_grad()
+def likeliest(model: VAE, batch: Batch, points: Tensor | None = None) -> Tensor:
+    """For each cell the z that explains it best among fixed draws of the prior, (cells, latent).
+
+    Counts are compared as multinomial draws from the decoder's profiles, other values by
+    weighted squares: products of matrices, so that hundreds of points cost less than a step.
+
+    Parameters
+    ----------
+    points
+        Further z to begin at, (points, latent), such as other cells' means.
+    """
+    like = next(model.decoder.parameters())
+    drawn = normal_points(_PRIOR_POINTS, like.new_empty(model.n_latent)).squeeze(1)
+    options = [like.new_zeros(1, model.n_latent), drawn]
+    z = torch.cat(options if points is None else [*options, points.to(like)])
+    if batch.covariates is None:
+        return z[_affinity(model, batch, z, None).argmax(1)]
+    out = like.new_empty(len(batch), model.n_latent)
+    kinds, kind = batch.covariates.unique(dim=0, return_inverse=True)
+    for number, covariates in enumerate(kinds):
+        rows = (kind == number).nonzero().squeeze(-1)
+        eta_of = covariates.expand(len(z), -1)
+        out[rows] = z[_affinity(model, batch.take(rows), z, eta_of).argmax(1)]
+    return out
+
+
+def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
+    """About log p(x, z) of every cell at every point, up to a term of the cell, (cells, points)."""
+    eta = model.decoder(z, covariates)
+    x, observed = batch.x, batch.observed
+    log_prior = -0.5 * z.square().sum(-1)
+    if not model.likelihood.counts:
+        shape = len(batch), -1
+        weight, _ = model.likelihood.fisher(x, eta[:1].expand(shape), batch.size_factor, observed)
+        return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T + log_prior
+    if observed is not None:
+        eta = eta[:, observed]
+        x = x.select(observed) if isinstance(x, SparseRows) else x[:, observed]
+    return (_as_matrix(x) if isinstance(x, SparseRows) else x) @ eta.log_softmax(-1).T + log_prior

@@ -5,13 +5,21 @@ from collections.abc import Iterable
 import torch
 from torch.distributions import Distribution
 
+from scuvae.inference.local_steps import draw
 from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import as_family, concatenate, draw, prior_start, refine, select
+from scuvae.inference.refine import (
+    as_family,
+    concatenate,
+    likeliest_start,
+    prior_start,
+    refine,
+    select,
+)
 from scuvae.model import VAE, Batch
 
 # Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
 # last q: it moves little between evaluations.
-_STEPS = {"natural": (8, 2), "gradient": (100, 20)}
+_STEPS = {"natural": (8, 1), "gradient": (100, 20)}
 
 
 # Draws that an evaluation takes of each q.
@@ -75,7 +83,7 @@ def encoded(model: VAE, batch: Batch, covariance: str) -> Distribution:
 
 
 def start(model: VAE, batch: Batch, covariance: str) -> Distribution:
-    """Where a cell without a q begins: at the encoder's, or at the prior."""
+    """Where a cell without a q begins: at the encoder's, or at the likeliest draw of the prior."""
     if model.encoder is None or batch.observed is not None:
-        return prior_start(model, len(batch), covariance)
+        return likeliest_start(model, batch, covariance)
     return encoded(model, batch, covariance)

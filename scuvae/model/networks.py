@@ -59,8 +59,12 @@ class Decoder(nn.Module):
         first, *rest = map(_linear, self.layers)
         out = self._shift(first(z), covariates)
         tangent = first.weight.T.expand(len(z), -1, -1)
+        if not rest:
+            tangent = tangent.clone()  # the caller may write to it
         for layer in rest:
-            tangent = (tangent * (out > 0).unsqueeze(-2)) @ layer.weight.T
+            # As one flat product: of three axes, matmul takes half as long again.
+            flat = (tangent * (out > 0).unsqueeze(-2)).flatten(0, 1) @ layer.weight.T
+            tangent = flat.unflatten(0, (len(z), self.n_latent))
             out = layer(F.relu(out))
         return out, tangent
 

@@ -6,7 +6,7 @@ from anndata import AnnData
 
 from scuvae._checks import whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import draw, normal_points
+from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale

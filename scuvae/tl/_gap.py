@@ -6,6 +6,7 @@ from anndata import AnnData
 
 from scuvae._checks import whole
 from scuvae._keys import Keys
+from scuvae.inference.local_steps import THOROUGH
 from scuvae.inference.refine import refine
 from scuvae.io import inputs
 from scuvae.io.state import read_fit
@@ -79,7 +80,7 @@ def amortization_gap(
     with torch.no_grad():
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             encoded = model.encode(batch)
-            best = refine(model, batch, [encoded], max_steps=max_steps, n_samples=8)
+            best = refine(model, batch, [encoded], **(THOROUGH | {"max_steps": max_steps}))
             gaps.append(elbo_gain(model, batch, best, encoded, n_samples=n_samples))
 
     out = target(adata, copy)

@@ -7,7 +7,8 @@ from anndata import AnnData
 
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import LOCAL_STEPS, as_family, concatenate, select
+from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
+from scuvae.inference.refine import as_family, concatenate, select
 from scuvae.inference.refine import refine as refine_batch
 from scuvae.inference.validation import start
 from scuvae.io import inputs
@@ -86,6 +87,8 @@ def refine(
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
     options = step_options(local_step, max_steps, fit.params)
+    if local_step == "natural":
+        options = THOROUGH | options
     n_samples = whole("n_samples", n_samples)
     stored = as_family(read_posterior(adata, key), covariance)
     where = resolve_device(device)
@@ -99,7 +102,7 @@ def refine(
             starts = [gaussian(mean[batch.index], raw[batch.index])]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, covariance))
-            refined = refine_batch(model, batch, starts, n_samples=n_samples, **options)
+            refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
             gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
             parts.append(select([starts[0], refined], (gain > 0).long()))
 

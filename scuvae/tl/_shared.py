@@ -12,8 +12,8 @@ from anndata import AnnData
 from torch.distributions import Distribution
 
 from scuvae._checks import one_of
+from scuvae.inference.local_steps import draw, normal_points
 from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.sources import Cells, source_of
 from scuvae.io.state import Fit

@@ -22,8 +22,9 @@ import torch
 from scipy import sparse as sp
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae.inference.local_steps import THOROUGH
 from scuvae.inference.objectives import elbo, log_evidence_bound
-from scuvae.inference.refine import as_family, concatenate, prior_start, refine
+from scuvae.inference.refine import as_family, concatenate, likeliest_start, refine
 from scuvae.io.sources import Cells, source_of
 from scuvae.model import VAE
 
@@ -116,15 +117,15 @@ def encoded(model: VAE, cells: Cells) -> Distribution | None:
 
 @torch.no_grad()
 def refined(
-    model: VAE, cells: Cells, *starts: Distribution | None, prior: bool = True
+    model: VAE, cells: Cells, *starts: Distribution | None, prior: bool = True, **options: Any
 ) -> Distribution:
     """Full-covariance q after natural steps from the starts and the prior: each cell's best."""
     parts = []
     for batch in _batches(cells, 512):
         first = [rows_of(q, batch.index) for q in starts if q is not None]
         if prior or not first:
-            first.append(prior_start(model, len(batch), "full"))
-        parts.append(refine(model, batch, first))
+            first.append(likeliest_start(model, batch, "full"))
+        parts.append(refine(model, batch, first, **options))
     return concatenate(parts)
 
 
@@ -159,7 +160,7 @@ def evidence(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> n
 def held_out_scores(model: VAE, cells: Cells) -> tuple[dict[str, float], Distribution]:
     """Mean ELBO of the encoder's q and of the refined q, and the bound at the refined q."""
     first = encoded(model, cells)
-    best = refined(model, cells, first)
+    best = refined(model, cells, first, **THOROUGH)
     scores = {
         "elbo_encoder": float("nan") if first is None else elbos(model, cells, first).mean(),
         "elbo_refined": elbos(model, cells, best).mean(),
