@@ -23,6 +23,7 @@ from scuvae.inference.refine import (
     as_family,
     concatenate,
     fixed_elbo,
+    likeliest_start,
     prior_start,
     refine,
     select,
@@ -382,3 +383,23 @@ def test_a_steep_decoder_and_deep_cells_are_survived(seed: int) -> None:
         q = refine(model, batch_of(x, sparse=True), [start], local_step=local_step)
         assert q.mean.isfinite().all()
         assert covariance_of(q).isfinite().all()
+
+
+def test_few_cells_are_stuck_under_a_sharp_decoder() -> None:
+    """Where z is nearly determined, the climb from the prior's mean often ends in a wrong mode."""
+    model = model_of("gaussian", n_latent=3, n_vars=30, n_layers=2, gain=3.0)
+    with torch.no_grad():
+        model.likelihood.scale_raw.fill_(math.log(math.expm1(0.05)))
+    truth = torch.randn(60, 3).double()
+    with torch.no_grad():
+        x = model.decoder(truth) + 0.05 * torch.randn(60, 30)
+    batch = batch_of(x)
+    near = Independent(Normal(truth, torch.full_like(truth, 0.05)), 1)
+    best = fixed_elbo(model, batch, refine(model, batch, [near]))
+
+    def stuck(start: Distribution) -> int:
+        return int((fixed_elbo(model, batch, refine(model, batch, [start])) < best - 10).sum())
+
+    from_the_mean = stuck(prior_start(model, 60, "diagonal"))
+    assert from_the_mean > 5  # else there is nothing to be seen here
+    assert stuck(likeliest_start(model, batch, "diagonal")) <= from_the_mean / 2

@@ -1,15 +1,17 @@
-"""The whitened PCA against numpy's SVD, and its memory against the dense matrix's."""
+"""The whitened PCA against numpy's SVD and its memory; the likeliest points against scipy."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import sparse as sp
-from small_models import batch_of
+from scipy import special, stats
+from small_models import UNIQUE, batch_of, cells_of, model_of
 from torch import Tensor
 
-from scuvae.inference.starts import WhitenedPCA
+from scuvae.inference.local_steps import normal_points
+from scuvae.inference.starts import WhitenedPCA, likeliest
 from scuvae.io.sources import SparseSource
-from scuvae.model import Batch
+from scuvae.model import VAE, Batch
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -100,3 +102,68 @@ def test_memory_stays_far_below_the_dense_matrix() -> None:
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     # blocks of cells or genes × 15 directions
     assert 0 < largest < n_cells * n_vars * 4 / 20
+
+
+def joint(model: VAE, x: Tensor, z: Tensor, covariates: Tensor | None) -> np.ndarray:
+    """log p(x | z) + log p(z) of each cell at each point by scipy, (cells, points).
+
+    Counts given their total are multinomial draws from the softmax.
+    """
+    with torch.no_grad():
+        eta = model.decoder(z, covariates).numpy()
+    prior = stats.norm.logpdf(z.numpy()).sum(1)
+    if not model.likelihood.counts:
+        scale = model.likelihood.scale.detach().numpy()
+        return stats.norm.logpdf(x.numpy()[:, None], eta, scale).sum(-1) + prior
+    profile = special.softmax(eta, axis=1)
+    total = x.sum(1).numpy()[:, None].astype(int)
+    return stats.multinomial.logpmf(x.numpy()[:, None], total, profile) + prior
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("n_covariates", [0, 3])
+@pytest.mark.parametrize("name", UNIQUE)
+def test_cells_begin_at_the_likeliest_point(name: str, n_covariates: int, sparse: bool) -> None:
+    model = model_of(name, n_latent=3, n_vars=8, n_covariates=n_covariates)
+    x = cells_of(model_of(name, n_latent=3, n_vars=8), 12)
+    kind = torch.arange(12) % 3
+    covariates = torch.eye(3).double()[kind] if n_covariates else None
+    more = torch.randn(5, 3).double()
+    found = likeliest(model, batch_of(x, covariates=covariates, sparse=sparse), more)
+    drawn = normal_points(512, more).squeeze(1)
+    z = torch.cat([torch.zeros(1, 3).double(), drawn, more])
+    for i in range(12):
+        told = None if covariates is None else covariates[i].expand(len(z), -1)
+        values = joint(model, x[i : i + 1], z, told)[0]
+        own = (z == found[i]).all(1)
+        assert own.sum() == 1  # one of the points
+        # float64 roundings of sums over genes
+        assert values[own.numpy()] >= values.max() - 1e-8
+
+
+@pytest.mark.parametrize("name", UNIQUE)
+def test_genes_that_are_missing_say_nothing_of_where_to_begin(name: str) -> None:
+    model = model_of(name, n_latent=2, n_vars=10)
+    x = cells_of(model, 9)
+    seen = torch.arange(10) % 3 > 0
+    found = likeliest(model, batch_of(torch.where(seen, x, 0.0), observed=seen, sparse=True))
+    other = torch.where(seen, x, 7.0)
+    torch.testing.assert_close(
+        likeliest(model, batch_of(other, observed=seen)), found, rtol=0, atol=0
+    )
+    assert (found != likeliest(model, batch_of(x))).any()
+
+
+def test_an_empty_cell_begins_at_the_priors_mean() -> None:
+    model = model_of("negative_binomial", n_latent=2, n_vars=10)
+    assert (likeliest(model, batch_of(torch.zeros(3, 10).double(), sparse=True)) == 0).all()
+
+
+def test_another_cells_mean_may_be_where_a_cell_begins() -> None:
+    """Far from the prior's draws, a point that explains the cell is taken."""
+    model = model_of("gaussian", n_latent=2, n_vars=30)
+    far = torch.tensor([[6.0, -6.0]]).double()
+    with torch.no_grad():
+        x = model.decoder(far)
+    assert (likeliest(model, batch_of(x)) != far).any()
+    assert (likeliest(model, batch_of(x), far) == far).all()
