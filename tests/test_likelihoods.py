@@ -447,14 +447,15 @@ def test_memory_layout_does_not_matter(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # sums reordered
 
 
-def test_negative_binomial_of_transposed_means() -> None:
+def test_negative_binomial_of_transposed_logits() -> None:
     x = torch.poisson(torch.full((4, 6), 1.0, dtype=torch.float64))
-    log_mu = torch.randn(4, 6, dtype=torch.float64)
+    eta = torch.randn(4, 6, dtype=torch.float64)
+    size = torch.tensor([1.0, 4.0, 7.0, 20.0], dtype=torch.float64)
     parameters = torch.randn(2, 6, dtype=torch.float64)
     found = []
-    for means in (log_mu, log_mu.T.contiguous().T):
-        leaf = means.detach().requires_grad_()
-        value = negative_binomial_log_prob(SparseRows.from_dense(x), leaf, *parameters)
+    for logits in (eta, eta.T.contiguous().T):
+        leaf = logits.detach().requires_grad_()
+        value = negative_binomial_log_prob(SparseRows.from_dense(x), leaf, size, *parameters)
         found.append((value, *torch.autograd.grad(value.sum(), leaf)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # sums reordered
