@@ -15,33 +15,34 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from scuvae.model import VAE, Batch
 
-# Numbers in the Jacobians held at once: 4 MB in float32, about a core's cache; larger is slower.
-_JACOBIAN_NUMBERS = 2**20
+# Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
+_JACOBIAN_NUMBERS = 2**18
 
 
 @torch.no_grad()
 def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """J_cᵀ diag(w) J_c at z, (cells, latent, latent): the likelihood's part of the precision.
 
-    Memory is bounded whatever the number of cells.
+    The Jacobians of a few cells at a time are written out, whatever the number of cells.
     """
-    n_genes = model.likelihood.n_vars
-    chunk = max(1, _JACOBIAN_NUMBERS // (n_genes * z.shape[-1]))
-    if len(batch) > chunk:
-        rows = torch.arange(len(batch), device=z.device)
-        return torch.cat(
-            [_gauss_newton(model, batch.take(part), z[part]) for part in rows.split(chunk)]
-        )
-    return _gauss_newton(model, batch, z)
-
-
-def _gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
-    eta, jacobian = model.decoder.jacobian(z, batch.covariates)
-    weight, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+    eta, tangent, weight = model.decoder.linearize(z, batch.covariates)
+    fisher, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+    root = fisher.sqrt()
+    n_cells, n_latent, width = tangent.shape
+    # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
+    shift = tangent.new_zeros(n_cells, n_latent, 1)
     if centre is not None:
-        jacobian = jacobian - jacobian @ centre.unsqueeze(-1)
-    jacobian = jacobian * weight.sqrt().unsqueeze(-2)
-    return jacobian @ jacobian.mT
+        shift = -(tangent @ (centre @ weight).unsqueeze(-1))
+    chunk = max(1, _JACOBIAN_NUMBERS // (len(weight) * n_latent))
+    parts = []
+    for first in range(0, n_cells, chunk):
+        some = slice(first, first + chunk)
+        jacobian = torch.addmm(
+            shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
+        ).view(-1, n_latent, len(weight))
+        jacobian *= root[some].unsqueeze(-2)
+        parts.append(jacobian @ jacobian.mT)
+    return torch.cat(parts)
 
 
 def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:

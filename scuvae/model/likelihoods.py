@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.model.negative_binomial import inverse_theta
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
 from scuvae.model.poisson import log_prob as poisson_log_prob
 
@@ -69,9 +70,9 @@ class Likelihood(nn.Module, ABC):
         x, seen, size_factor, genes = self._observed(x, eta, size_factor, observed)
         if not self.counts:
             return _widen(self._weight(x, seen, genes), eta, genes), None
-        log_pi = F.log_softmax(seen, -1)
-        weight = self._weight(x, log_pi + size_factor.log().unsqueeze(-1), genes)
-        return _widen(weight, eta, genes), _widen(log_pi.exp_(), eta, genes)
+        pi = F.softmax(seen, -1)
+        weight = self._weight(x, pi * size_factor.unsqueeze(-1), genes)
+        return _widen(weight, eta, genes), _widen(pi, eta, genes)
 
     def mean(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
@@ -116,8 +117,8 @@ class Likelihood(nn.Module, ABC):
     ) -> Tensor: ...
 
     @abstractmethod
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        """Fisher weights at the location: log μ for counts, else η."""
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        """Fisher weights at the means μ; it may overwrite them."""
 
     @abstractmethod
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor: ...
@@ -162,8 +163,8 @@ class Gaussian(Likelihood):
         log_normaliser = scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
         return -0.5 * ((dense(x) - eta) / scale).square().sum(-1) - log_normaliser
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return self.scale[genes].square().reciprocal().expand_as(location)
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return self.scale[genes].square().reciprocal().expand_as(mu)
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -183,8 +184,8 @@ class Poisson(Likelihood):
     ) -> Tensor:
         return poisson_log_prob(sparse(x), eta, size_factor)
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return location.exp()
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -211,8 +212,8 @@ class NegativeBinomial(Likelihood):
     ) -> Tensor:
         return negative_binomial_log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return _nb_weight(location, self.log_theta[genes])
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return mu.div_(1 + mu * inverse_theta(self.log_theta[genes]))
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -243,13 +244,14 @@ class ZeroInflatedNegativeBinomial(Likelihood):
             sparse(x), eta, size_factor, self.log_theta[genes], self.logit_dropout[genes]
         )
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         log_theta = self.log_theta[genes]
-        log_zero = -log_theta.exp() * F.softplus(location - log_theta)
+        ratio = mu * inverse_theta(log_theta)
         # r = P(not dropped out | x), which is 1 wherever x > 0
+        log_zero = -log_theta.exp() * ratio.log1p()
         kept = torch.sigmoid(log_zero - self.logit_dropout[genes])
         kept.flatten(-2)[..., sparse(x).flat] = 1.0
-        return kept * _nb_weight(location, log_theta)
+        return mu.mul_(kept).div_(ratio.add_(1))
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu * torch.sigmoid(-self.logit_dropout[genes])
@@ -257,11 +259,6 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _draw(self, mu: Tensor) -> Tensor:
         kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout)
         return kept * torch.poisson(_gamma(mu, self.log_theta))
-
-
-def _nb_weight(log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """μθ/(μ+θ), in the form that survives θ → ∞."""
-    return log_theta.exp() * torch.sigmoid(log_mu - log_theta)
 
 
 def _gamma(mu: Tensor, log_theta: Tensor) -> Tensor:

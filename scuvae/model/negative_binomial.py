@@ -68,7 +68,7 @@ class _LogProb(torch.autograd.Function):
     ) -> Tensor:
         eta = eta.contiguous()  # results take its layout, and are written to when flattened
         theta = log_theta.exp()
-        inverse = (-log_theta).clamp_max(-_LEAST_LOG_THETA).exp()
+        inverse = inverse_theta(log_theta)
         pi, log_total = softmax(eta)
         ratio = (pi * size.unsqueeze(-1)).mul_(inverse)  # μ/θ
         log1p_ratio = ratio.log1p()
@@ -125,6 +125,11 @@ class _LogProb(torch.autograd.Function):
                 -1, n_genes
             )
         return through_softmax(slope, pi, x, grad_at * scores_at), grad_theta, grad_logit, *[None] * 3
+
+
+def inverse_theta(log_theta: Tensor) -> Tensor:
+    """1/θ, (genes,), that times any mean stays finite."""
+    return (-log_theta).clamp_max(-_LEAST_LOG_THETA).exp()
 
 
 def softmax(eta: Tensor) -> tuple[Tensor, Tensor]:

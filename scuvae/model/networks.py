@@ -56,13 +56,27 @@ class Decoder(nn.Module):
 
         Forward mode: L tangents a cell in one pass, as in evaluation, without dropout.
         """
-        first, *rest = map(_linear, self.layers)
-        out = self._shift(first(z), covariates)
-        tangent = first.weight.T.expand(len(z), -1, -1)
-        for layer in rest:
-            tangent = (tangent * (out > 0).unsqueeze(-2)) @ layer.weight.T
-            out = layer(F.relu(out))
-        return out, tangent
+        out, tangent, weight = self.linearize(z, covariates)
+        return out, tangent @ weight.T
+
+    def linearize(
+        self, z: Tensor, covariates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """η, and the Jacobian as a product of the last layer's weight, (genes, width), and the
+        tangents of what enters it, (cells, latent, width): ∂η/∂z transposed is T Wᵀ."""
+        *before, last = map(_linear, self.layers)
+        out = z
+        tangent = torch.eye(self.n_latent, dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
+        for i, layer in enumerate(before):
+            # The tangents of z are the unit vectors: their product is the weight itself.
+            tangent = tangent @ layer.weight.T if i else layer.weight.T.expand(len(z), -1, -1)
+            out = layer(out)
+            if i == 0:
+                out = self._shift(out, covariates)
+            tangent = tangent * (out > 0).unsqueeze(-2)
+            out = F.relu(out)
+        eta = last(out)
+        return (eta if before else self._shift(eta, covariates)), tangent, last.weight
 
     def _shift(self, values: Tensor, covariates: Tensor | None) -> Tensor:
         if self.offset is None:
