@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.model.least_squares import squared_residuals
 from scuvae.model.negative_binomial import inverse_theta
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
 from scuvae.model.poisson import log_prob as poisson_log_prob
@@ -160,8 +161,7 @@ class Gaussian(Likelihood):
         self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
     ) -> Tensor:
         scale = self.scale[genes]
-        log_normaliser = scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
-        return -0.5 * ((dense(x) - eta) / scale).square().sum(-1) - log_normaliser
+        return -0.5 * ((dense(x) - eta) / scale).square().sum(-1) - _log_normaliser(scale)
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return self.scale[genes].square().reciprocal().expand_as(mu)
@@ -169,8 +169,26 @@ class Gaussian(Likelihood):
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
 
+    def log_prob_linear(
+        self,
+        x: Tensor | SparseRows,
+        hidden: Tensor,
+        last: nn.Linear,
+        observed: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x | η = last(hidden)) of several draws, which never writes out their η."""
+        genes: Genes = slice(None) if observed is None else observed
+        scale = self.scale[genes]
+        values = dense(x)[..., genes]
+        squares = squared_residuals(values, hidden, last.weight[genes], last.bias[genes], scale)
+        return -0.5 * squares - _log_normaliser(scale)
+
     def _draw(self, mu: Tensor) -> Tensor:
         return mu + self.scale * torch.randn_like(mu)
+
+
+def _log_normaliser(scale: Tensor) -> Tensor:
+    return scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
 
 
 class Poisson(Likelihood):

@@ -45,11 +45,21 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """η of shape (..., cells, genes) for z of shape (..., cells, latent)."""
-        first, *rest = self.layers
-        out = self._shift(first(z), covariates)
-        for layer in rest:
-            out = layer(F.dropout(F.relu(out), self.dropout, self.training))
+        eta: Tensor = self.layers[-1](self.hidden(z, covariates))
+        return self._shift(eta, covariates) if len(self.layers) == 1 else eta
+
+    def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """What enters the last layer, (..., cells, width)."""
+        out = z
+        for i, layer in enumerate(self.layers[:-1]):
+            out = layer(out) if i else self._shift(layer(out), covariates)
+            out = F.dropout(F.relu(out), self.dropout, self.training)
         return out
+
+    @property
+    def last(self) -> nn.Linear | None:
+        """The layer that takes what is hidden to η; None where batches shift that too."""
+        return None if len(self.layers) == 1 and self.offset else _linear(self.layers[-1])
 
     def jacobian(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """η, (cells, genes), and ∂η/∂z transposed, (cells, latent, genes), for z (cells, latent).
