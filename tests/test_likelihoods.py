@@ -1,5 +1,6 @@
 """Likelihoods against scipy, multiple precision, finite differences and their own definitions."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from scipy import sparse as sp
 from scipy import stats
-from small_models import COUNTS, EPS, UNIQUE, likelihood_of
+from small_models import COUNTS, EPS, UNIQUE, batch_of, likelihood_of, model_of
 from torch import Tensor
 
 from scuvae.io.sources import SOURCES
-from scuvae.model import LIKELIHOODS, Likelihood, SparseRows
+from scuvae.model import LIKELIHOODS, VAE, Likelihood, SparseRows
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
+from scuvae.model.rising import rising
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -447,14 +449,15 @@ def test_memory_layout_does_not_matter(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # sums reordered
 
 
-def test_negative_binomial_of_transposed_means() -> None:
+def test_negative_binomial_of_transposed_logits() -> None:
     x = torch.poisson(torch.full((4, 6), 1.0, dtype=torch.float64))
-    log_mu = torch.randn(4, 6, dtype=torch.float64)
+    eta = torch.randn(4, 6, dtype=torch.float64)
+    size = torch.tensor([1.0, 4.0, 7.0, 20.0], dtype=torch.float64)
     parameters = torch.randn(2, 6, dtype=torch.float64)
     found = []
-    for means in (log_mu, log_mu.T.contiguous().T):
-        leaf = means.detach().requires_grad_()
-        value = negative_binomial_log_prob(SparseRows.from_dense(x), leaf, *parameters)
+    for logits in (eta, eta.T.contiguous().T):
+        leaf = logits.detach().requires_grad_()
+        value = negative_binomial_log_prob(SparseRows.from_dense(x), leaf, size, *parameters)
         found.append((value, *torch.autograd.grad(value.sum(), leaf)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # sums reordered
@@ -498,3 +501,65 @@ def test_fisher_weights_are_no_negative_numbers(name: str) -> None:
     assert weight.max() > 0
     if likelihood.counts:
         torch.testing.assert_close(centre.sum(-1), torch.ones(4, 5).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n_layers", [0, 1, 2])
+def test_draws_of_a_gaussian_need_no_outputs(
+    n_layers: int, masked: bool, dtype: torch.dtype
+) -> None:
+    """Values and gradients of several draws are those of log_prob at the decoder's outputs."""
+    model = model_of("gaussian", n_layers=n_layers, n_vars=9)
+    with torch.no_grad():  # outputs far from zero: squares must not be expanded around it
+        model.decoder.layers[-1].bias += 300.0
+        model.likelihood.scale_raw.fill_(-3.0)
+    observed = torch.rand(9) < 0.6 if masked else None
+    z = 0.1 * torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    with torch.no_grad():
+        x = model.likelihood.sample(model.decoder(z[0, 0]))
+
+    def found(model: VAE, z: Tensor, x: Tensor, outputs: bool) -> list[Tensor]:
+        z = z.detach().requires_grad_()
+        if outputs:
+            value = model.likelihood.log_prob(x, model.decoder(z), None, observed)
+        else:
+            value = model.log_likelihood(batch_of(x, observed=observed), z)
+        # every draw of every cell has a gradient of its own
+        weights = torch.linspace(0.5, 2.0, value.numel(), dtype=x.dtype).view_as(value)
+        gradients = torch.autograd.grad((value * weights).sum(), [z, *model.parameters()])
+        return [value.detach(), *gradients]
+
+    expected = found(model, z, x, outputs=True)
+    plain = found(copy.deepcopy(model).to(dtype), z.to(dtype), x.to(dtype), outputs=True)
+    expanded = found(copy.deepcopy(model).to(dtype), z.to(dtype), x.to(dtype), outputs=False)
+    for truth, direct, value in zip(expected, plain, expanded, strict=True):
+        size = truth.abs().max()
+        error = (value.double() - truth).abs().max() / size
+        # No worse than the plain formula in this precision, but for some roundings: float64's
+        # are of outputs that are 6,000 times σ.
+        least = 200 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-11
+        assert error <= 3 * (direct.double() - truth).abs().max() / size + least
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("theta", THETAS)
+def test_table_of_small_counts_is_the_exact_ratio(theta: float, dtype: torch.dtype) -> None:
+    """Γ(x+θ) / (Γ(θ) θˣ x!) of whole counts, looked up and not, and of fractions."""
+    x = torch.tensor([1.0, 2.0, 3.0, 15.0, 16.0, 17.0, 400.0, 2.5], dtype=dtype)
+    parameter = torch.tensor([theta, 5.0], dtype=dtype)
+    col = torch.zeros(len(x), dtype=torch.long)
+    value, slope = rising(x, col, parameter, 1 / parameter)
+    with mpmath.workdps(60):
+        t = mpmath.mpf(parameter[0].item())
+        for i, number in enumerate(x.tolist()):
+            n = mpmath.mpf(number)
+            c = mpmath.loggamma(n + t) - mpmath.loggamma(t) - n * mpmath.log(t)
+            exact = float(c - mpmath.loggamma(n + 1))
+            exact_slope = float(t * (mpmath.digamma(n + t) - mpmath.digamma(t)) - n)
+            size = abs(exact) + number * (1 + abs(math.log(theta))) + math.lgamma(number + 1)
+            # roundings of the largest terms, and what the series leaves out
+            tolerance = 16 * torch.finfo(dtype).eps
+            remainder = series(theta) + 7 * theta / (theta + 4) * series(theta)
+            assert abs(value[i].item() - exact) <= tolerance * size + series(theta)
+            assert abs(slope[i].item() - exact_slope) <= tolerance * (number + 1) + remainder

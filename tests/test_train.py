@@ -20,7 +20,7 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from scuvae.inference.local_steps import LOCAL_STEPS
+from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
 from scuvae.inference.posteriors import POSTERIORS, Posterior, UnamortizedPosterior
 from scuvae.inference.refine import prior_start, refine
 from scuvae.inference.starts import WhitenedPCA
@@ -156,7 +156,8 @@ def test_natural_rows_settle_at_the_best_q(name: str, covariance: str) -> None:
         max_epochs=100,
         n_samples=64,
     )
-    best = refine(model, batch, [prior_start(model, 10, covariance)], n_samples=64, max_steps=30)
+    options = THOROUGH | {"n_samples": 64}
+    best = refine(model, batch, [prior_start(model, 10, covariance)], **options)
     with torch.no_grad():
         found = posterior(model, batch)
     # the means are within a fifth of a standard deviation: nothing else moves them

@@ -15,27 +15,32 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from scuvae.model import VAE, Batch
 
-# Numbers in the Jacobians held at once: 2 MB in float32, about a core's cache; larger is slower.
-_JACOBIAN_NUMBERS = 2**19
+# Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
+_JACOBIAN_NUMBERS = 2**18
 
 
 @torch.no_grad()
 def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """J_cᵀ diag(w) J_c at z, (cells, latent, latent): the likelihood's part of the precision.
 
-    Jacobians are held of a few cells at a time.
+    The Jacobians of a few cells at a time are written out, whatever the number of cells.
     """
-    eta = model.decoder(z, batch.covariates)
-    weight, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
-    root = weight.sqrt()
-    chunk = max(1, _JACOBIAN_NUMBERS // (eta.shape[-1] * z.shape[-1]))
+    eta, tangent, weight = model.decoder.linearize(z, batch.covariates)
+    fisher, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+    root = fisher.sqrt()
+    n_cells, n_latent, width = tangent.shape
+    # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
+    shift = tangent.new_zeros(n_cells, n_latent, 1)
+    if centre is not None:
+        shift = -(tangent @ (centre @ weight).unsqueeze(-1))
+    chunk = max(1, _JACOBIAN_NUMBERS // (len(weight) * n_latent))
     parts = []
-    for some in torch.arange(len(z), device=z.device).split(chunk):
-        covariates = None if batch.covariates is None else batch.covariates[some]
-        _, jacobian = model.decoder.jacobian(z[some], covariates)
-        if centre is not None:
-            jacobian.sub_(jacobian @ centre[some].unsqueeze(-1))
-        jacobian.mul_(root[some].unsqueeze(-2))
+    for first in range(0, n_cells, chunk):
+        some = slice(first, first + chunk)
+        jacobian = torch.addmm(
+            shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
+        ).view(-1, n_latent, len(weight))
+        jacobian *= root[some].unsqueeze(-2)
         parts.append(jacobian @ jacobian.mT)
     return torch.cat(parts)
 

@@ -77,24 +77,30 @@ class UnamortizedPosterior(Posterior):
         self.raw: Tensor
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
         self._leaves: tuple[Tensor, Tensor] | None = None
+        self._q: Distribution | None = None
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
-        mean, raw = self.mean[batch.index], self.raw[batch.index]
+        mean = self.mean.index_select(0, batch.index)
+        raw = self.raw.index_select(0, batch.index)
         if torch.is_grad_enabled():
-            self._leaves = mean.requires_grad_(), raw.requires_grad_()
-        return gaussian(mean, raw)
+            self._leaves = mean.requires_grad_(), raw.requires_grad_(self.rule.moves_scale)
+        q = gaussian(mean, raw)
+        self._q = q
+        return q
 
     def step(
         self, model: VAE, batch: Batch, *, scale: float, kl_weight: float, rate: float = 1.0
     ) -> None:
         if self._leaves is None:
             raise RuntimeError("step() follows a call of the posterior and a backward pass")
-        mean, raw = self._leaves
-        self._leaves = None
-        if mean.grad is None or raw.grad is None:
+        (mean, raw), q = self._leaves, self._q
+        self._leaves = self._q = None
+        assert q is not None
+        if mean.grad is None or (raw.grad is None and raw.requires_grad):
             raise RuntimeError("step() follows a backward pass through the posterior's q")
+        raw_grad = None if raw.grad is None else raw.grad / scale
         with torch.no_grad():
-            self.rule.step(self, model, batch, mean.grad / scale, raw.grad / scale, kl_weight, rate)
+            self.rule.step(self, model, batch, q, mean.grad / scale, raw_grad, kl_weight, rate)
 
     def store(self, rows: Tensor, q: Distribution) -> None:
         """Put ``q`` into the table's rows."""
@@ -104,15 +110,19 @@ class UnamortizedPosterior(Posterior):
 
 
 class _LocalRule(Protocol):
-    """How the rows of a batch move, given the gradients of their own loss."""
+    """How the rows of a batch move, given their q and the gradients of their own loss."""
+
+    moves_scale: bool
+    """Whether it asks for the gradient of the scale parameters, which costs a step much."""
 
     def step(
         self,
         table: "UnamortizedPosterior",
         model: VAE,
         batch: Batch,
+        q: Distribution,
         mean_grad: Tensor,
-        raw_grad: Tensor,
+        raw_grad: Tensor | None,
         kl_weight: float,
         rate: float,
     ) -> None: ...
@@ -120,6 +130,8 @@ class _LocalRule(Protocol):
 
 class _GradientRule:
     """Gradient steps by a row optimiser, as in the plain algorithm."""
+
+    moves_scale = True
 
     # Row optimisers move their rows as the networks' optimiser moves weights, by the same schedule.
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
@@ -131,11 +143,13 @@ class _GradientRule:
         table: UnamortizedPosterior,
         model: VAE,
         batch: Batch,
+        q: Distribution,
         mean_grad: Tensor,
-        raw_grad: Tensor,
+        raw_grad: Tensor | None,
         kl_weight: float,
         rate: float,
     ) -> None:
+        assert raw_grad is not None
         self.optimizers[0].step(table.mean, batch.index, mean_grad, rate)
         self.optimizers[1].step(table.raw, batch.index, raw_grad, rate)
 
@@ -145,53 +159,69 @@ class _NaturalRule:
 
     The precision is renewed at a cell's first visit and at every eighth from then on: renewing
     it at every second costs half as much again and fits no better. Short steps let a cell's mean
-    average over the decoders that dropout draws; with longer ones held-out cells lose nats.
+    average over the decoders that dropout draws, shorter ones the more these differ; with longer
+    ones held-out cells lose nats.
     """
 
+    moves_scale = False
     period = 8
     rate = 0.1
     longest = 2.0
 
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
-        self.visits = torch.zeros(len(table.mean), dtype=torch.int64, device=table.mean.device)
+        # On the host, so that no device is asked which cells are due.
+        self.visits = torch.zeros(len(table.mean), dtype=torch.int16)
 
     def step(
         self,
         table: UnamortizedPosterior,
         model: VAE,
         batch: Batch,
+        q: Distribution,
         mean_grad: Tensor,
-        raw_grad: Tensor,
+        raw_grad: Tensor | None,
         kl_weight: float,
         rate: float,
     ) -> None:
         rows = batch.index
-        due = (self.visits[rows] % self.period == 0).nonzero().squeeze(-1)
-        self.visits[rows] += 1
-        if len(due):
-            part = batch if len(due) == len(batch) else batch.take(due)
-            self._renew(table, model, part, kl_weight)
-        mean = table.mean[rows]
-        q = gaussian(mean, table.raw[rows])
-        gradient = -mean_grad / kl_weight
+        on_host = batch.host_index
+        visits = self.visits[on_host]
+        self.visits[on_host] = visits + 1
+        due = visits % self.period == 0
+        mean = q.mean.detach()
+        if due.all():
+            q = self._renew(table, model, batch, mean, kl_weight)
+        elif due.any():
+            some = due.nonzero().squeeze(-1).to(rows.device)
+            self._renew(table, model, batch.take(some), mean[some], kl_weight)
+            q = gaussian(mean, table.raw[rows])
+        gradient = mean_grad / -kl_weight
         if isinstance(q, MultivariateNormal):
-            tril = q.scale_tril
+            tril = q.scale_tril.detach()
             direction = (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
         else:
-            direction = q.variance * gradient
-        table.mean[rows] = mean + rate * natural.cap_length(self.rate * direction, self.longest)
+            direction = q.variance.detach() * gradient
+        kept = 1 - model.decoder.dropout
+        step = natural.cap_length(self.rate * kept**3 * direction, self.longest)
+        table.mean.index_copy_(0, rows, torch.add(mean, step, alpha=rate))
 
     def _renew(
-        self, table: UnamortizedPosterior, model: VAE, batch: Batch, kl_weight: float
-    ) -> None:
+        self,
+        table: UnamortizedPosterior,
+        model: VAE,
+        batch: Batch,
+        mean: Tensor,
+        kl_weight: float,
+    ) -> Distribution:
         """Put each cell's precision at its present mean into the table."""
-        mean = table.mean[batch.index]
         training = model.training
         model.eval()  # the precision is that of the decoder without dropout
         target = natural.precision(natural.gauss_newton(model, batch, mean), kl_weight)
         model.train(training)
         full = table.raw.shape[-1] != mean.shape[-1]
-        table.store(batch.index, natural.posterior(mean, target, full=full))
+        q = natural.posterior(mean, target, full=full)
+        table.raw[batch.index] = raw_scale(q)
+        return q
 
 
 _LOCAL_RULES: dict[str, Callable[[UnamortizedPosterior, str, float], _LocalRule]] = {

@@ -55,14 +55,17 @@ class SparseSource(Source):
         self.values = torch.as_tensor(np.array(x.data, np.float32), device=device)
 
     def rows(self, index: Tensor) -> SparseRows:
-        start = self.starts[index]
-        length = self.starts[index + 1] - start
+        start = self.starts.index_select(0, index)
+        length = self.starts.index_select(0, index + 1) - start
         row = torch.repeat_interleave(length)
         # Where a row's entries lie in the matrix, less where they lie in the batch.
         shift = start - (length.cumsum(0) - length)
-        at = torch.arange(len(row), device=row.device) + shift[row]
+        at = torch.arange(len(row), device=row.device).add_(shift.index_select(0, row))
         return SparseRows(
-            row, self.columns[at].long(), self.values[at], (len(index), self.shape[1])
+            row,
+            self.columns.index_select(0, at).long(),
+            self.values.index_select(0, at),
+            (len(index), self.shape[1]),
         )
 
     def totals(self) -> Tensor:

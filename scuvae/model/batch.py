@@ -74,6 +74,8 @@ class Batch:
         One-hot batch membership, (cells, categories), or None.
     observed
         Boolean mask over the model's genes where the data lack some, or None.
+    on_host
+        ``index`` once more, on the host, where that is on another device: spares asking it.
     """
 
     x: Tensor | SparseRows
@@ -81,6 +83,12 @@ class Batch:
     size_factor: Tensor
     covariates: Tensor | None = None
     observed: Tensor | None = None
+    on_host: Tensor | None = None
+
+    @property
+    def host_index(self) -> Tensor:
+        """``index`` on the host."""
+        return self.index.cpu() if self.on_host is None else self.on_host
 
     def __len__(self) -> int:
         return self.index.shape[0]

@@ -2,8 +2,8 @@
 
 Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
 and the logsumexp runs over the observed genes, so that leaving genes out is exact conditioning.
-A likelihood is four short methods of the location (η, or log μ for counts); ``LIKELIHOODS`` at the
-end names them all.
+A likelihood is four short methods of η, or of log μ for counts; ``LIKELIHOODS`` at the end names
+them all.
 """
 
 import math
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.model.least_squares import squared_residuals
+from scuvae.model.negative_binomial import inverse_theta
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
+from scuvae.model.poisson import log_prob as poisson_log_prob
 
 Genes = Tensor | slice
 """The observed genes: a boolean mask, or slice(None) for all."""
@@ -35,7 +38,7 @@ class Likelihood(nn.Module, ABC):
 
     name: ClassVar[str]
     counts: ClassVar[bool]
-    """Whether values must be whole and non-negative; the location is then log μ, else η."""
+    """Whether values must be whole and non-negative; means are then ℓ softmax(η), else η."""
 
     def __init__(self, n_vars: int) -> None:
         super().__init__()
@@ -49,8 +52,8 @@ class Likelihood(nn.Module, ABC):
         observed: Tensor | None = None,
     ) -> Tensor:
         """log p(x | η) in nats, summed over observed genes: (..., cells)."""
-        x, location, genes = self._locate(x, eta, size_factor, observed)
-        return self._log_prob(x, location, genes)
+        x, eta, size_factor, genes = self._observed(x, eta, size_factor, observed)
+        return self._log_prob(x, eta, size_factor, genes)
 
     @torch.no_grad()
     def fisher(
@@ -65,9 +68,12 @@ class Likelihood(nn.Module, ABC):
         −∇²_z log p ≈ J_cᵀ diag(w) J_c with J_c = J − 1 (πᵀJ) and J = ∂η/∂z. Both have the shape
         of ``eta`` and are zero at genes that are not observed.
         """
-        x, location, genes = self._locate(x, eta, size_factor, observed)
-        weight = _widen(self._weight(x, location, genes), eta, genes)
-        return weight, _widen(eta[..., genes].softmax(-1), eta, genes) if self.counts else None
+        x, seen, size_factor, genes = self._observed(x, eta, size_factor, observed)
+        if not self.counts:
+            return _widen(self._weight(x, seen, genes), eta, genes), None
+        pi = F.softmax(seen, -1)
+        weight = self._weight(x, pi * size_factor.unsqueeze(-1), genes)
+        return _widen(weight, eta, genes), _widen(pi, eta, genes)
 
     def mean(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
@@ -89,27 +95,31 @@ class Likelihood(nn.Module, ABC):
             raise TypeError("sample() of a count likelihood needs size_factor, each cell's total")
         return self._draw(log_mean(eta, size_factor).exp())
 
-    def _locate(
+    def _observed(
         self,
         x: Tensor | SparseRows,
         eta: Tensor,
         size_factor: Tensor | None,
         observed: Tensor | None,
-    ) -> tuple[SparseRows | Tensor, Tensor, Genes]:
+    ) -> tuple[SparseRows | Tensor, Tensor, Tensor, Genes]:
+        """Values and η at the observed genes, and a size factor that is no zero."""
         x = sparse(x) if self.counts else dense(x)
         genes: Genes = slice(None)
         if observed is not None:
             genes, eta = observed, eta[..., observed]
             x = x.select(observed) if isinstance(x, SparseRows) else x[..., observed]
-        if isinstance(x, SparseRows):
-            eta = log_mean(eta, x.sum() if size_factor is None else size_factor)
-        return x, eta, genes
+        if size_factor is None:
+            size_factor = x.sum() if isinstance(x, SparseRows) else x.sum(-1)
+        return x, eta, size_factor.clamp_min(_TINY), genes
 
     @abstractmethod
-    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor: ...
+    def _log_prob(
+        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+    ) -> Tensor: ...
 
     @abstractmethod
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor: ...
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        """Fisher weights at the means μ; it may overwrite them."""
 
     @abstractmethod
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor: ...
@@ -147,19 +157,38 @@ class Gaussian(Likelihood):
         """σ of every gene, (genes,)."""
         return F.softplus(self.scale_raw).expand(self.n_vars)
 
-    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+    def _log_prob(
+        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+    ) -> Tensor:
         scale = self.scale[genes]
-        log_normaliser = scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
-        return -0.5 * ((dense(x) - location) / scale).square().sum(-1) - log_normaliser
+        return -0.5 * ((dense(x) - eta) / scale).square().sum(-1) - _log_normaliser(scale)
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return self.scale[genes].square().reciprocal().expand_as(location)
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return self.scale[genes].square().reciprocal().expand_as(mu)
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
 
+    def log_prob_linear(
+        self,
+        x: Tensor | SparseRows,
+        hidden: Tensor,
+        last: nn.Linear,
+        observed: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x | η = last(hidden)) of several draws, which never writes out their η."""
+        genes: Genes = slice(None) if observed is None else observed
+        scale = self.scale[genes]
+        values = dense(x)[..., genes]
+        squares = squared_residuals(values, hidden, last.weight[genes], last.bias[genes], scale)
+        return -0.5 * squares - _log_normaliser(scale)
+
     def _draw(self, mu: Tensor) -> Tensor:
         return mu + self.scale * torch.randn_like(mu)
+
+
+def _log_normaliser(scale: Tensor) -> Tensor:
+    return scale.log().sum() + 0.5 * len(scale) * math.log(2 * math.pi)
 
 
 class Poisson(Likelihood):
@@ -168,14 +197,13 @@ class Poisson(Likelihood):
     name = "poisson"
     counts = True
 
-    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        x = sparse(x)
-        at = location.flatten(-2)[..., x.flat]
-        terms = x.value * at - torch.lgamma(x.value + 1)
-        return (-location.detach().exp().sum(-1)).index_add(-1, x.row, terms)
+    def _log_prob(
+        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+    ) -> Tensor:
+        return poisson_log_prob(sparse(x), eta, size_factor)
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return location.exp()
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -197,11 +225,13 @@ class NegativeBinomial(Likelihood):
         super().__init__(n_vars)
         self.log_theta = nn.Parameter(torch.zeros(n_vars))
 
-    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return negative_binomial_log_prob(sparse(x), location, self.log_theta[genes])
+    def _log_prob(
+        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+    ) -> Tensor:
+        return negative_binomial_log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
-        return _nb_weight(location, self.log_theta[genes])
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
+        return mu.div_(1 + mu * inverse_theta(self.log_theta[genes]))
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -225,18 +255,21 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         # π starts at .05: droplet counts show little inflation, and .5 takes long to unlearn.
         self.logit_dropout = nn.Parameter(torch.full((n_vars,), -3.0))
 
-    def _log_prob(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+    def _log_prob(
+        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+    ) -> Tensor:
         return negative_binomial_log_prob(
-            sparse(x), location, self.log_theta[genes], self.logit_dropout[genes]
+            sparse(x), eta, size_factor, self.log_theta[genes], self.logit_dropout[genes]
         )
 
-    def _weight(self, x: SparseRows | Tensor, location: Tensor, genes: Genes) -> Tensor:
+    def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         log_theta = self.log_theta[genes]
-        log_zero = -log_theta.exp() * F.softplus(location - log_theta)
+        ratio = mu * inverse_theta(log_theta)
         # r = P(not dropped out | x), which is 1 wherever x > 0
+        log_zero = -log_theta.exp() * ratio.log1p()
         kept = torch.sigmoid(log_zero - self.logit_dropout[genes])
         kept.flatten(-2)[..., sparse(x).flat] = 1.0
-        return kept * _nb_weight(location, log_theta)
+        return mu.mul_(kept).div_(ratio.add_(1))
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu * torch.sigmoid(-self.logit_dropout[genes])
@@ -244,11 +277,6 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _draw(self, mu: Tensor) -> Tensor:
         kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout)
         return kept * torch.poisson(_gamma(mu, self.log_theta))
-
-
-def _nb_weight(log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """μθ/(μ+θ), in the form that survives θ → ∞."""
-    return log_theta.exp() * torch.sigmoid(log_mu - log_theta)
 
 
 def _gamma(mu: Tensor, log_theta: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The negative binomial log-likelihood over sparse counts, with closed-form gradients.
+"""The negative binomial log-likelihood of a softmax mean over sparse counts, gradients closed-form.
 
 log NB(x; μ, θ) = c(x, θ) − lgamma(x+1) + x ln μ − (θ + x) log1p(μ/θ),
-c(x, θ) = lgamma(x+θ) − lgamma(θ) − x ln θ.
+c(x, θ) = lgamma(x+θ) − lgamma(θ) − x ln θ,      μ = ℓ softmax(η).
 
 Most counts are zero, where only −θ log1p(μ/θ) is left: the other terms are computed at the
-nonzeros alone. c tends to 0 as θ → ∞ (Poisson), and is computed without the cancellation that the
-difference of two lgamma suffers in float32.
+nonzeros alone. Dense passes are what a step pays for: the softmax is part of the function, one
+softmax and one log1p give values and gradients, all else is multiplied and added in place.
 """
 
 from typing import Any
@@ -15,13 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
+from scuvae.model.rising import rising
 
-# Stirling's series starts this far above θ, where three of its terms reach float32's precision.
-_SHIFT = 4
+# Dispersions below e^-60 act as this one: their dense terms are zero, but must not overflow.
+_LEAST_LOG_THETA = -60.0
 
 
 def log_prob(
-    x: SparseRows, log_mu: Tensor, log_theta: Tensor, logit_dropout: Tensor | None = None
+    x: SparseRows,
+    eta: Tensor,
+    size_factor: Tensor,
+    log_theta: Tensor,
+    logit_dropout: Tensor | None = None,
 ) -> Tensor:
     """log NB of each cell's counts in nats, zero-inflated where ``logit_dropout`` is given.
 
@@ -29,8 +34,10 @@ def log_prob(
     ----------
     x
         Counts, (cells, genes).
-    log_mu
-        Log means, (..., cells, genes).
+    eta
+        Logits of the means' shares, (..., cells, genes).
+    size_factor
+        Expected totals ℓ > 0, (cells,); no gradient reaches them.
     log_theta
         Log inverse dispersions, (genes,).
     logit_dropout
@@ -40,99 +47,109 @@ def log_prob(
     -------
     (..., cells), summed over genes.
     """
-    result: Tensor = _LogProb.apply(log_mu, log_theta, logit_dropout, x, torch.is_grad_enabled())
+    result: Tensor = _LogProb.apply(
+        eta, log_theta, logit_dropout, size_factor, x, torch.is_grad_enabled()
+    )
     return result
 
 
 class _LogProb(torch.autograd.Function):
-    """Values and gradients in one go: training always needs both."""
+    """Values, and in the same pass what gradients need: training always needs both."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        log_mu: Tensor,
+        eta: Tensor,
         log_theta: Tensor,
         logit: Tensor | None,
+        size: Tensor,
         x: SparseRows,
         grad_enabled: bool,
     ) -> Tensor:
-        log_mu = log_mu.contiguous()  # results take its layout, and are written to when flattened
+        eta = eta.contiguous()  # results take its layout, and are written to when flattened
         theta = log_theta.exp()
-        log_ratio = log_mu - log_theta
-        log1p_ratio = F.softplus(log_ratio, threshold=30.0)  # log1p(μ/θ)
-        share = torch.sigmoid(log_ratio)  # μ/(θ+μ)
+        inverse = inverse_theta(log_theta)
+        pi, log_total = softmax(eta)
+        ratio = (pi * size.unsqueeze(-1)).mul_(inverse)  # μ/θ
+        log1p_ratio = ratio.log1p()
 
+        # At the nonzeros from logarithms, which survive where π and 1/θ do not.
         value, row, col, flat = x.value, x.row, x.col, x.flat
-        theta_at = theta[col]
-        log1p_at = log1p_ratio.flatten(-2)[..., flat]
-        share_at = share.flatten(-2)[..., flat]
-        log_mu_at = log_mu.flatten(-2)[..., flat]
-        c, c_slope = _rising(value, theta_at)
-        at_nonzeros = c - torch.lgamma(value + 1) + value * (log_mu_at - log1p_at)
+        log_mu_at = at(eta, flat) + (size.log() - log_total).index_select(-1, row)
+        log_ratio_at = log_mu_at - log_theta.index_select(0, col)
+        log1p_at = F.softplus(log_ratio_at, threshold=30.0)
+        constant, theta_slope = rising(value, col, theta, inverse)
+        at_nonzeros = (log_mu_at - log1p_at).mul_(value).add_(constant)
 
         out = -(log1p_ratio @ theta)
+        kept = None
         if logit is not None:
-            log_odds_zero = logit + theta * log1p_ratio  # dropout against NB's own zero
+            log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
             excess = F.softplus(log_odds_zero, threshold=30.0)
-            at_nonzeros = at_nonzeros - excess.flatten(-2)[..., flat]
+            at_nonzeros -= at(excess, flat)
             out = out + excess.sum(-1) - F.softplus(logit).sum()
-        out = out.index_add(-1, row, at_nonzeros)
+        out = add_rows(out, row, at_nonzeros)
 
         if grad_enabled and any(ctx.needs_input_grad):
-            slope_theta = share - log1p_ratio  # of −θ log1p(μ/θ)
-            slope_mu = share * -theta
             if logit is not None:
-                kept = torch.sigmoid(-log_odds_zero)
+                kept = torch.sigmoid(log_odds_zero.neg_())
                 kept.flatten(-2)[..., flat] = 1.0
-                slope_theta.mul_(kept)
-                slope_mu.mul_(kept)
-                slope_logit = (1 - kept) - torch.sigmoid(logit)
-            else:
-                slope_logit = None
-            slope_mu.flatten(-2)[..., flat] += value * (1 - share_at)
-            slope_theta.flatten(-2)[..., flat] += c_slope + value * share_at / theta_at
-            ctx.save_for_backward(slope_mu, slope_theta, slope_logit, theta)
+            share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
+            scores_at = value * (1 - share_at)
+            theta_slope = theta_slope + value * share_at
+            rest = ratio.add_(1.0).reciprocal_()  # θ/(θ+μ)
+            ctx.save_for_backward(
+                pi, rest, log1p_ratio, kept, scores_at, theta_slope, theta, logit, size
+            )
+            ctx.x = x
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope_mu, slope_theta, slope_logit, theta = ctx.saved_tensors
-        flat_grad = grad.flatten()
-        grad_mu = grad_theta = grad_logit = None
-        if ctx.needs_input_grad[0]:
-            grad_mu = slope_mu * grad.unsqueeze(-1)
+        pi, rest, log1p_ratio, kept, scores_at, theta_slope, theta, logit, size = ctx.saved_tensors
+        x, n_genes = ctx.x, len(theta)
+        grad_at = grad.index_select(-1, x.row)
+        slope = (pi * rest).mul_((grad * -size).unsqueeze(-1))  # of −θ log1p(μ/θ) in ln μ
+        if kept is not None:
+            slope.mul_(kept)
+        grad_theta = grad_logit = None
         if ctx.needs_input_grad[1]:
-            grad_theta = (flat_grad @ slope_theta.flatten(0, -2)) * theta
-        if slope_logit is not None and ctx.needs_input_grad[2]:
-            grad_logit = flat_grad @ slope_logit.flatten(0, -2)
-        return grad_mu, grad_theta, grad_logit, None, None
+            cells = grad.flatten()
+            dense = log1p_ratio if kept is None else log1p_ratio * kept
+            per_gene = slope.view(-1, n_genes).sum(0) + theta * (cells @ dense.view(-1, n_genes))
+            at_genes = (grad_at * theta_slope).sum_to_size(len(x.col))
+            grad_theta = at_genes.new_zeros(n_genes).scatter_add_(0, x.col, at_genes) - per_gene
+        if kept is not None and ctx.needs_input_grad[2]:
+            grad_logit = grad.sum() * torch.sigmoid(-logit) - grad.flatten() @ kept.view(
+                -1, n_genes
+            )
+        grad_eta = through_softmax(slope, pi, x, grad_at * scores_at)
+        return grad_eta, grad_theta, grad_logit, None, None, None
 
 
-def _rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """c(x, θ) = lgamma(x+θ) − lgamma(θ) − x ln θ for x > 0, and its derivative in θ.
-
-    lgamma is shifted to θ' = θ + 4 by its recurrence, then taken from Stirling's series S:
-    c = −Σ_{i<4} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(4/θ).
-    """
-    upper = theta + _SHIFT
-    top = upper + x
-    log1p_top = torch.log1p(x / upper)
-    s_top, s_top_slope = _stirling(top)
-    s_upper, s_upper_slope = _stirling(upper)
-    c = (top - 0.5) * log1p_top - x + s_top - s_upper + x * torch.log1p(_SHIFT / theta)
-    slope = log1p_top - (top - 0.5) * x / (upper * top) + s_top_slope - s_upper_slope
-    slope = slope - x * _SHIFT / (theta * upper)
-    for i in range(_SHIFT):
-        c = c - torch.log1p(x / (theta + i))
-        slope = slope + x / ((theta + i) * (theta + i + x))
-    return c, slope
+def inverse_theta(log_theta: Tensor) -> Tensor:
+    """1/θ, (genes,), that times any mean stays finite."""
+    return (-log_theta).clamp_max(-_LEAST_LOG_THETA).exp()
 
 
-def _stirling(y: Tensor) -> tuple[Tensor, Tensor]:
-    """S(y) = 1/(12y) − 1/(360y³) + 1/(1260y⁵) and its derivative."""
-    r = y.reciprocal()
-    r2 = r * r
-    value = r * (1 / 12 - r2 * (1 / 360 - r2 / 1260))
-    slope = -r2 * (1 / 12 - r2 * (3 / 360 - r2 * (5 / 1260)))
-    return value, slope
+def softmax(eta: Tensor) -> tuple[Tensor, Tensor]:
+    """π = softmax(η) and logsumexp(η), (..., cells), from one dense exponential."""
+    pi = F.softmax(eta, -1)
+    return pi, eta.amax(-1) - pi.amax(-1).log()
+
+
+def at(values: Tensor, flat: Tensor) -> Tensor:
+    """``values``, (..., cells, genes), at positions in the flattened block: (..., nonzeros)."""
+    return values.flatten(-2).index_select(-1, flat)
+
+
+def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:
+    """``out``, (..., cells), and the sums of ``values``, (..., nonzeros), of each cell."""
+    return out.scatter_add(-1, row.expand_as(values), values)
+
+
+def through_softmax(slope: Tensor, pi: Tensor, x: SparseRows, slope_at: Tensor) -> Tensor:
+    """The gradient in η of gradients in ln μ, dense and at the nonzeros; overwrites ``slope``."""
+    slope.flatten(-2).scatter_add_(-1, x.flat.expand_as(slope_at), slope_at)
+    return slope.addcmul_(pi, slope.sum(-1, keepdim=True), value=-1)

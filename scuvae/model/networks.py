@@ -45,28 +45,48 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """η of shape (..., cells, genes) for z of shape (..., cells, latent)."""
-        first, *rest = self.layers
-        out = self._shift(first(z), covariates)
-        for layer in rest:
-            out = layer(F.dropout(F.relu(out), self.dropout, self.training))
+        eta: Tensor = self.layers[-1](self.hidden(z, covariates))
+        return self._shift(eta, covariates) if len(self.layers) == 1 else eta
+
+    def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """What enters the last layer, (..., cells, width)."""
+        out = z
+        for i, layer in enumerate(self.layers[:-1]):
+            out = layer(out) if i else self._shift(layer(out), covariates)
+            out = F.dropout(F.relu(out), self.dropout, self.training)
         return out
+
+    @property
+    def last(self) -> nn.Linear | None:
+        """The layer that takes what is hidden to η; None where batches shift that too."""
+        return None if len(self.layers) == 1 and self.offset else _linear(self.layers[-1])
 
     def jacobian(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """η, (cells, genes), and ∂η/∂z transposed, (cells, latent, genes), for z (cells, latent).
 
         Forward mode: L tangents a cell in one pass, as in evaluation, without dropout.
         """
-        first, *rest = map(_linear, self.layers)
-        out = self._shift(first(z), covariates)
-        tangent = first.weight.T.expand(len(z), -1, -1)
-        if not rest:
-            tangent = tangent.clone()  # the caller may write to it
-        for layer in rest:
-            # As one flat product: of three axes, matmul takes half as long again.
-            flat = (tangent * (out > 0).unsqueeze(-2)).flatten(0, 1) @ layer.weight.T
-            tangent = flat.unflatten(0, (len(z), self.n_latent))
-            out = layer(F.relu(out))
-        return out, tangent
+        out, tangent, weight = self.linearize(z, covariates)
+        return out, tangent @ weight.T
+
+    def linearize(
+        self, z: Tensor, covariates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """η, and the Jacobian as a product of the last layer's weight, (genes, width), and the
+        tangents of what enters it, (cells, latent, width): ∂η/∂z transposed is T Wᵀ."""
+        *before, last = map(_linear, self.layers)
+        out = z
+        tangent = torch.eye(self.n_latent, dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
+        for i, layer in enumerate(before):
+            # The tangents of z are the unit vectors: their product is the weight itself.
+            tangent = tangent @ layer.weight.T if i else layer.weight.T.expand(len(z), -1, -1)
+            out = layer(out)
+            if i == 0:
+                out = self._shift(out, covariates)
+            tangent = tangent * (out > 0).unsqueeze(-2)
+            out = F.relu(out)
+        eta = last(out)
+        return (eta if before else self._shift(eta, covariates)), tangent, last.weight
 
     def _shift(self, values: Tensor, covariates: Tensor | None) -> Tensor:
         if self.offset is None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from scuvae.model.batch import Batch, dense
-from scuvae.model.likelihoods import Likelihood
+from scuvae.model.likelihoods import Gaussian, Likelihood
 from scuvae.model.networks import Decoder, Encoder
 
 
@@ -40,6 +40,10 @@ class VAE(nn.Module):
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
+        last = self.decoder.last
+        if z.dim() > 2 and last is not None and isinstance(self.likelihood, Gaussian):
+            hidden = self.decoder.hidden(z, batch.covariates)
+            return self.likelihood.log_prob_linear(batch.x, hidden, last, batch.observed)
         eta = self.decoder(z, batch.covariates)
         out: Tensor = self.likelihood.log_prob(batch.x, eta, batch.size_factor, batch.observed)
         return out

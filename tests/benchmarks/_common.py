@@ -57,6 +57,50 @@ def load(data: str, n_genes: int = 2000) -> ad.AnnData:
     return adata[np.asarray(counts.sum(1)).ravel() > 0].copy()
 
 
+def simulated(n_obs: int, n_vars: int, density: float, seed: int = 0) -> sp.csr_matrix:
+    """Counts with three programmes and about this share of nonzeros, made a block at a time.
+
+    Of every cell the genes are drawn that are there, by their weights, then their counts: nothing
+    of the matrix is ever dense, and its arrays are made once (int32 indices, float32 counts).
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.gamma(0.5, size=(3, n_vars)) + 0.05
+    edges = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+    # Some of the draws meet in one gene: with so many, the share is about right.
+    draws = _draws_for(weights / weights.sum(1, keepdims=True), density)
+    lengths, columns, values = [], [], []
+    for start in range(0, n_obs, 10_000):
+        n = min(10_000, n_obs - start)
+        kind = rng.integers(3, size=n)
+        size = np.maximum(1, rng.normal(draws, 0.2 * draws, n).astype(np.int64))
+        row = np.repeat(np.arange(n), size)
+        gene = np.empty(len(row), np.int64)
+        for k in range(3):
+            mine = kind[row] == k
+            gene[mine] = np.searchsorted(edges[k], rng.random(int(mine.sum())) * edges[k, -1])
+        key, count = np.unique(row * n_vars + np.minimum(gene, n_vars - 1), return_counts=True)
+        lengths.append(np.bincount(key // n_vars, minlength=n))
+        columns.append((key % n_vars).astype(np.int32))
+        values.append(count.astype(np.float32))
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    index = np.int32 if starts[-1] < 2**31 else np.int64
+    return sp.csr_matrix(
+        (np.concatenate(values), np.concatenate(columns), starts.astype(index)),
+        shape=(n_obs, n_vars),
+        copy=False,
+    )
+
+
+def _draws_for(shares: np.ndarray, density: float) -> float:
+    """How many draws of genes leave ``density`` of them with a count, by bisection."""
+    low, high = 0.0, 1e7
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        found = -np.expm1(-middle * shares).mean()
+        low, high = (middle, high) if found < density else (low, middle)
+    return 0.5 * (low + high)
+
+
 def name_of(data: str) -> str:
     return Path(data).stem
 
@@ -271,6 +315,24 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
     if low_high and row["seeds"] > 1:
         text += f" ({format(low_high[0], form)} to {format(low_high[1], form)})"
     return text
+
+
+def platform_of() -> dict[str, str]:
+    """What the figures were measured with."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "cpu": platform.processor()}
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        found["cpu"] = lines[0].split(":")[1].strip() if lines else found["cpu"]
+    for name in ("torch", "scvi-tools", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def write_json(path: str | None, content: Any) -> None:

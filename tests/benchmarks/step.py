@@ -1,0 +1,279 @@
+"""Milliseconds a training step: scuvae, scvi-tools, and the decoder's bare matrix products.
+
+    python tests/benchmarks/step.py --json out.json
+    python tests/benchmarks/step.py --inference unamortized --likelihood nb --profile
+
+A step of scuvae is one of its real ``train`` with its real loader, set up as ``tl.fit`` does it:
+batches gathered from CSR, draws, backward pass, Adam, local steps with their renewals, and an
+epoch's share of what is done once an epoch. scvi-tools' steps are its module's loss, backward pass
+and Adam on minibatches that are ready as dense tensors, and those of its real training loop.
+The contestants take turns, and medians over the turns are reported.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from _common import platform_of, print_table, simulated, write_json
+
+from scuvae.inference.train import OPTIMIZERS, train
+from scuvae.io.sources import Cells, Loader, source_of
+from scuvae.io.state import build_model
+from scuvae.model import LIKELIHOODS
+from scuvae.tl._run import _posterior
+from scuvae.tl._settings import INFERENCE, Settings
+
+SCHEMES = {name: amortized for amortized, name in INFERENCE.items()}
+# A turn is a whole period of the natural steps' renewals.
+EPOCHS = 8
+COLUMNS = {
+    "contestant": ("step of", ""),
+    "cpu_ms": ("CPU ms", ".2f"),
+    "wall_ms": ("wall ms", ".2f"),
+    "products": ("/ products", ".2f"),
+    "scvi": ("/ scvi-tools' step", ".3f"),
+    "loop": ("/ scvi-tools' loop", ".3f"),
+}
+
+Turn = Callable[[], int]
+"""Takes some steps and says how many."""
+
+
+# --- contestants ---------------------------------------------------------------------------------
+
+
+def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
+    """Epochs of the package's own loop, on and on from where the last turn stopped."""
+    settings = _settings(len_of(x), SCHEMES[scheme], args)
+    params = {**settings.__dict__, "likelihood": LIKELIHOODS[args.likelihood].name}
+    model = build_model(params, x.shape[1], LIKELIHOODS[args.likelihood](x.shape[1]))
+    cells = Cells(source_of(x, torch.device("cpu")))
+    rows = torch.arange(len(cells))
+    posterior = _posterior(model, cells, rows, settings)
+    # As tl.fit makes it, where it does so by more than the name of its class.
+    optimizer = OPTIMIZERS["adam"](model.parameters(), lr=settings.learning_rate)
+    loader = Loader(cells, rows, args.batch_size, torch.Generator().manual_seed(0))
+
+    def turn() -> int:
+        train(
+            model, posterior, loader, n_obs=len(cells), optimizer=optimizer, max_epochs=EPOCHS
+        )  # fmt: skip
+        return EPOCHS * -(-len(cells) // args.batch_size)
+
+    return turn
+
+
+def products_turn(args: argparse.Namespace, n_latent: int = 10, n_hidden: int = 128) -> Turn:
+    """The decoder's matrix products and no more: two forward, four backward."""
+    b, p = args.batch_size, args.genes
+    z, w0 = torch.randn(b, n_latent), torch.randn(n_hidden, n_latent)
+    w1, slope = torch.randn(p, n_hidden), torch.randn(b, p)
+    h, eta = torch.empty(b, n_hidden), torch.empty(b, p)
+    w0_grad, w1_grad = torch.empty_like(w0), torch.empty_like(w1)
+    z_grad, h_grad = torch.empty_like(z), torch.empty_like(h)
+
+    def turn(steps: int = 100) -> int:
+        for _ in range(steps):
+            torch.mm(z, w0.T, out=h)
+            torch.mm(h, w1.T, out=eta)
+            torch.mm(slope.T, h, out=w1_grad)
+            torch.mm(slope, w1, out=h_grad)
+            torch.mm(h_grad.T, z, out=w0_grad)
+            torch.mm(h_grad, w0, out=z_grad)
+        return steps
+
+    return turn
+
+
+def scvi_turn(x: Any, args: argparse.Namespace) -> Turn:
+    """scvi-tools' module on tensors that are ready: loss, backward pass, Adam as it sets it up."""
+    import _scvi
+    import scvi
+
+    options = {**_scvi.MODEL, "gene_likelihood": SCVI_NAMES[args.likelihood]}
+    module = scvi.module.VAE(x.shape[1], n_batch=1, **options).train()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, eps=0.01, weight_decay=1e-6)
+    batches = []
+    for start in range(0, min(x.shape[0], 16 * args.batch_size), args.batch_size):
+        part = torch.tensor(x[start : start + args.batch_size].toarray())
+        which = torch.zeros(len(part), 1, dtype=torch.long)
+        keys = scvi.REGISTRY_KEYS
+        batches.append({keys.X_KEY: part, keys.BATCH_KEY: which, keys.LABELS_KEY: which})
+
+    def turn() -> int:
+        for tensors in batches:
+            _, _, losses = module(tensors, loss_kwargs={"kl_weight": 1.0})
+            optimizer.zero_grad()
+            losses.loss.backward()
+            optimizer.step()
+        return len(batches)
+
+    return turn
+
+
+SCVI_NAMES = {
+    "nb": "nb",
+    "negative_binomial": "nb",
+    "zinb": "zinb",
+    "zero_inflated_negative_binomial": "zinb",
+    "poisson": "poisson",
+    "gaussian": "normal",
+}
+
+
+def scvi_loop(x: Any, args: argparse.Namespace) -> tuple[float, float]:
+    """CPU and wall seconds of a step of scvi-tools' ``train``; its first epoch is not counted."""
+    from unittest.mock import patch
+
+    import _scvi
+    import anndata as ad
+
+    adata = ad.AnnData(x)
+    before = time.perf_counter()
+    with patch.dict(_scvi.MODEL, gene_likelihood=SCVI_NAMES[args.likelihood]):
+        cpu = _scvi.seconds_per_epoch(adata, 3, batch_size=args.batch_size)
+    wall = (time.perf_counter() - before) / 4  # a little too much: it has the call's set-up
+    steps = -(-adata.n_obs // args.batch_size)
+    return cpu / steps, wall / steps
+
+
+def _settings(n_obs: int, amortized: bool | str, args: argparse.Namespace) -> Settings:
+    """As ``tl.fit`` resolves its defaults, without held-out cells."""
+    values: dict[str, Any] = {
+        "amortized": amortized,
+        "likelihood": args.likelihood,
+        "n_latent": 10,
+        "n_hidden": 128,
+        "n_layers": 1,
+        "covariance": None,
+        "validation_fraction": 0.0,
+        "max_epochs": EPOCHS,
+        "batch_size": args.batch_size,
+        "learning_rate": None,
+        "optimizer": "adam",
+        "local_step": "natural",
+        "n_samples": args.n_samples,
+        "kl_weight": 1.0,
+        "dropout": None,
+    }
+    return Settings.resolve(n_obs, **values)
+
+
+def len_of(x: Any) -> int:
+    return int(x.shape[0])
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    x = simulated(args.batches * args.batch_size, args.genes, args.density)
+    print(
+        f"batch {args.batch_size} × {args.genes} genes, {x.nnz / np.prod(x.shape):.1%} nonzero, "
+        f"{args.likelihood}, {torch.get_num_threads()} thread(s)\n"
+    )
+    turns = {"matrix products": products_turn(args)}
+    turns |= {f"scuvae, {scheme}": scuvae_turn(x, scheme, args) for scheme in args.inference}
+    with_scvi = not args.no_scvi and find_spec("scvi") is not None
+    if with_scvi:
+        turns["scvi-tools, module"] = scvi_turn(x, args)
+    torch.set_num_threads(args.threads)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+    for repetition in range(args.repetitions + 1):
+        for name, turn in turns.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            steps = turn()
+            taken = (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps
+            if repetition:  # the first turn warms up
+                times[name].append(taken)
+    if with_scvi:
+        times["scvi-tools, loop"] = [scvi_loop(x, args) for _ in range(2)]
+    rows: list[dict[str, Any]] = []
+    for name, taken in times.items():
+        cpu, wall = ([1e3 * t[i] for t in taken] for i in (0, 1))
+        rows.append(
+            {
+                "contestant": name,
+                "cpu_ms": statistics.median(cpu),
+                "wall_ms": statistics.median(wall),
+                "cpu_ms_all": cpu,
+            }
+        )
+    by_name = {row["contestant"]: row["cpu_ms"] for row in rows}
+    for row in rows:
+        for column, other in (
+            ("products", "matrix products"),
+            ("scvi", "scvi-tools, module"),
+            ("loop", "scvi-tools, loop"),
+        ):
+            if other in by_name:
+                row[column] = row["cpu_ms"] / by_name[other]
+    print_table(rows, COLUMNS)
+    return rows
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Where a step's time goes, by operator."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    x = simulated(args.batches * args.batch_size, args.genes, args.density)
+    for scheme in args.inference:
+        turn = scuvae_turn(x, scheme, args)
+        turn()
+        with profiler(activities=[ProfilerActivity.CPU], record_shapes=args.shapes) as found:
+            steps = turn()
+        averages = found.key_averages(group_by_input_shape=args.shapes)
+        total = sum(event.self_cpu_time_total for event in averages)
+        print(f"\n{scheme}: {total / steps / 1e3:.2f} ms a step in operators\n")
+        rows = []
+        for event in sorted(averages, key=lambda e: -e.self_cpu_time_total)[: args.top]:
+            name = event.key
+            if args.shapes:
+                name += " " + str([s for s in event.input_shapes if s])[:60]
+            rows.append(
+                {
+                    "name": name,
+                    "ms": event.self_cpu_time_total / steps / 1e3,
+                    "share": 100 * event.self_cpu_time_total / total,
+                    "calls": event.count / steps,
+                }
+            )
+        columns = {"name": ("operator", ""), "ms": ("ms", ".3f"), "share": ("%", ".1f")}
+        print_table(rows, {**columns, "calls": ("calls", ".1f")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--density", type=float, default=0.09, help="share of nonzeros")
+    add("--genes", type=int, default=2000)
+    add("--batch-size", type=int, default=128)
+    add("--batches", type=int, default=32, help="of the simulated data set")
+    add("--likelihood", default="nb", choices=list(SCVI_NAMES))
+    add("--inference", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    add("--n-samples", type=int, default=1, help="draws of z; scvi-tools takes one")
+    add("--threads", type=int, default=1)
+    add("--repetitions", type=int, default=5)
+    add("--no-scvi", action="store_true")
+    add("--profile", action="store_true", help="operators of a step, instead of the table")
+    add("--shapes", action="store_true", help="profile by shapes of the operands too")
+    add("--top", type=int, default=25, help="operators to show")
+    add("--json", help="file for all figures")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    if args.profile:
+        profile(args)
+        return
+    rows = measure(args)
+    write_json(args.json, {"platform": platform_of(), "arguments": vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
