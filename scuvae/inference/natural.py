@@ -25,8 +25,7 @@ def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 
     Memory is bounded whatever the number of cells.
     """
-    n_genes = model.likelihood.n_vars
-    chunk = max(1, _JACOBIAN_NUMBERS // (n_genes * z.shape[-1]))
+    chunk = max(1, _JACOBIAN_NUMBERS // (model.n_vars * z.shape[-1]))
     if len(batch) > chunk:
         rows = torch.arange(len(batch), device=z.device)
         return torch.cat(
@@ -36,12 +35,8 @@ def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 
 
 def _gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
-    eta, jacobian = model.decoder.jacobian(z, batch.covariates)
-    weight, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
-    if centre is not None:
-        jacobian = jacobian - jacobian @ centre.unsqueeze(-1)
-    jacobian = jacobian * weight.sqrt().unsqueeze(-2)
-    return jacobian @ jacobian.mT
+    root = model.curvature_root(batch, z)
+    return root @ root.mT
 
 
 def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:

@@ -34,6 +34,10 @@ class VAE(nn.Module):
         return self.decoder.n_latent
 
     @property
+    def n_vars(self) -> int:
+        return self.likelihood.n_vars
+
+    @property
     def prior(self) -> Distribution:
         zero = next(self.decoder.parameters()).new_zeros(self.n_latent)
         return Independent(Normal(zero, torch.ones_like(zero)), 1)
@@ -42,6 +46,16 @@ class VAE(nn.Module):
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
         eta = self.decoder(z, batch.covariates)
         out: Tensor = self.likelihood.log_prob(batch.x, eta, batch.size_factor, batch.observed)
+        return out
+
+    @torch.no_grad()
+    def curvature_root(self, batch: Batch, z: Tensor) -> Tensor:
+        """R with R Rᵀ = J_cᵀ diag(w) J_c ≈ −∇²_z log p(x | z), (cells, latent, outputs)."""
+        eta, jacobian = self.decoder.jacobian(z, batch.covariates)
+        weight, centre = self.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+        if centre is not None:
+            jacobian = jacobian - jacobian @ centre.unsqueeze(-1)
+        out: Tensor = jacobian * weight.sqrt().unsqueeze(-2)
         return out
 
     def encode(self, batch: Batch) -> Distribution:
