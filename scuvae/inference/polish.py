@@ -6,8 +6,8 @@ they end .2 to .4 nats a cell short. Here the scales follow Stein's identity,
 
     −E_q[∂_j ∂_k log p] = −E_q[ε_k ∂_j log p] / s_k,      1/s_k² ← 1 − E_q[ε_k ∂_k log p] / s_k,
 
-which is exact at the optimum whatever the likelihood, over 2L points or more whose second moments are the
-normal's own. The gradients are those that the mean needs anyway.
+which is exact at the optimum whatever the likelihood, over 2L points or more whose second moments
+are the normal's own. The gradients are those that the mean needs anyway.
 """
 
 import torch
