@@ -24,6 +24,14 @@ OBS_NAMES = (
     "elbo_encoder_se",
     "amortization_gap",
     "amortization_gap_se",
+    "amortization_gap_diagonal",
+    "amortization_gap_diagonal_se",
+    "approximation_gap_diagonal",
+    "approximation_gap_diagonal_se",
+    "amortization_gap_full",
+    "amortization_gap_full_se",
+    "approximation_gap_full",
+    "approximation_gap_full_se",
     "split",
 )
 
