@@ -432,11 +432,11 @@ WHOLE = {
     "fit": ["n_latent", "n_hidden", "n_layers", "max_epochs", "batch_size", "n_samples"],
     "project": ["max_steps"],
     "refine": ["max_steps", "n_samples"],
-    "score": ["n_samples"],
+    "score": ["n_samples", "n_anneal"],
     "amortization_gap": ["max_steps", "n_samples"],
     "denoise": ["n_samples"],
 }
-FROM_ZERO = {("fit", "n_layers"), ("denoise", "n_samples")}
+FROM_ZERO = {("fit", "n_layers"), ("denoise", "n_samples"), ("score", "n_anneal")}
 
 
 def whole_cases() -> Iterator[tuple[str, str, Any, type[Exception]]]:

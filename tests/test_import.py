@@ -7,7 +7,7 @@ import pytest
 
 import scuvae
 
-HEAVY = ("torch", "anndata", "scanpy", "numpy", "pandas", "scipy", "matplotlib", "tqdm")
+HEAVY = ("torch", "scvi", "anndata", "scanpy", "numpy", "pandas", "scipy", "matplotlib", "tqdm")
 
 
 @pytest.mark.parametrize("module", ["scuvae", "scuvae.cli"])

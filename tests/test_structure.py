@@ -44,6 +44,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "datasets": {"torch"},
     "__init__": {"torch", "anndata", "scanpy", "numpy", "pandas", "scipy"},
 }
+# What may be imported inside a function only: it is an extra, and slow.
+LAZY = {"scvi"}
 
 MODULES = {
     "scuvae." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -124,6 +126,15 @@ def test_libraries_stay_where_they_belong(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_extras_are_imported_on_use(module: str) -> None:
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not LAZY & {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_is_imported_in_a_circle(module: str) -> None:
     assert all(module not in reached(name) for name in internal(module))
 
@@ -178,6 +189,9 @@ def public() -> Iterator[tuple[str, Callable[..., object]]]:
         module = importlib.import_module(f"scuvae.{part}")
         for name in module.__all__:
             yield f"{part}.{name}", getattr(module, name)
+    bridge = importlib.import_module("scuvae.external.scvi")
+    for name in bridge.__all__:
+        yield f"external.scvi.{name}", getattr(bridge, name)
 
 
 PUBLIC = dict(public())
@@ -273,6 +287,8 @@ def modules_with_examples() -> list[str]:
 
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_examples_run(name: str) -> None:
+    if name.startswith("scuvae.external."):
+        pytest.importorskip(name.split(".")[-1])  # the package that it is a bridge to
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted
     assert not result.failed

@@ -105,7 +105,7 @@ def refine_natural(
         rows = cells.rows
         old_mean, old_tril = mean[rows], tril[rows]
         spread = (old_tril @ directions[step_number % len(directions)].unsqueeze(-1)).squeeze(-1)
-        curvature = natural.gauss_newton(model, cells.batch, old_mean + spread)
+        curvature = model.curvature(cells.batch, old_mean + spread)
         # Averaged over the steps so far; the precision at the mean is only where they begin.
         # Where a cell's steps are short, so is the change of its precision.
         share = cells.rate / (step_number + 1)
@@ -152,7 +152,7 @@ def _climb(
     for _ in range(max_steps):
         rows = cells.rows
         old_mean = mean[rows]
-        precision = natural.precision(natural.gauss_newton(model, cells.batch, old_mean), kl_weight)
+        precision = natural.precision(model.curvature(cells.batch, old_mean), kl_weight)
         target[rows] = precision
         factor = natural.scale_tril(precision)
         direction = (factor @ (factor.mT @ cells.gradient.unsqueeze(-1))).squeeze(-1)

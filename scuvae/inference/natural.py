@@ -13,37 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from scuvae.model import VAE, Batch
-
-# Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
-_JACOBIAN_NUMBERS = 2**18
-
-
-@torch.no_grad()
-def gauss_newton(model: VAE, batch: Batch, z: Tensor) -> Tensor:
-    """J_cᵀ diag(w) J_c at z, (cells, latent, latent): the likelihood's part of the precision.
-
-    The Jacobians of a few cells at a time are written out, whatever the number of cells.
-    """
-    eta, tangent, weight = model.decoder.linearize(z, batch.covariates)
-    fisher, centre = model.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
-    root = fisher.sqrt()
-    n_cells, n_latent, width = tangent.shape
-    # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
-    shift = tangent.new_zeros(n_cells, n_latent, 1)
-    if centre is not None:
-        shift = -(tangent @ (centre @ weight).unsqueeze(-1))
-    chunk = max(1, _JACOBIAN_NUMBERS // (len(weight) * n_latent))
-    parts = []
-    for first in range(0, n_cells, chunk):
-        some = slice(first, first + chunk)
-        jacobian = torch.addmm(
-            shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
-        ).view(-1, n_latent, len(weight))
-        jacobian *= root[some].unsqueeze(-2)
-        parts.append(jacobian @ jacobian.mT)
-    return torch.cat(parts)
-
 
 def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:
     """A = curvature / β + I."""

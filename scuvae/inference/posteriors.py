@@ -216,7 +216,7 @@ class _NaturalRule:
         """Put each cell's precision at its present mean into the table."""
         training = model.training
         model.eval()  # the precision is that of the decoder without dropout
-        target = natural.precision(natural.gauss_newton(model, batch, mean), kl_weight)
+        target = natural.precision(model.curvature(batch, mean), kl_weight)
         model.train(training)
         full = table.raw.shape[-1] != mean.shape[-1]
         q = natural.posterior(mean, target, full=full)

@@ -24,9 +24,10 @@ _TIE = 0.05
 def fixed_elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int | None = None) -> Tensor:
     """Each cell's ELBO over fixed draws, other than those that refinement fits q to, in nats.
 
-    By default there are twice as many draws as latent dimensions: their second moment is exact.
+    By default there are at least twice as many draws as latent dimensions: their second moment is
+    exact.
     """
-    z = draw(q, normal_points(n_samples or 2 * q.mean.shape[-1], q.mean, seed=1))
+    z = draw(q, normal_points(n_samples or max(16, 2 * q.mean.shape[-1]), q.mean, seed=1))
     return model.log_likelihood(batch, z).mean(0) - kl_to_prior(q)
 
 

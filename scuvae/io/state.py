@@ -157,9 +157,11 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
 
 
-def write_posterior(adata: AnnData, key: str | None, q: Distribution, covariance: str) -> None:
+def write_posterior(
+    adata: AnnData, key: str | None, q: Distribution, covariance: str, default: str = DEFAULT
+) -> None:
     """q of every cell into ``obsm``."""
-    keys = Keys.of(key)
+    keys = Keys.of(key, default)
     for slot in (keys.mean, keys.scale, keys.covariance):
         if slot in adata.obsm:
             del adata.obsm[slot]

@@ -8,6 +8,9 @@ from scuvae.model.batch import Batch, dense
 from scuvae.model.likelihoods import Gaussian, Likelihood
 from scuvae.model.networks import Decoder, Encoder
 
+# Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
+JACOBIAN_NUMBERS = 2**18
+
 
 class VAE(nn.Module):
     """z ~ N(0, I), x ~ likelihood(decoder(z)); it knows nothing of how z is inferred.
@@ -34,6 +37,10 @@ class VAE(nn.Module):
         return self.decoder.n_latent
 
     @property
+    def n_vars(self) -> int:
+        return self.likelihood.n_vars
+
+    @property
     def prior(self) -> Distribution:
         zero = next(self.decoder.parameters()).new_zeros(self.n_latent)
         return Independent(Normal(zero, torch.ones_like(zero)), 1)
@@ -47,6 +54,31 @@ class VAE(nn.Module):
         eta = self.decoder(z, batch.covariates)
         out: Tensor = self.likelihood.log_prob(batch.x, eta, batch.size_factor, batch.observed)
         return out
+
+    @torch.no_grad()
+    def curvature(self, batch: Batch, z: Tensor) -> Tensor:
+        """J_cᵀ diag(w) J_c ≈ −∇²_z log p(x | z), (cells, latent, latent).
+
+        The Jacobians of a few cells at a time are written out, whatever the number of cells.
+        """
+        eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
+        fisher, centre = self.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+        root = fisher.sqrt()
+        n_cells, n_latent, width = tangent.shape
+        # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
+        shift = tangent.new_zeros(n_cells, n_latent, 1)
+        if centre is not None:
+            shift = -(tangent @ (centre @ weight).unsqueeze(-1))
+        chunk = max(1, JACOBIAN_NUMBERS // (len(weight) * n_latent))
+        parts = []
+        for first in range(0, n_cells, chunk):
+            some = slice(first, first + chunk)
+            jacobian = torch.addmm(
+                shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
+            ).view(-1, n_latent, len(weight))
+            jacobian *= root[some].unsqueeze(-2)
+            parts.append(jacobian @ jacobian.mT)
+        return torch.cat(parts)
 
     def encode(self, batch: Batch) -> Distribution:
         """The encoder's q for a batch."""

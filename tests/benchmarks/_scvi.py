@@ -28,8 +28,9 @@ MODEL: dict[str, Any] = {
     "gene_likelihood": "nb",
     "use_observed_lib_size": True,
 }
-# Of all that SCVI holds, what its NB needs in evaluation.
+# Of all that SCVI holds, what its NB needs in evaluation, and its ZINB beside.
 _NEEDED = ("px_r", "z_encoder.", "decoder.px_decoder.", "decoder.px_scale_decoder.")
+_INFLATION = "decoder.px_dropout_decoder."
 
 
 def default_epochs(n_obs: int) -> int:
@@ -62,21 +63,29 @@ class Trace:
 
 
 def trace(
-    train: ad.AnnData, seed: int, max_epochs: int, *, name: str, cache: str | None, every: int = 5
+    train: ad.AnnData,
+    seed: int,
+    max_epochs: int,
+    *,
+    name: str,
+    cache: str | None,
+    every: int = 5,
+    likelihood: str = "nb",
 ) -> Trace:
     """SCVI's training on these cells, from the cache or anew.
 
     A run of more epochs begins as a run of fewer does, epoch for epoch: SCVI's defaults have no
     schedule that depends on ``max_epochs`` (its KL warm-up takes 400 epochs in any case).
     """
-    base = Path(cache) / f"scvi_{name}_{train.n_vars}_seed{seed}" if cache else None
+    stem = "scvi" if likelihood == "nb" else f"scvi_{likelihood}"
+    base = Path(cache) / f"{stem}_{name}_{train.n_vars}_seed{seed}" if cache else None
     if base is not None and base.with_suffix(".json").exists():
         about = json.loads(base.with_suffix(".json").read_text())
         same = about["n_obs"] == train.n_obs and about["total"] == float(train.X.sum())
         if same and about["epochs"][-1] >= max_epochs and max_epochs in about["epochs"]:
             with np.load(base.with_suffix(".npz")) as arrays:
                 return Trace(about, dict(arrays))
-    run = _train(train, seed, max_epochs, every)
+    run = _train(train, seed, max_epochs, every, likelihood)
     if base is not None:
         base.parent.mkdir(parents=True, exist_ok=True)
         np.savez(base.with_suffix(".npz"), **run.weights)
@@ -84,14 +93,21 @@ def trace(
     return run
 
 
-def seconds_per_epoch(train: ad.AnnData, n_epochs: int = 3, *, batch_size: int = 128) -> float:
+def seconds_per_epoch(
+    train: ad.AnnData, n_epochs: int = 3, *, likelihood: str = "nb", batch_size: int = 128
+) -> float:
     """What an epoch of SCVI costs now, the machine as busy as it is; the first is not counted."""
-    run = _train(train, 0, n_epochs + 1, n_epochs + 1, batch_size)
+    run = _train(train, 0, n_epochs + 1, n_epochs + 1, likelihood, batch_size)
     return (run.cpu_s[-1] - run.cpu_s[0]) / n_epochs
 
 
 def _train(
-    train: ad.AnnData, seed: int, max_epochs: int, every: int, batch_size: int = 128
+    train: ad.AnnData,
+    seed: int,
+    max_epochs: int,
+    every: int,
+    likelihood: str = "nb",
+    batch_size: int = 128,
 ) -> Trace:
     threads = torch.get_num_threads()
     warnings.filterwarnings("ignore", module="lightning")
@@ -105,7 +121,9 @@ def _train(
     torch.set_num_threads(threads)
     adata = train.copy()
     scvi.model.SCVI.setup_anndata(adata)
-    model = scvi.model.SCVI(adata, **MODEL)
+    options = {**MODEL, "gene_likelihood": likelihood}
+    needed = _NEEDED if likelihood == "nb" else (*_NEEDED, _INFLATION)
+    model = scvi.model.SCVI(adata, **options)
     # Often at first, every fifth epoch of the first 200, then every twentieth.
     keep = {1, 2, 3, max_epochs}
     keep |= {e for e in range(every, max_epochs + 1, every) if e <= 200 or e % (4 * every) == 0}
@@ -127,7 +145,7 @@ def _train(
                         {
                             name: value.numpy().copy()
                             for name, value in model.module.state_dict().items()
-                            if name.startswith(_NEEDED)
+                            if name.startswith(needed)
                         }
                     )
 
@@ -144,7 +162,7 @@ def _train(
     about = {
         "scvi_tools": scvi.__version__,
         "torch": torch.__version__,
-        "model": MODEL,
+        "model": options,
         "seed": seed,
         "n_obs": train.n_obs,
         "n_vars": train.n_vars,
@@ -154,6 +172,23 @@ def _train(
         "whole_call_cpu_s": whole.seconds(),
     }
     return Trace(about, {name: np.stack([s[name] for s in states]) for name in states[0]})
+
+
+def as_scvi(run: Trace, epoch: int, train: ad.AnnData) -> Any:
+    """scvi-tools' own model with the weights that a run had after an epoch.
+
+    ``train`` is set up for it. What the weights lack, evaluation does not ask for.
+    """
+    import scvi
+
+    scvi.model.SCVI.setup_anndata(train)
+    model = scvi.model.SCVI(train, **run.about["model"])
+    found = model.module.load_state_dict(run.state(epoch), strict=False)
+    if found.unexpected_keys or any(name.startswith(_NEEDED) for name in found.missing_keys):
+        raise RuntimeError(f"this scvi-tools names SCVI's weights differently: {found}")
+    model.module.eval()
+    model.is_trained_ = True
+    return model
 
 
 # --- SCVI's weights as a VAE ---------------------------------------------------------------------

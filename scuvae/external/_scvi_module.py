@@ -1,0 +1,210 @@
+"""A trained module of scvi-tools as a model that refinement can work on.
+
+:class:`Bridge` has what :func:`scuvae.inference.refine.refine` asks of a VAE: ``log_likelihood``,
+``curvature``, ``prior`` and the widths. The networks stay scvi-tools' own, so that layers,
+norms, activations and covariates are what they were in training; Jacobians are forward mode.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.nn import functional as F
+
+from scuvae.external._likelihoods import LIKELIHOODS, Heads
+from scuvae.model import VAE, Batch, SparseRows, negative_binomial
+from scuvae.model.batch import sparse
+from scuvae.model.vae import JACOBIAN_NUMBERS
+
+# Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
+_X, _BATCH, _LABELS = "X", "batch", "labels"
+_CONTINUOUS, _CATEGORICAL = "extra_continuous_covs", "extra_categorical_covs"
+_SIZE_FACTOR = "size_factor"
+# An empty cell has a size factor of 0.
+_TINY = 1e-30
+
+
+class Bridge(nn.Module):
+    """p(x | z) of a module, copied, in evaluation mode, its weights frozen.
+
+    ``Batch.covariates`` holds all that the decoder is told beside z, in one row a cell: continuous
+    covariates, batch embedding, one-hot categories, and the number of the dispersion's column.
+    """
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+        self.module.minified_data_type = None  # its encoder is asked about counts
+        self.likelihood = LIKELIHOODS[module.gene_likelihood]
+        self.n_latent, self.n_vars = int(module.n_latent), int(module.n_input)
+        self.linear = not hasattr(module.decoder, "px_decoder")
+        self.device = device
+
+    def as_vae(self) -> VAE:
+        """Itself, for functions that are typed for our own model and use only what is here."""
+        return cast(VAE, self)
+
+    @property
+    def prior(self) -> Distribution:
+        zero = torch.zeros(self.n_latent, device=self.device)
+        return Independent(Normal(zero, torch.ones_like(zero)), 1)
+
+    @torch.no_grad()
+    def read(self, tensors: dict[str, Tensor], index: Tensor) -> tuple[Batch, Distribution]:
+        """A batch of scvi-tools' loader as one of ours, and the encoder's q for it."""
+        given = {name: value.to(self.device) for name, value in tensors.items()}
+        x = given[_X].float()
+        inputs = self.module._get_inference_input(given)
+        qz = self.module.inference(**inputs)["qz"]
+        scale = given[_SIZE_FACTOR] if self.module.use_size_factor_key else x.sum(1, keepdim=True)
+        batch = Batch(
+            x if self.module.gene_likelihood == "normal" else SparseRows.from_dense(x),
+            index.to(self.device),
+            scale.float().squeeze(-1),
+            self._conditions(given),
+        )
+        return batch, Independent(Normal(qz.loc, qz.scale, validate_args=False), 1)
+
+    def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
+        """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
+        if self._is_ours:
+            eta = self._decode(z.flatten(0, -2), _repeat(cast(Tensor, batch.covariates), z))[0]
+            eta = eta.view(*z.shape[:-1], self.n_vars)
+            size = batch.size_factor.clamp_min(_TINY)
+            return negative_binomial.log_prob(sparse(batch.x), eta, size, self.module.px_r)
+        return self.likelihood.log_prob(batch.x, self.heads(batch, z))
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether log p(x | η) is our negative binomial, which is faster than these."""
+        module = self.module
+        kind = module.gene_likelihood, module.dispersion
+        return kind == ("nb", "gene") and not module.use_size_factor_key
+
+    def heads(self, batch: Batch, z: Tensor) -> Heads:
+        conditions = cast(Tensor, batch.covariates)
+        eta, logit, log_theta = self._decode(z.flatten(0, -2), _repeat(conditions, z))
+        shape = (*z.shape[:-1], self.n_vars)
+        log_mu = self._activation(eta.view(shape)) + _log(batch.size_factor).unsqueeze(-1)
+        return Heads(
+            log_mu,
+            None if logit is None else logit.view(shape),
+            self._dispersion(conditions) if log_theta is None else log_theta.view(shape),
+        )
+
+    @torch.no_grad()
+    def curvature(self, batch: Batch, z: Tensor) -> Tensor:
+        """−∇²_z log p(x | z), about, (cells, latent, latent); a few cells at a time."""
+        chunk = max(1, JACOBIAN_NUMBERS // (self.n_vars * z.shape[-1]))
+        parts = []
+        for rows in torch.arange(len(z), device=z.device).split(chunk):
+            root = self.curvature_root(batch.take(rows), z[rows])
+            parts.append(root @ root.mT)
+        return torch.cat(parts)
+
+    def curvature_root(self, batch: Batch, z: Tensor) -> Tensor:
+        """R with R Rᵀ ≈ −∇²_z log p(x | z), (cells, latent, outputs)."""
+        conditions = cast(Tensor, batch.covariates)
+
+        def decode(z: Tensor) -> tuple[Tensor, ...]:
+            return tuple(head for head in self._decode(z, conditions) if head is not None)
+
+        def along(direction: Tensor) -> Any:
+            return torch.func.jvp(decode, (z,), (direction.expand_as(z),))
+
+        basis = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+        outputs: Any = (None, 1)  # values once, slopes for each direction
+        values, slopes = torch.func.vmap(along, out_dims=outputs)(basis)
+        eta, slope = values[0], slopes[0]
+        rest, rest_slopes = list(values[1:]), list(slopes[1:])
+        logit = logit_slope = log_theta_slope = None
+        log_theta = self._dispersion(conditions)
+        if self.module.gene_likelihood == "zinb":
+            logit, logit_slope = rest.pop(0), rest_slopes.pop(0)
+        if rest:
+            log_theta, log_theta_slope = rest[0], rest_slopes[0]
+        if self.module.use_size_factor_key:  # μ = ℓ softplus(η)
+            slope = slope * (torch.sigmoid(eta) / F.softplus(eta)).unsqueeze(-2)
+        else:  # μ = ℓ softmax(η)
+            slope = slope - slope @ eta.softmax(-1).unsqueeze(-1)
+        log_mu = self._activation(eta) + _log(batch.size_factor).unsqueeze(-1)
+        return self.likelihood.root(
+            Heads(log_mu, logit, log_theta), Heads(slope, logit_slope, log_theta_slope)
+        )
+
+    # --- the module's own networks ---------------------------------------------------------------
+
+    def _decode(self, z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """η, logit and log θ as functions of z, (cells, genes); None where there is no such."""
+        module, decoder = self.module, self.module.decoder
+        beside, categories = self._split(conditions)
+        entered = torch.cat([z, beside], -1)
+        inflated = module.gene_likelihood == "zinb"
+        if self.linear:
+            eta = decoder.factor_regressor(entered, *categories)
+            logit = decoder.px_dropout_decoder(entered, *categories) if inflated else None
+            return eta, logit, None
+        h = decoder.px_decoder(entered, *categories)
+        logit = decoder.px_dropout_decoder(h) if inflated else None
+        per_cell = module.dispersion == "gene-cell" and module.gene_likelihood != "poisson"
+        log_theta = decoder.px_r_decoder(h) if per_cell else None
+        return decoder.px_scale_decoder[0](h), logit, log_theta
+
+    def _activation(self, eta: Tensor) -> Tensor:
+        if self.module.use_size_factor_key:
+            return _log(F.softplus(eta))
+        return F.log_softmax(eta, -1)
+
+    def _dispersion(self, conditions: Tensor) -> Tensor | None:
+        """log θ where it does not depend on z: (genes,), or (cells, genes)."""
+        module = self.module
+        if module.gene_likelihood == "poisson" or module.dispersion == "gene-cell":
+            return None
+        px_r: Tensor = module.px_r
+        return px_r if module.dispersion == "gene" else px_r.T[conditions[:, -1].long()]
+
+    # --- what the decoder is told beside z -------------------------------------------------------
+
+    @property
+    def _categories(self) -> list[int]:
+        decoder = self.module.decoder
+        layers = decoder.factor_regressor if self.linear else decoder.px_decoder
+        return list(layers.n_cat_list)  # 0 for one that says nothing
+
+    def _conditions(self, given: dict[str, Tensor]) -> Tensor:
+        module, which = self.module, given[_BATCH]
+        columns = [given[_CONTINUOUS].float()] if _CONTINUOUS in given else []
+        codes = [which]
+        if module.batch_representation == "embedding":
+            columns.append(module.compute_embedding(_BATCH, which))
+            codes = []
+        if _CATEGORICAL in given:
+            codes += list(given[_CATEGORICAL].split(1, dim=1))
+        for code, n in zip(codes, self._categories, strict=False):
+            if n:
+                columns.append(F.one_hot(code.squeeze(-1).long(), n).float())
+        labels = given.get(_LABELS)
+        column = labels if module.dispersion == "gene-label" and labels is not None else which
+        return torch.cat([*columns, column.float()], 1)
+
+    def _split(self, conditions: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        widths = self._categories
+        rest, categories = conditions[:, :-1], list[Tensor | None]()
+        first = rest.shape[1] - sum(widths)
+        start = first
+        for n in widths:
+            categories.append(rest[:, start : start + n] if n else None)
+            start += n
+        return rest[:, :first], categories
+
+
+def _repeat(conditions: Tensor, z: Tensor) -> Tensor:
+    """The cells' conditions for every draw, as rows."""
+    return conditions.expand(*z.shape[:-1], -1).flatten(0, -2)
+
+
+def _log(values: Tensor) -> Tensor:
+    """ln, finite for an empty cell."""
+    return values.clamp_min(_TINY).log()
