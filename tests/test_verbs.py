@@ -232,7 +232,10 @@ def test_project_needs_no_cells_in_the_reference() -> None:
     reference, adata, other = fitted(), new_cells(), new_cells()
     tl.project(adata, reference)
     tl.project(other, reference[:0].copy())
-    assert fingerprint(other) == fingerprint(adata)
+    # Its cells are only where new ones may begin: a few end elsewhere, none far off.
+    a, b = scores(adata)["elbo"], scores(other)["elbo"]
+    assert abs(np.median(a - b)) < 0.2
+    assert abs((a - b).mean()) < 1
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
@@ -411,7 +414,8 @@ def test_score_columns(likelihood: str, amortized: bool | str) -> None:
     kl = torch.distributions.kl_divergence(q, prior)  # torch's own formula
     np.testing.assert_allclose(values["kl"], kl, rtol=1e-4, atol=1e-4)  # float32 log dets
     # Jensen, for the means over 200 draws; a cell's own may err by their noise.
-    assert (values["log_evidence"] > values["elbo"] - 0.5).all()
+    noise = adata.obs["scuvae_elbo_se"] + adata.obs["scuvae_log_evidence_se"]
+    assert (values["log_evidence"] > values["elbo"] - 0.5 - 5 * noise).all()
     assert values["log_evidence"].mean() > values["elbo"].mean()
 
 
