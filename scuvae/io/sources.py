@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scuvae.model import Batch, SparseRows
+
+
+# Cells that a total is taken over at once.
+_BLOCK = 2**16
 
 
 class Source(ABC):
@@ -42,7 +47,7 @@ class DenseSource(Source):
 
 
 class SparseSource(Source):
-    """A CSR matrix, its three arrays on the device."""
+    """A CSR matrix, its three arrays on the device; on a CPU the matrix's own, not copies."""
 
     def __init__(self, x: Any, device: torch.device) -> None:
         x = sp.csr_array(x)
@@ -50,9 +55,9 @@ class SparseSource(Source):
             x = x.copy()
             x.eliminate_zeros()
         self.shape = (x.shape[0], x.shape[1])
-        self.starts = torch.as_tensor(np.asarray(x.indptr, np.int64), device=device)
-        self.columns = torch.as_tensor(np.asarray(x.indices, np.int32).copy(), device=device)
-        self.values = torch.as_tensor(np.array(x.data, np.float32), device=device)
+        self.starts = _shared(x.indptr, np.int64).to(device)
+        self.columns = _shared(x.indices, np.int32).to(device)
+        self.values = _shared(x.data, np.float32).to(device)
 
     def rows(self, index: Tensor) -> SparseRows:
         start = self.starts.index_select(0, index)
@@ -69,8 +74,21 @@ class SparseSource(Source):
         )
 
     def totals(self) -> Tensor:
-        row = torch.repeat_interleave(self.starts.diff())
-        return self.values.new_zeros(self.shape[0]).index_add_(0, row, self.values)
+        # By blocks of cells: a row number for every nonzero would outweigh the matrix.
+        out = self.values.new_zeros(self.shape[0])
+        ends = self.starts[:: _BLOCK].tolist() + [len(self.values)]
+        for k, (first, last) in enumerate(pairwise(ends)):
+            cells = slice(k * _BLOCK, (k + 1) * _BLOCK)
+            length = self.starts[k * _BLOCK : (k + 1) * _BLOCK + 1].diff()
+            row = torch.repeat_interleave(length)
+            out[cells].index_add_(0, row, self.values[first:last])
+        return out
+
+
+def _shared(values: np.ndarray, dtype: Any) -> Tensor:
+    """A tensor over the same memory where the type is right: a fit only reads its matrix."""
+    values = np.ascontiguousarray(values, dtype)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 SOURCES: dict[str, Callable[[Any, torch.device], Source]] = {
