@@ -124,7 +124,12 @@ class _LogProb(torch.autograd.Function):
             grad_logit = grad.sum() * torch.sigmoid(-logit) - grad.flatten() @ kept.view(
                 -1, n_genes
             )
-        return through_softmax(slope, pi, x, grad_at * scores_at), grad_theta, grad_logit, *[None] * 3
+        return (
+            through_softmax(slope, pi, x, grad_at * scores_at),
+            grad_theta,
+            grad_logit,
+            *[None] * 3,
+        )
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:

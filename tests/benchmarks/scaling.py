@@ -3,8 +3,8 @@
     python tests/benchmarks/scaling.py --cells 1000 10000 100000 1000000 --json out.json
 
 Each size is a process of its own, so that its peak resident memory is its own: it reads the matrix
-that this one simulated by blocks, then calls ``tl.fit``. The time of an epoch is that of the training loop; the
-start by PCA and the final posteriors have columns of theirs.
+that this one simulated by blocks, then calls ``tl.fit``. The time of an epoch is that of the
+training loop; the start by PCA and the final posteriors have columns of theirs.
 """
 
 import argparse
