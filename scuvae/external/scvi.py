@@ -18,8 +18,8 @@ from scuvae.external._scvi_module import Bridge
 from scuvae.inference.comparison import compare
 from scuvae.inference.local_steps import THOROUGH, refine_natural
 from scuvae.inference.polish import refine_diagonal
-from scuvae.inference.refine import as_family, concatenate, select
-from scuvae.io.state import write_posterior
+from scuvae.inference.refine import as_family, select
+from scuvae.io.state import moments, write_posterior
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import random_state, resolve_device, show_progress, target
 
@@ -160,11 +160,11 @@ def refine(
 
     out = target(adata, copy)
     keys.clear(out)
-    write_posterior(out, key_added, concatenate(parts), covariance, default=SCVI)
-    encoder = concatenate(encoders)
+    write_posterior(out, key_added, moments(parts, covariance), default=SCVI)
+    encoder = moments(encoders, "diagonal")
     out.obsm[keys.variance] = out.obsm[keys.scale] ** 2
-    out.obsm[keys.encoder] = _array(encoder.mean)
-    out.obsm[keys.encoder_scale] = _array(encoder.stddev)
+    out.obsm[keys.encoder] = encoder["mean"]
+    out.obsm[keys.encoder_scale] = encoder["scale"]
     for name, column in columns.items():
         out.obs[keys.obs[name]] = _array(torch.cat(column))
     out.uns[keys.uns] = {"params": _params(model, covariance, max_steps, n_draws)}

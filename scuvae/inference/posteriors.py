@@ -76,26 +76,26 @@ class UnamortizedPosterior(Posterior):
         self.mean: Tensor
         self.raw: Tensor
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
-        self._leaves: tuple[Tensor, Tensor] | None = None
-        self._q: Distribution | None = None
+        self._last: tuple[Tensor, Tensor, Distribution] | None = None
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         mean = self.mean.index_select(0, batch.index)
         raw = self.raw.index_select(0, batch.index)
         if torch.is_grad_enabled():
-            self._leaves = mean.requires_grad_(), raw.requires_grad_(self.rule.moves_scale)
+            mean.requires_grad_()
+            raw.requires_grad_(self.rule.moves_scale)
         q = gaussian(mean, raw)
-        self._q = q
+        if torch.is_grad_enabled():
+            self._last = mean, raw, q
         return q
 
     def step(
         self, model: VAE, batch: Batch, *, scale: float, kl_weight: float, rate: float = 1.0
     ) -> None:
-        if self._leaves is None:
+        if self._last is None:
             raise RuntimeError("step() follows a call of the posterior and a backward pass")
-        (mean, raw), q = self._leaves, self._q
-        self._leaves = self._q = None
-        assert q is not None
+        mean, raw, q = self._last
+        self._last = None
         if mean.grad is None or (raw.grad is None and raw.requires_grad):
             raise RuntimeError("step() follows a backward pass through the posterior's q")
         raw_grad = None if raw.grad is None else raw.grad / scale

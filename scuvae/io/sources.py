@@ -1,7 +1,9 @@
 """Matrices as batches of cells, gathered on the device; the matrix is never densified."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,11 @@ from torch.nn import functional as F
 
 from scuvae.model import Batch, SparseRows
 
+logger = logging.getLogger("scuvae")
+
+# Cells that a total is taken over at once.
+_BLOCK = 2**16
+
 
 class Source(ABC):
     """The values of some cells by row number."""
@@ -19,8 +26,8 @@ class Source(ABC):
     shape: tuple[int, int]
 
     @abstractmethod
-    def rows(self, index: Tensor) -> Tensor | SparseRows:
-        """Values of the rows ``index``, in that order."""
+    def rows(self, index: Tensor, on_host: Tensor | None = None) -> Tensor | SparseRows:
+        """Values of the rows ``index``, in that order; ``on_host`` is ``index`` on the host."""
 
     @abstractmethod
     def totals(self) -> Tensor:
@@ -34,7 +41,7 @@ class DenseSource(Source):
         self.shape = (x.shape[0], x.shape[1])
         self.x = torch.as_tensor(np.array(x, np.float32, order="C"), device=device)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, on_host: Tensor | None = None) -> Tensor:
         return self.x[index]
 
     def totals(self) -> Tensor:
@@ -42,7 +49,11 @@ class DenseSource(Source):
 
 
 class SparseSource(Source):
-    """A CSR matrix, its three arrays on the device."""
+    """A CSR matrix, its three arrays on the device; on a CPU the matrix's own, not copies.
+
+    Where they would take more than half of a GPU's free memory, indices and values stay on the
+    host in pinned memory, and those of a batch are sent when it is asked for.
+    """
 
     def __init__(self, x: Any, device: torch.device) -> None:
         x = sp.csr_array(x)
@@ -50,27 +61,69 @@ class SparseSource(Source):
             x = x.copy()
             x.eliminate_zeros()
         self.shape = (x.shape[0], x.shape[1])
-        self.starts = torch.as_tensor(np.asarray(x.indptr, np.int64), device=device)
-        self.columns = torch.as_tensor(np.asarray(x.indices, np.int32).copy(), device=device)
-        self.values = torch.as_tensor(np.array(x.data, np.float32), device=device)
+        self.device = device
+        starts = _shared(x.indptr, np.int64)
+        self.host_lengths = starts.diff()
+        columns, values = _shared(x.indices, np.int32), _shared(x.data, np.float32)
+        self.resident = _fits(8 * len(values), device)
+        if self.resident:
+            starts, columns, values = starts.to(device), columns.to(device), values.to(device)
+        else:
+            columns, values = columns.pin_memory(), values.pin_memory()
+        self.starts, self.columns, self.values = starts, columns, values
 
-    def rows(self, index: Tensor) -> SparseRows:
+    def rows(self, index: Tensor, on_host: Tensor | None = None) -> SparseRows:
+        on_host = index.cpu() if on_host is None else on_host
+        # The host knows how many entries there are: a GPU would have to be asked.
+        total = int(self.host_lengths.index_select(0, on_host).sum())
+        if not self.resident:
+            index = on_host
         start = self.starts.index_select(0, index)
         length = self.starts.index_select(0, index + 1) - start
-        row = torch.repeat_interleave(length)
+        row = torch.repeat_interleave(length, output_size=total)
         # Where a row's entries lie in the matrix, less where they lie in the batch.
         shift = start - (length.cumsum(0) - length)
         at = torch.arange(len(row), device=row.device).add_(shift.index_select(0, row))
-        return SparseRows(
-            row,
-            self.columns.index_select(0, at).long(),
-            self.values.index_select(0, at),
-            (len(index), self.shape[1]),
-        )
+        columns, values = self.columns.index_select(0, at), self.values.index_select(0, at)
+        if not self.resident:
+            row, columns, values = (
+                part.pin_memory().to(self.device, non_blocking=True)
+                for part in (row, columns, values)
+            )
+        return SparseRows(row, columns.long(), values, (len(index), self.shape[1]))
 
     def totals(self) -> Tensor:
-        row = torch.repeat_interleave(self.starts.diff())
-        return self.values.new_zeros(self.shape[0]).index_add_(0, row, self.values)
+        # By blocks of cells: a row number for every nonzero would outweigh the matrix.
+        out = self.values.new_zeros(self.shape[0])
+        ends = [*self.starts[::_BLOCK].tolist(), len(self.values)]
+        for k, (first, last) in enumerate(pairwise(ends)):
+            cells = slice(k * _BLOCK, (k + 1) * _BLOCK)
+            length = self.starts[k * _BLOCK : (k + 1) * _BLOCK + 1].diff()
+            row = torch.repeat_interleave(length)
+            out[cells].index_add_(0, row, self.values[first:last])
+        return out.to(self.device)
+
+
+def _fits(n_bytes: int, device: torch.device) -> bool:
+    """Whether a matrix of so many bytes goes to the device, which is logged with the sizes."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = n_bytes <= free / 2
+    logger.info(
+        "the matrix takes %.2f GB, %s has %.2f GB free: it %s",
+        n_bytes / 1e9,
+        device,
+        free / 1e9,
+        "moves there" if fits else "stays in pinned memory, and batches are sent one by one",
+    )
+    return fits
+
+
+def _shared(values: np.ndarray, dtype: Any) -> Tensor:
+    """A tensor over the same memory where the type is right: a fit only reads its matrix."""
+    values = np.ascontiguousarray(values, dtype)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 SOURCES: dict[str, Callable[[Any, torch.device], Source]] = {
@@ -117,12 +170,17 @@ class Cells:
     def __len__(self) -> int:
         return self.source.shape[0]
 
-    def batch(self, index: Tensor) -> Batch:
+    def batch(self, index: Tensor, on_host: Tensor | None = None) -> Batch:
         covariates = None
         if self.codes is not None:
             covariates = F.one_hot(self.codes[index], self.n_categories).to(self.size_factor)
         return Batch(
-            self.source.rows(index), index, self.size_factor[index], covariates, self.observed
+            self.source.rows(index, on_host),
+            index,
+            self.size_factor[index],
+            covariates,
+            self.observed,
+            on_host,
         )
 
     def loader(
@@ -139,13 +197,15 @@ class Loader:
     ) -> None:
         self.cells = cells
         self.index = rows
+        self.on_host = rows.cpu()
         self.batch_size = batch_size
         self.generator = generator
 
     def __iter__(self) -> Iterator[Batch]:
-        index = self.index
+        index, on_host = self.index, self.on_host
         if self.generator is not None and self.batch_size < len(index):
-            order = torch.randperm(len(index), generator=self.generator)
-            index = index[order.to(index.device)]
-        for part in index.split(self.batch_size):
-            yield self.cells.batch(part)
+            on_host = on_host[torch.randperm(len(index), generator=self.generator)]
+            index = on_host.to(index.device)
+        parts = zip(index.split(self.batch_size), on_host.split(self.batch_size), strict=True)
+        for part, host_part in parts:
+            yield self.cells.batch(part, host_part)

@@ -1,5 +1,6 @@
 """A fit in ``uns``: the model as plain arrays, and back."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,22 +158,37 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
 
 
+def moments(parts: Iterable[Distribution], covariance: str) -> dict[str, np.ndarray]:
+    """Means, scales and, where it is full, packed covariances of q, over parts of the cells.
+
+    A part at a time: factors and covariances of all cells at once would outweigh their table.
+    """
+    found: dict[str, list[np.ndarray]] = {"mean": [], "scale": []}
+    if covariance == "full":
+        found["covariance"] = []
+    for q in parts:
+        found["mean"].append(_array(q.mean))
+        found["scale"].append(_array(q.stddev))
+        if covariance == "full":
+            if isinstance(q, MultivariateNormal):
+                matrix = q.covariance_matrix
+            else:
+                matrix = torch.diag_embed(q.variance)
+            found["covariance"].append(_array(pack(matrix)))
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
 def write_posterior(
-    adata: AnnData, key: str | None, q: Distribution, covariance: str, default: str = DEFAULT
+    adata: AnnData, key: str | None, values: dict[str, np.ndarray], default: str = DEFAULT
 ) -> None:
-    """q of every cell into ``obsm``."""
+    """The :func:`moments` of every cell's q into ``obsm``, in place of those of an earlier fit."""
     keys = Keys.of(key, default)
-    for slot in (keys.mean, keys.scale, keys.covariance):
+    slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
+    for name, slot in slots.items():
         if slot in adata.obsm:
             del adata.obsm[slot]
-    adata.obsm[keys.mean] = _array(q.mean)
-    adata.obsm[keys.scale] = _array(q.stddev)
-    if covariance == "full":
-        if isinstance(q, MultivariateNormal):
-            matrix = q.covariance_matrix
-        else:
-            matrix = torch.diag_embed(q.variance)
-        adata.obsm[keys.covariance] = _array(pack(matrix))
+        if name in values:
+            adata.obsm[slot] = values[name]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

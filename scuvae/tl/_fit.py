@@ -244,7 +244,7 @@ def fit(
 
     out = target(adata, copy)
     keys.clear(out)
-    write_posterior(out, key_added, q, settings.covariance)
+    write_posterior(out, key_added, q)
     out.obs[keys.obs["split"]] = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
     )

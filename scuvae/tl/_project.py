@@ -12,10 +12,10 @@ from anndata import AnnData
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import concatenate, likeliest_start, refine
+from scuvae.inference.refine import likeliest_start, refine
 from scuvae.inference.validation import encoded, start
 from scuvae.io import inputs
-from scuvae.io.state import read_entry, read_fit, write_posterior
+from scuvae.io.state import moments, read_entry, read_fit, write_posterior
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import CHUNK, cells_of, resolve_device, step_options, target
 
@@ -140,7 +140,7 @@ def project(
             )
     out = target(adata, copy)
     keys.clear(out)
-    write_posterior(out, key_added, concatenate(parts), covariance)
+    write_posterior(out, key_added, moments(parts, covariance))
     out.uns[keys.uns] = entry
     return out if copy else None
 

@@ -8,11 +8,11 @@ from anndata import AnnData
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
-from scuvae.inference.refine import as_family, concatenate, select
+from scuvae.inference.refine import as_family, select
 from scuvae.inference.refine import refine as refine_batch
 from scuvae.inference.validation import start
 from scuvae.io import inputs
-from scuvae.io.state import read_entry, read_fit, read_posterior, write_posterior
+from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
 from scuvae.model import gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, resolve_device, step_options, target
@@ -113,5 +113,5 @@ def refine(
     out.uns[keys.uns] = entry
     if split is not None:
         out.obs[keys.obs["split"]] = split
-    write_posterior(out, key if key_added is None else key_added, concatenate(parts), covariance)
+    write_posterior(out, key if key_added is None else key_added, moments(parts, covariance))
     return out if copy else None

@@ -1,6 +1,7 @@
 """A fit between tensors: start, train, and a posterior for every cell."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from scuvae.inference.posteriors import (
     SemiAmortizedPosterior,
     UnamortizedPosterior,
 )
-from scuvae.inference.refine import concatenate, refine
+from scuvae.inference.refine import refine
 from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
 from scuvae.inference.train import OPTIMIZERS, EarlyStopping, train
 from scuvae.inference.validation import HeldOutCells, encoded, start
 from scuvae.io.sources import Cells
-from scuvae.model import VAE
+from scuvae.io.state import moments
+from scuvae.model import VAE, Batch
 from scuvae.model.batch import dense
 from scuvae.model.gaussian import n_scale_parameters, pack
 from scuvae.tl._settings import INFERENCE, Settings
@@ -35,8 +37,8 @@ def run(
     early_stopping: bool,
     progress: bool | None,
     seed: int,
-) -> tuple[Distribution, list[dict[str, float]]]:
-    """Train, then give every cell its posterior."""
+) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    """Train, then give every cell its posterior: its moments, and the history."""
     where = next(model.parameters()).device
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
@@ -75,14 +77,14 @@ def run(
     if model.encoder is not None:
         settling = cells.loader(training, settings.batch_size)
         model.encoder.settle(dense(batch.x) for batch in settling)
-    return final_posterior(model, posterior, cells, settings, judge, validation), history
+    parts = final_posterior(model, posterior, cells, settings, judge, validation)
+    return moments(parts, settings.covariance), history
 
 
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
 def final_posterior(
     model: VAE,
     posterior: Posterior,
@@ -90,26 +92,26 @@ def final_posterior(
     settings: Settings,
     judge: HeldOutCells | None,
     validation: torch.Tensor,
-) -> Distribution:
-    """q of every cell under the final decoder: the encoder's, or refined to convergence."""
+) -> Iterator[Distribution]:
+    """q of every cell under the final decoder, in parts: the encoder's, or refined."""
     if judge is not None and isinstance(posterior, UnamortizedPosterior):
         posterior.store(validation, judge.q())
-    parts = []
     everyone = torch.arange(len(cells), device=cells.size_factor.device)
     for batch in cells.loader(everyone, CHUNK):
-        if isinstance(posterior, AmortizedPosterior):
-            parts.append(encoded(model, batch, settings.covariance))
-            continue
-        if isinstance(posterior, UnamortizedPosterior):
-            first = posterior(model, batch)
-        else:
-            first = start(model, batch, settings.covariance)
-        parts.append(
-            refine(
-                model, batch, [first], local_step=settings.local_step, kl_weight=settings.kl_weight
-            )
-        )
-    return concatenate(parts)
+        with torch.no_grad():
+            yield _final(model, posterior, batch, settings)
+
+
+def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
+    if isinstance(posterior, AmortizedPosterior):
+        return encoded(model, batch, settings.covariance)
+    if isinstance(posterior, UnamortizedPosterior):
+        first = posterior(model, batch)
+    else:
+        first = start(model, batch, settings.covariance)
+    return refine(
+        model, batch, [first], local_step=settings.local_step, kl_weight=settings.kl_weight
+    )
 
 
 def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:

@@ -1,0 +1,165 @@
+"""Time of an epoch and peak memory by the number of cells: simulated sparse counts × 2,000 genes.
+
+    python tests/benchmarks/scaling.py --cells 1000 10000 100000 1000000 --json out.json
+
+Each size is a process of its own, so that its peak resident memory is its own: it reads the matrix
+that this one simulated by blocks, then calls ``tl.fit``. The time of an epoch is that of the
+training loop; the start by PCA and the final posteriors have columns of theirs.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from _common import Clock, platform_of, print_table, simulated, write_json
+from scipy import sparse as sp
+
+COLUMNS = {
+    "cells": ("cells", ",d"),
+    "nonzeros": ("nonzeros", ".2e"),
+    "epoch_s": ("CPU s an epoch", ".2f"),
+    "us_per_cell": ("µs a cell", ".1f"),
+    "growth": ("/ that of 10⁴", ".2f"),
+    "whole_s": ("CPU s, whole fit", ".1f"),
+    "start_s": ("start", ".1f"),
+    "final_s": ("final q", ".1f"),
+    "matrix_mb": ("CSR, MB", ".0f"),
+    "before_mb": ("before the fit, MB", ".0f"),
+    "peak_mb": ("peak, MB", ".0f"),
+    "bound_mb": ("1.3 × bound, MB", ".0f"),
+    "share": ("peak / bound", ".2f"),
+}
+N_LATENT = 10
+ARRAYS = ("data", "indices", "indptr")
+
+
+class Trained(Exception):
+    """The training loop is over, and nobody asked for the final posteriors."""
+
+
+def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Fit the matrix in ``folder``, and say what it took; to be called in a fresh process."""
+    import anndata as ad
+
+    import scuvae
+
+    run = importlib.import_module("scuvae.tl._run")
+    arrays = [np.load(Path(folder) / f"{name}.npy") for name in ARRAYS]
+    n_cells = len(arrays[2]) - 1
+    x = sp.csr_matrix(tuple(arrays), shape=(n_cells, args.genes), copy=False)
+    adata = ad.AnnData(x)
+    before = _peak_mb()
+    matrix = x.data.nbytes + x.indices.nbytes + x.indptr.nbytes
+    clock = Clock()
+    marks: dict[str, Any] = {"epochs": []}
+    original = run.train
+
+    def traced(*positional: Any, **named: Any) -> Any:
+        theirs = named.pop("on_epoch")
+
+        def on_epoch(row: dict[str, float]) -> None:
+            theirs(row)
+            marks["epochs"].append(clock.seconds())
+
+        marks["start"] = clock.seconds()
+        found = original(*positional, on_epoch=on_epoch, **named)
+        marks["end"] = clock.seconds()
+        if args.no_final:
+            raise Trained
+        return found
+
+    with patch.object(run, "train", traced), suppress(Trained):
+        scuvae.tl.fit(
+            adata,
+            amortized={"unamortized": False, "amortized": True, "semi": "semi"}[args.inference],
+            likelihood="nb",
+            n_latent=N_LATENT,
+            max_epochs=args.max_epochs,
+            # Nothing is held out: the epochs are those of training alone.
+            validation_fraction=0.0,
+            early_stopping=False,
+            device="cpu",
+            progress=False,
+        )
+    whole = clock.seconds()
+    table = 4 * n_cells * (N_LATENT + N_LATENT * (N_LATENT + 1) // 2)
+    if args.inference == "amortized":
+        table = 4 * n_cells * 2 * N_LATENT
+    peak = _peak_mb()
+    # The CSR, the posterior table and its moments (as many numbers again), and 500 MB.
+    bound = 1.3 * ((matrix + 2 * table) / 1e6 + 500)
+    epochs = np.diff([marks["start"], *marks["epochs"]])
+    return {
+        "cells": n_cells,
+        "nonzeros": float(x.nnz),
+        "epoch_s": float(np.median(epochs)),
+        "us_per_cell": 1e6 * float(np.median(epochs)) / n_cells,
+        "whole_s": whole,
+        "start_s": marks["start"],
+        "final_s": whole - marks["end"],
+        "matrix_mb": matrix / 1e6,
+        "before_mb": before,
+        "peak_mb": peak,
+        "bound_mb": bound,
+        "share": peak / bound,
+    }
+
+
+def _peak_mb() -> float:
+    """Peak resident memory; Linux's ru_maxrss has that of the process which started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--cells", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    add("--genes", type=int, default=2000)
+    add("--density", type=float, default=0.08)
+    add("--inference", default="unamortized", choices=["unamortized", "amortized", "semi"])
+    add("--max-epochs", type=int, default=2)
+    add("--no-final", action="store_true", help="stop after training, without the final q")
+    add("--one", help="the matrix in this folder alone, as JSON: what each process does")
+    add("--json", help="file for all figures")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one_size(args.one, args)))
+        return
+    rows = []
+    for n_cells in args.cells:
+        with tempfile.TemporaryDirectory() as folder:
+            x = simulated(n_cells, args.genes, args.density)
+            for name in ARRAYS:
+                np.save(Path(folder) / f"{name}.npy", getattr(x, name))
+            del x
+            command = [sys.executable, __file__, "--one", folder]
+            for name in ("genes", "density", "inference", "max_epochs"):
+                command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+            command += ["--no-final"] * args.no_final
+            found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        rows.append(json.loads(found.stdout.decode().splitlines()[-1]))
+        print(f"{n_cells} cells: {rows[-1]['epoch_s']:.2f} CPU s an epoch", flush=True)
+    reference = next((row for row in rows if row["cells"] == 10_000), rows[0])
+    for row in rows:
+        row["growth"] = row["us_per_cell"] / reference["us_per_cell"]
+    print()
+    print_table(rows, COLUMNS)
+    write_json(args.json, {"platform": platform_of(), "arguments": vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
