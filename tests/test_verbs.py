@@ -232,10 +232,7 @@ def test_project_needs_no_cells_in_the_reference() -> None:
     reference, adata, other = fitted(), new_cells(), new_cells()
     tl.project(adata, reference)
     tl.project(other, reference[:0].copy())
-    # Its cells are only where new ones may begin: a few end elsewhere, none far off.
-    a, b = scores(adata)["elbo"], scores(other)["elbo"]
-    assert abs(np.median(a - b)) < 0.2
-    assert abs((a - b).mean()) < 1
+    assert fingerprint(other) == fingerprint(adata)
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])

@@ -79,15 +79,13 @@ def prior_start(model: VAE, n_cells: int, covariance: str) -> Distribution:
     return _wide(like.new_zeros(n_cells, model.n_latent), covariance)
 
 
-def likeliest_start(
-    model: VAE, batch: Batch, covariance: str, points: Tensor | None = None
-) -> Distribution:
-    """The prior's scales around the likeliest of its fixed draws and ``points``, for each cell.
+def likeliest_start(model: VAE, batch: Batch, covariance: str) -> Distribution:
+    """The prior's scales around the likeliest of its fixed draws, for each cell.
 
     Where refinement starts without an encoder: from the prior's mean it takes twice as many steps
     and may end in a worse mode.
     """
-    return _wide(likeliest(model, batch, points), covariance)
+    return _wide(likeliest(model, batch), covariance)
 
 
 def _wide(mean: Tensor, covariance: str) -> Distribution:

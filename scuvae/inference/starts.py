@@ -80,21 +80,17 @@ def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def likeliest(model: VAE, batch: Batch, points: Tensor | None = None) -> Tensor:
+def likeliest(model: VAE, batch: Batch) -> Tensor:
     """For each cell the z that explains it best among fixed draws of the prior, (cells, latent).
 
     Counts are compared as multinomial draws from the decoder's profiles, other values by
     weighted squares: products of matrices, so that hundreds of points cost less than a step.
-
-    Parameters
-    ----------
-    points
-        Further z to begin at, (points, latent), such as other cells' means.
+    Means of training cells as further points gain nothing, and would let a cell's posterior
+    depend on them.
     """
     like = next(model.decoder.parameters())
     drawn = normal_points(_PRIOR_POINTS, like.new_empty(model.n_latent)).squeeze(1)
-    options = [like.new_zeros(1, model.n_latent), drawn]
-    z = torch.cat(options if points is None else [*options, points.to(like)])
+    z = torch.cat([like.new_zeros(1, model.n_latent), drawn])
     if batch.covariates is None:
         return z[_affinity(model, batch, z, None).argmax(1)]
     out = like.new_empty(len(batch), model.n_latent)

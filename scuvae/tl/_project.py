@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 
 import anndata
-import numpy as np
 import torch
 from anndata import AnnData
 
@@ -18,9 +17,6 @@ from scuvae.io import inputs
 from scuvae.io.state import moments, read_entry, read_fit, write_posterior
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import CHUNK, cells_of, resolve_device, step_options, target
-
-# Cells of the reference whose means new cells may begin at.
-_REFERENCE_CELLS = 1024
 
 
 def project(
@@ -118,7 +114,6 @@ def project(
         raise ValueError(f"amortized=True, but {lacks}: pass amortized=False")
 
     model = fit.model.to(where)
-    others = _some_means(reference, key)
     parts = []
     everyone = torch.arange(len(cells), device=where)
     with torch.no_grad():
@@ -126,7 +121,7 @@ def project(
             if amortized:
                 parts.append(encoded(model, batch, covariance))
                 continue
-            starts = [likeliest_start(model, batch, covariance, others)]
+            starts = [likeliest_start(model, batch, covariance)]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, covariance))
             parts.append(refine(model, batch, starts, **options))
@@ -143,12 +138,6 @@ def project(
     write_posterior(out, key_added, moments(parts, covariance))
     out.uns[keys.uns] = entry
     return out if copy else None
-
-
-def _some_means(reference: AnnData, key: str | None) -> torch.Tensor:
-    """Means of reference cells, evenly spread over its rows: new cells may begin at them."""
-    means = np.asarray(reference.obsm[Keys.of(key).mean])
-    return torch.tensor(means[:: max(1, len(means) // _REFERENCE_CELLS)])
 
 
 def _read(path: str | PathLike[str]) -> AnnData:
