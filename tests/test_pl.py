@@ -1,5 +1,6 @@
 """The pictures against the numbers they are drawn from."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from scipy import sparse
 
 from scuvae import datasets, pl
-from scuvae.pl import _predicted
+from scuvae.pl import _predicted, _size
 
 
 @pytest.fixture(autouse=True)
@@ -342,6 +344,315 @@ def test_fits_survive_h5ad_and_are_drawn_the_same(simulated: ad.AnnData, tmp_pat
     simulated.write_h5ad(tmp_path / "a.h5ad")
     again = ad.read_h5ad(tmp_path / "a.h5ad")
     assert legend(pl.loss(again)) == legend(pl.loss(simulated))
+
+
+@pytest.fixture
+def scored() -> ad.AnnData:
+    """Gaps and ELBOs of a fit to a layer, in cells of ten types with scanpy's colours."""
+    adata = datasets.pbmc68k_counts()
+    generator = np.random.default_rng(0)
+    gap = generator.gamma(3.0, 2.0, adata.n_obs) + adata.obs["cell_type"].cat.codes.to_numpy() % 4
+    totals = np.asarray(adata.X.sum(axis=1)).ravel()
+    adata.obs["scuvae_amortization_gap"] = gap.astype(np.float32)
+    adata.obs["scuvae_elbo"] = (-totals + generator.normal(size=adata.n_obs)).astype(np.float32)
+    adata.uns["scuvae"] = fit(760.0, 665.0, amortized=True)
+    return adata
+
+
+def colour_of(adata: ad.AnnData, column: str) -> dict:
+    names = adata.obs[column].cat.categories
+    return {name: to_rgba(c) for name, c in zip(names, adata.uns[f"{column}_colors"], strict=True)}
+
+
+def box_edges(ax: Axes) -> list[np.ndarray]:
+    return [np.unique(patch.get_path().vertices[:4, 0]) for patch in ax.patches[:10]]
+
+
+def test_boxes_are_those_of_the_data(scored: ad.AnnData) -> None:
+    ax = pl.amortization_gap(scored, groupby="cell_type")
+    groups = scored.obs.groupby("cell_type", observed=True)["scuvae_amortization_gap"]
+    truth = groups.median().sort_values(kind="stable")
+    sizes = scored.obs["cell_type"].value_counts()
+    # From the bottom up, so that the largest is at the top.
+    assert [t.get_text() for t in ax.get_yticklabels()] == [
+        f"{n} ({sizes[n]})" for n in truth.index
+    ]
+    np.testing.assert_array_equal(ax.get_yticks(), np.arange(1, 11))
+    assert ax.get_ylim()[0] < 1 < 10 < ax.get_ylim()[1]
+
+    medians = [line for line in ax.get_lines() if line.get_linewidth() == 1.4]
+    np.testing.assert_allclose([line.get_xdata()[0] for line in medians], truth, rtol=1e-6)
+    np.testing.assert_allclose([line.get_ydata().mean() for line in medians], np.arange(1, 11))
+    colour = colour_of(scored, "cell_type")
+    for patch, edges, name in zip(ax.patches, box_edges(ax), truth.index, strict=True):
+        quartiles = np.percentile(groups.get_group(name), [25, 75])
+        np.testing.assert_allclose(edges, quartiles, rtol=1e-6)
+        assert patch.get_facecolor() == colour[name]
+
+    (zero,) = lines(ax, "--")
+    assert list(zero.get_xdata()) == [0, 0]
+    assert ax.get_xlim()[0] < 0
+    assert ax.get_xlabel() == "Amortization gap (nats per cell)"
+    assert ax.get_ylabel() == "cell_type"
+
+
+def test_cells_without_a_category_or_a_gap_are_left_out_and_counted(scored: ad.AnnData) -> None:
+    scored.obs.iloc[:7, scored.obs.columns.get_loc("cell_type")] = np.nan
+    scored.obs.iloc[5:9, scored.obs.columns.get_loc("scuvae_amortization_gap")] = np.nan
+    ax = pl.amortization_gap(scored, groupby="cell_type")
+    assert ax.get_xlabel().split("\n")[1:] == [
+        "(7 of 700 cells have no cell_type, not drawn)",
+        "(2 of 700 cells have no gap, not drawn)",
+    ]
+    drawn = [int(re.findall(r"\((\d+)\)$", t.get_text())[0]) for t in ax.get_yticklabels()]
+    assert sum(drawn) == 691
+    scored.obs["scuvae_amortization_gap"] = np.float32(np.nan)
+    with pytest.raises(ValueError, match=r"No cell has both .*obs\['cell_type'\]"):
+        pl.amortization_gap(scored, groupby="cell_type")
+
+
+def test_cells_far_out_do_not_flatten_the_boxes(scored: ad.AnnData) -> None:
+    column = scored.obs.columns.get_loc("scuvae_amortization_gap")
+    scored.obs.iloc[:2, column] = [2_000.0, -700.0]
+    ax = pl.amortization_gap(scored, groupby="cell_type")
+    ax.figure.canvas.draw()
+    assert ax.get_xscale() == "symlog"
+    assert ax.get_xlabel().endswith("\n(shaded: logarithmic)")
+    low, high = ax.get_xlim()
+    assert low < -700 < 2_000 < high
+    ticks = ax.get_xticks()
+    assert ((ticks > 50) & (ticks < high)).sum() >= 2
+    assert ((ticks < -50) & (ticks > low)).any()
+    assert "0" in [t.get_text() for t in ax.get_xticklabels()]
+    # The middle halves still have room.
+    to_axes = ax.transData + ax.transAxes.inverted()
+    widths = [np.ptp([to_axes.transform((x, 1))[0] for x in edges]) for edges in box_edges(ax)]
+    assert max(widths) > 0.08
+
+
+def test_labels_and_axes_lie_within_the_figure(scored: ad.AnnData) -> None:
+    scored.obs.iloc[0, scored.obs.columns.get_loc("cell_type")] = np.nan
+    scored.obs.iloc[1, scored.obs.columns.get_loc("scuvae_amortization_gap")] = 500.0
+    for figure in (
+        pl.amortization_gap(scored, groupby="cell_type", return_fig=True),
+        pl.elbo_by_size(scored, groupby="cell_type", return_fig=True),
+    ):
+        figure.canvas.draw()
+        (ax,) = figure.axes
+        names = ax.get_yticklabels() if ax.get_legend() is None else [ax.get_legend()]
+        boxes = [ax.xaxis.label, ax.yaxis.label, *names]
+        for box in [b.get_window_extent() for b in boxes]:
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert box.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("stored", [None, ["red", "blue"], ["no colour"] * 10])
+def test_colours_that_do_not_fit_are_replaced(stored: list | None, scored: ad.AnnData) -> None:
+    del scored.uns["cell_type_colors"]
+    if stored is not None:
+        scored.uns["cell_type_colors"] = np.array(stored, dtype=object)
+    ax = pl.amortization_gap(scored, groupby="cell_type")
+    assert len({patch.get_facecolor() for patch in ax.patches}) == 10
+
+
+def test_colours_go_with_their_categories_even_where_these_have_no_cells(
+    scored: ad.AnnData,
+) -> None:
+    colour = colour_of(scored, "cell_type")
+    kept = scored.obs["cell_type"].isin(["Dendritic", "CD19+ B"]).to_numpy()
+    scored.obs.loc[~kept, "cell_type"] = np.nan
+    ax = pl.amortization_gap(scored, groupby="cell_type")
+    found = {
+        t.get_text().rsplit(" ", 1)[0]: p
+        for t, p in zip(ax.get_yticklabels(), ax.patches, strict=True)
+    }
+    assert set(found) == {"Dendritic", "CD19+ B"}
+    assert all(patch.get_facecolor() == colour[name] for name, patch in found.items())
+    assert legend(pl.elbo_by_size(scored, groupby="cell_type")) == ["CD19+ B", "Dendritic", "NA"]
+
+
+@pytest.mark.parametrize("kind", ["str", "bool", "int", "float"])
+def test_columns_that_resemble_categories(kind: str, scored: ad.AnnData) -> None:
+    scored.obs["group"] = (np.arange(700) % 2).astype(kind)
+    ax = pl.amortization_gap(scored, groupby="group")
+    assert len(ax.patches) == 2
+    assert len(legend(pl.elbo_by_size(scored, groupby="group"))) == 2
+
+
+@pytest.mark.parametrize("draw", [pl.amortization_gap, pl.elbo_by_size])
+def test_wrong_groups(draw, scored: ad.AnnData) -> None:
+    with pytest.raises(ValueError, match=r"obs has no 'celltype'\. Did you mean 'cell_type'\?"):
+        draw(scored, groupby="celltype")
+    with pytest.raises(
+        ValueError, match=r"'percent_mito'\] holds \d+ different values \(float.*'cell_type'"
+    ):
+        draw(scored, groupby="percent_mito")
+    scored.obs["barcode"] = scored.obs_names
+    with pytest.raises(ValueError, match=r"'barcode'\] holds 700 different values"):
+        draw(scored, groupby="barcode")
+    scored.obs["none"] = np.nan
+    with pytest.raises(ValueError, match=r"'none'\] has no value in any of the 700 cells"):
+        draw(scored, groupby="none")
+    with pytest.raises(TypeError, match="is a list: pass the name of one column"):
+        draw(scored, groupby=["cell_type"])
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("draw", "name", "verb"),
+    [
+        (pl.amortization_gap, "amortization_gap", "amortization_gap"),
+        (pl.elbo_by_size, "elbo", "score"),
+    ],
+)
+def test_a_missing_score_names_the_call_that_writes_it(
+    draw, name: str, verb: str, scored: ad.AnnData
+) -> None:
+    with pytest.raises(ValueError, match=rf"no 'scuva_{name}'.* Did you mean 'scuvae'\?"):
+        draw(scored, groupby="cell_type", key="scuva")
+    scored.uns["k"] = fit(3.0, 2.0, amortized="semi")
+    with pytest.raises(
+        ValueError, match=rf"no 'k_{name}'\. Call scuvae\.tl\.{verb}\(adata, key='k'\) first"
+    ):
+        draw(scored, groupby="cell_type", key="k")
+    with pytest.raises(ValueError, match=r"Call scuvae\.external\.scvi\.refine\(model\) first"):
+        draw(without(scored, name), groupby="cell_type", key="scvi")
+    scored = without(scored, name)
+    with pytest.raises(ValueError, match=rf"Call scuvae\.tl\.{verb}\(adata\) first"):
+        draw(scored, groupby="cell_type")
+    scored.obs[f"scuvae_{name}"] = "high"
+    with pytest.raises(ValueError, match="not numbers"):
+        draw(scored, groupby="cell_type")
+    assert not plt.get_fignums()
+
+
+def without(adata: ad.AnnData, name: str) -> ad.AnnData:
+    out = adata.copy()
+    del out.obs[f"scuvae_{name}"]
+    return out
+
+
+def test_a_fit_without_an_encoder_has_no_gap(scored: ad.AnnData) -> None:
+    scored.uns["k"] = fit(3.0, 2.0, amortized=np.False_)
+    with pytest.raises(ValueError, match=r"uns\['k'\] is a fit with amortized=False"):
+        pl.amortization_gap(scored, groupby="cell_type", key="k")
+
+
+def by_cell(ax: Axes) -> np.ndarray:
+    """The points, sorted by their x and y, for they are drawn in a random order."""
+    points = np.asarray(ax.collections[0].get_offsets())
+    return points[np.lexsort(points.T)]
+
+
+def sorted_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    pairs = np.column_stack([x, y]).astype(float)
+    return pairs[np.lexsort(pairs.T)]
+
+
+def test_every_cell_is_a_point_of_its_colour(scored: ad.AnnData) -> None:
+    ax = pl.elbo_by_size(scored, groupby="cell_type")
+    totals = np.asarray(scored.X.sum(axis=1)).ravel()
+    np.testing.assert_allclose(by_cell(ax), sorted_pairs(totals, scored.obs["scuvae_elbo"]))
+    (cloud,) = ax.collections
+    assert cloud.get_rasterized()
+    # No two cells share an ELBO, so a point's tells whose colour it should be.
+    colour = colour_of(scored, "cell_type")
+    type_of = dict(
+        zip(scored.obs["scuvae_elbo"].astype(float), scored.obs["cell_type"], strict=True)
+    )
+    assert len(type_of) == 700
+    for (_, y), found in zip(cloud.get_offsets(), cloud.get_facecolors(), strict=True):
+        assert tuple(found[:3]) == colour[type_of[float(y)]][:3]
+    assert legend(ax) == list(scored.obs["cell_type"].cat.categories)
+    assert ax.get_legend().get_title().get_text() == "cell_type"
+    for handle, name in zip(ax.get_legend().legend_handles, legend(ax), strict=True):
+        assert to_rgba(handle.get_color()) == colour[name]
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "Total counts of 765 genes"
+    assert ax.get_ylabel() == "ELBO (nats per cell)"
+
+
+def test_without_groups_there_is_no_legend(scored: ad.AnnData) -> None:
+    ax = pl.elbo_by_size(scored)
+    assert ax.get_legend() is None
+    assert len(ax.collections[0].get_offsets()) == 700
+
+
+def test_sizes_are_of_the_fitted_genes_and_layer(
+    scored: ad.AnnData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genes = scored.var_names[::3]
+    truth = np.asarray(scored[:, genes].X.sum(axis=1)).ravel()
+    scored.layers["counts"] = scored.X.copy()
+    scored.X = np.log1p(scored.X)
+    scored.uns["scuvae"]["params"]["layer"] = "counts"
+    scored.uns["scuvae"]["var_names"] = np.array(genes, dtype=object)
+    monkeypatch.setattr(_size, "BLOCK", 100_000)
+    ax = pl.elbo_by_size(scored)
+    np.testing.assert_array_equal(
+        by_cell(ax)[:, 0], sorted_pairs(truth, scored.obs["scuvae_elbo"])[:, 0]
+    )
+    assert ax.get_xlabel() == "Total counts of 255 genes"
+
+    # Not a fit of ours: X, or the layer that is named.
+    scored.obs["scvi_elbo"] = scored.obs["scuvae_elbo"]
+    scored.uns["scvi"] = {"params": {}}
+    assert pl.elbo_by_size(scored, key="scvi").get_xlabel() == "Sum of values over 765 genes"
+    ax = pl.elbo_by_size(scored, key="scvi", layer="counts")
+    assert ax.get_xlabel() == "Total counts of 765 genes"
+    with pytest.raises(ValueError, match=r"layers has no 'count'\. Did you mean 'counts'\?"):
+        pl.elbo_by_size(scored, layer="count")
+
+
+@pytest.mark.parametrize(
+    "container", [sparse.csr_array, sparse.csc_matrix, np.asfortranarray, "backed"]
+)
+def test_sizes_in_any_container(container, scored: ad.AnnData, tmp_path) -> None:
+    expected = by_cell(pl.elbo_by_size(scored))
+    if container == "backed":
+        scored.write_h5ad(tmp_path / "a.h5ad")
+        scored = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    else:
+        scored.X = container(scored.X.toarray() if container is np.asfortranarray else scored.X)
+    scored.uns["scuvae"]["var_names"] = np.array(scored.var_names, dtype=object)
+    np.testing.assert_array_equal(by_cell(pl.elbo_by_size(scored)), expected)
+    if container == "backed":
+        scored.file.close()
+
+
+def test_the_size_axis_suits_the_sizes(scored: ad.AnnData) -> None:
+    for factor in (1, 1000):
+        scored.layers["counts"] = scored.X * factor
+        ax = pl.elbo_by_size(scored, layer="counts")
+        ax.figure.canvas.draw()
+        low, high = ax.get_xlim()
+        assert 2 <= sum(low <= t <= high for t in ax.get_xticks()) <= 8
+    scored.X = sparse.diags_array(np.arange(700) > 0, dtype=np.float32) @ scored.X
+    ax = pl.elbo_by_size(scored)
+    assert ax.get_xscale() == "symlog"
+    assert by_cell(ax)[:, 0].min() == 0
+    scored.layers["values"] = scored.X.toarray() - 5.5
+    assert pl.elbo_by_size(scored, layer="values").get_xscale() == "linear"
+    scored.obs.iloc[:3, scored.obs.columns.get_loc("scuvae_elbo")] = np.nan
+    ax = pl.elbo_by_size(scored)
+    assert "(3 of 700 cells have no score or total, not drawn)" in ax.get_xlabel()
+    assert len(ax.collections[0].get_offsets()) == 697
+
+
+@pytest.mark.parametrize("draw", [pl.amortization_gap, pl.elbo_by_size])
+def test_pictures_of_cells_change_nothing(draw, scored: ad.AnnData) -> None:
+    before, state = scored.copy(), np.random.get_state()[1].copy()  # noqa: NPY002
+    del scored.uns["cell_type_colors"]
+    _, ax = plt.subplots()
+    assert draw(scored, groupby="cell_type", ax=ax) is ax
+    assert isinstance(draw(scored, groupby="cell_type", return_fig=True), Figure)
+    assert len(plt.get_fignums()) == 2
+    pd.testing.assert_frame_equal(scored.obs, before.obs)
+    assert set(before.uns) - set(scored.uns) == {"cell_type_colors"}
+    assert (scored.X != before.X).nnz == 0
+    np.testing.assert_array_equal(state, np.random.get_state()[1])  # noqa: NPY002
 
 
 def test_pl_does_not_import_torch_or_scanpy() -> None:

@@ -1,6 +1,8 @@
 """Pictures of fits, in scanpy's manner, from what ``scuvae.tl`` wrote; torch is never imported."""
 
+from ._gap import amortization_gap
 from ._loss import loss
 from ._predicted import observed_vs_predicted
+from ._size import elbo_by_size
 
-__all__ = ["loss", "observed_vs_predicted"]
+__all__ = ["amortization_gap", "elbo_by_size", "loss", "observed_vs_predicted"]

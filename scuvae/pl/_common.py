@@ -1,7 +1,7 @@
 """What every picture shares: which fits there are, their colours, and when to show."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +13,9 @@ from .._errors import near
 from .._keys import DEFAULT
 
 T = TypeVar("T")
+
+# Entries read at once: 32 MiB a matrix in float64, whatever the size of the data.
+BLOCK = 4_194_304
 
 
 def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
@@ -32,6 +35,33 @@ def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
         if key not in known:
             raise ValueError(f"adata.uns has no fit {key!r}. {near(key, known)}")
     return asked
+
+
+def matrix(adata: AnnData, layer: str | None) -> Any:
+    """``adata.layers[layer]``, or ``adata.X`` for None."""
+    if layer is None:
+        if adata.X is None:
+            raise ValueError("adata.X is None: pass layer= with the observed values.")
+        return adata.X
+    if layer not in adata.layers:
+        raise ValueError(f"adata.layers has no {layer!r}. {near(layer, adata.layers)}")
+    return adata.layers[layer]
+
+
+def fitted_to(adata: AnnData, key: str | None, layer: str | None) -> tuple[Any, np.ndarray]:
+    """The matrix that a fit was fitted to, and its genes there as column numbers.
+
+    ``layer`` overrides the fit's own; without a fit (``key=None``), all genes.
+    """
+    fit = {} if key is None else adata.uns[key]
+    if fit and not layer:
+        layer = fit["params"].get("layer") or None
+    genes = np.arange(adata.n_vars)
+    if "var_names" in fit:
+        genes = np.flatnonzero(adata.var_names.isin(np.asarray(fit["var_names"])))
+        if not len(genes):
+            raise ValueError(f"adata.var_names has none of the genes of the fit {key!r}.")
+    return matrix(adata, layer), genes
 
 
 def colours(n: int) -> list[tuple[float, ...]]:

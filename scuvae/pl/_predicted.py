@@ -12,12 +12,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from .._errors import near
 from .._keys import DEFAULT
-from ._common import finish, fits
+from ._common import BLOCK, finish, fits, fitted_to, matrix
 
-# Entries read at once: 32 MiB a matrix in float64, whatever the size of the data.
-BLOCK = 4_194_304
 COLUMNS = 4
 
 
@@ -81,7 +78,7 @@ def observed_vs_predicted(
     panels = []
     if oracle is not None:
         fit = chosen[0] if chosen else None
-        panels.append(("Oracle", _Pair.of(adata, fit, layer, _layer(adata, oracle))))
+        panels.append(("Oracle", _Pair.of(adata, fit, layer, matrix(adata, oracle))))
     for key in chosen:
         panels.append((key, _Pair.of(adata, key, layer, _denoised(adata, key))))
     if not panels:
@@ -115,14 +112,8 @@ class _Pair:
     @classmethod
     def of(cls, adata: AnnData, key: str | None, layer: str | None, predicted: Any) -> "_Pair":
         """``layer=None``: the layer that the fit was fitted to."""
-        fit = {} if key is None else adata.uns[key]
-        layer = layer or fit["params"].get("layer") or None if fit else layer
-        genes = np.arange(adata.n_vars)
-        if "var_names" in fit:
-            genes = np.flatnonzero(adata.var_names.isin(np.asarray(fit["var_names"])))
-            if not len(genes):
-                raise ValueError(f"adata.var_names has none of the genes of the fit {key!r}.")
-        return cls(_layer(adata, layer), predicted, genes)
+        observed, genes = fitted_to(adata, key, layer)
+        return cls(observed, predicted, genes)
 
     def sample(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """At most ``n`` entries: rows and columns thinned alike, the same on every call."""
@@ -172,16 +163,6 @@ def _dense(block: Any) -> np.ndarray:
     if hasattr(block, "toarray"):
         block = block.toarray()
     return np.asarray(block, dtype=np.float64)
-
-
-def _layer(adata: AnnData, name: str | None) -> Any:
-    if name is None:
-        if adata.X is None:
-            raise ValueError("adata.X is None: pass layer= with the observed values.")
-        return adata.X
-    if name not in adata.layers:
-        raise ValueError(f"adata.layers has no {name!r}. {near(name, adata.layers)}")
-    return adata.layers[name]
 
 
 def _denoised(adata: AnnData, key: str) -> Any:

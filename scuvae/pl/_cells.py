@@ -1,0 +1,100 @@
+"""Columns of ``obs`` for the pictures of cells: scores by fit, categories and their colours."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.colors import is_color_like, to_rgba
+
+from .._errors import near
+from .._keys import DEFAULT, SCVI, Keys
+from ._common import colours
+
+# Above these nobody tells groups apart; floats are more often measurements than labels.
+MOST_LEVELS = 60
+MOST_FLOAT_LEVELS = 20
+
+
+def scores(adata: AnnData, key: str | None, name: str, verb: str) -> np.ndarray:
+    """The column ``name`` of a fit, in nats per cell; ``verb`` of ``scuvae.tl`` writes it."""
+    keys = Keys.of(key)
+    column = keys.obs[name]
+    if column not in adata.obs:
+        raise ValueError(_missing(adata, keys.uns, name, column, verb))
+    values = adata.obs[column]
+    if not pd.api.types.is_numeric_dtype(values):
+        raise ValueError(
+            f"adata.obs[{column!r}] holds {values.dtype} values, not numbers: call "
+            f"{_call(keys.uns, verb)} again"
+        )
+    return values.to_numpy(dtype=float)
+
+
+def _call(key: str, verb: str) -> str:
+    if key == SCVI:
+        return "scuvae.external.scvi.refine(model)"
+    return f"scuvae.tl.{verb}(adata{'' if key == DEFAULT else f', key={key!r}'})"
+
+
+def _missing(adata: AnnData, key: str, name: str, column: str, verb: str) -> str:
+    what = f"adata.obs has no {column!r}. "
+    fit = adata.uns.get(key)
+    params = fit.get("params", {}) if isinstance(fit, Mapping) else {}
+    if name == "amortization_gap" and not params.get("amortized", True):
+        return (
+            f"{what}adata.uns[{key!r}] is a fit with amortized=False: it has no encoder to judge. "
+            "Fit with amortized=True or 'semi'"
+        )
+    others = [str(c) for c in adata.obs if str(c).endswith(f"_{name}")]
+    if others and fit is None:
+        ends = [c.removesuffix(f"_{name}") for c in others]
+        return f"{what}adata.uns has no {key!r} either. For key=: {near(key, ends)}"
+    return f"{what}Call {_call(key, verb)} first."
+
+
+def categories(adata: AnnData, groupby: str) -> pd.Categorical:
+    """``obs[groupby]`` as categories, which it must be or resemble: few values, many cells each."""
+    if not isinstance(groupby, str):
+        raise TypeError(
+            f"groupby={groupby!r} is a {type(groupby).__name__}: pass the name of one column of "
+            "adata.obs"
+        )
+    if groupby not in adata.obs:
+        raise ValueError(f"adata.obs has no {groupby!r}. {near(groupby, adata.obs)}")
+    column = adata.obs[groupby]
+    levels = column.dropna().unique()
+    floats = pd.api.types.is_float_dtype(column)
+    most = MOST_FLOAT_LEVELS if floats else MOST_LEVELS
+    if len(levels) > most:
+        labels = [c for c in adata.obs if isinstance(adata.obs[c].dtype, pd.CategoricalDtype)]
+        known = f" Categorical columns: {near(groupby, labels)}" if labels else ""
+        raise ValueError(
+            f"adata.obs[{groupby!r}] holds {len(levels):,} different values ({column.dtype}), more "
+            f"than the {most} that can be told apart: pass a column of labels, or cut this one "
+            f"with pandas.cut.{known}"
+        )
+    if not len(levels):
+        raise ValueError(
+            f"adata.obs[{groupby!r}] has no value in any of the {adata.n_obs} cells: pass another "
+            "column"
+        )
+    return pd.Categorical(column)
+
+
+def category_colours(
+    adata: AnnData, groupby: str, groups: pd.Categorical
+) -> dict[object, tuple[float, ...]]:
+    """Each category's colour: scanpy's in ``uns`` where there are enough, else colours of ours."""
+    names = list(groups.categories)
+    stored = adata.uns.get(f"{groupby}_colors")
+    # scanpy, too, takes the first ones where there are too many.
+    known = [] if stored is None else list(np.ravel(stored))[: len(names)]
+    if len(known) == len(names) and all(is_color_like(c) for c in known):
+        return dict(zip(names, map(to_rgba, known), strict=True))
+    return dict(zip(names, colours(len(names)), strict=True))
+
+
+def left_out(n: int, of: int, why: str) -> str:
+    """A line below an axis label that says how many cells are not drawn; empty for none."""
+    return f"\n({n:,} of {of:,} cells {why}, not drawn)" if n else ""
