@@ -51,8 +51,8 @@ def project(
     key_added
         Name of the projection's slots; None for the default names.
     amortized
-        True: the encoder's q as it is. False: local steps from the prior, and from the encoder
-        where there is one; the better is kept for each cell.
+        True: the encoder's q as it is. False: local steps from the likeliest of some hundred draws
+        of the prior, and from the encoder where there is one; the better is kept for each cell.
     covariance
         ``"full"`` or ``"diagonal"``; None: as in the fit.
     max_steps
