@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +19,9 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from scuvae.inference.importance import draw_weights, log_mean
 from scuvae.inference.local_steps import normal_points
-from scuvae.inference.objectives import elbo, kl_to_prior, log_evidence_bound
+from scuvae.inference.objectives import elbo, kl_to_prior
 from scuvae.inference.refine import fixed_elbo
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES, n_scale_parameters, pack, unpack
@@ -86,28 +86,18 @@ def test_tiny_and_huge_scales_stay_finite() -> None:
     assert raw_scale(q).isfinite().all()
 
 
-class GivenDraws:
-    """A q whose draws are chosen by the test."""
-
-    def __init__(self, q: Distribution, draws: Tensor) -> None:
-        self.q, self.draws, self.used = q, draws, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.q, name)
-
-    def sample(self, shape: tuple[int, ...]) -> Tensor:
-        self.used += shape[0]
-        return self.draws[self.used - shape[0] : self.used]
-
-
-@pytest.mark.parametrize("draws_at_once", [1, 3, 7, 50])
+@pytest.mark.parametrize("n_draws", [1, 7, 23])
 @pytest.mark.parametrize("name", UNIQUE)
-def test_bound_is_its_definition(name: str, draws_at_once: int) -> None:
+def test_bound_is_its_definition(name: str, n_draws: int) -> None:
     model = model_of(name)
     x = cells_of(model, 5)
     batch, q = batch_of(x), random_q(5, 2, "full")
-    z = q.sample((7,))
-    found = log_evidence_bound(model, batch, GivenDraws(q, z), 7, draws_at_once=draws_at_once)
+    torch.manual_seed(3)
+    found, _ = log_mean(draw_weights(model, batch, [q], n_draws)[0].log_weight)
+    torch.manual_seed(3)
+    sizes = [10] * (n_draws // 10) + ([n_draws % 10] if n_draws % 10 else [])
+    noise = torch.cat([torch.randn(n, 5, 2, dtype=torch.float64) for n in sizes])
+    z = q.mean + (q.scale_tril @ noise[..., None])[..., 0]
     log_prior = -0.5 * z.square().sum(-1) - math.log(2 * math.pi)
     with torch.no_grad():
         log_p = model.likelihood.log_prob(x, model.decoder(z), x.sum(1))
@@ -123,7 +113,7 @@ def test_exact_posterior_has_no_variance() -> None:
     q = MultivariateNormal(mean, precision_matrix=precision)
     evidence = exact_evidence(model, x)
     for _ in range(5):
-        found = log_evidence_bound(model, batch_of(x), q, 1)
+        found, _ = log_mean(draw_weights(model, batch_of(x), [q], 1)[0].log_weight)
         torch.testing.assert_close(found, evidence, rtol=1e-10, atol=1e-9)  # roundings
 
 
@@ -210,11 +200,9 @@ def test_one_latent_dimension_against_quadrature(name: str, n_layers: int) -> No
     # wider than the posterior, so that the weights' variance is finite
     wide = Independent(Normal(q.mean, 1.5 * q.stddev), 1)
     n_draws = 2000
-    z = wide.sample((n_draws,))
-    with torch.no_grad():
-        ratio = model.log_likelihood(batch, z) + model.prior.log_prob(z) - wide.log_prob(z)
-    spread = (ratio - evidence).exp().std(0) / math.sqrt(n_draws)
-    bound = log_evidence_bound(model, batch, GivenDraws(wide, z), n_draws, draws_at_once=500)
+    log_weight = draw_weights(model, batch, [wide], n_draws)[0].log_weight
+    spread = (log_weight - evidence).exp().std(0) / math.sqrt(n_draws)
+    bound, _ = log_mean(log_weight)
     assert ((bound - evidence).exp() - 1).abs().lt(5 * spread).all()  # standard errors
 
     value, error = sampled_elbo(model, batch, q, 2000)
@@ -229,23 +217,15 @@ def test_bound_rises_with_the_number_of_draws(name: str) -> None:
     batch = batch_of(cells_of(model, 10))
     q = gaussian(torch.zeros(10, 2).double(), torch.zeros(10, 2).double())
     n_runs = 6
-    z = q.sample((n_runs * 16,))
+    log_weight = draw_weights(model, batch, [q], n_runs * 16)[0].log_weight
     means = []
     for size in (1, 4, 16):
-        given = GivenDraws(q, z)
-        bounds = [log_evidence_bound(model, batch, given, size) for _ in range(len(z) // size)]
-        means.append(torch.stack(bounds).view(n_runs, -1, 10).mean(1).flatten())
+        bounds = torch.stack([log_mean(group)[0] for group in log_weight.split(size)])
+        means.append(bounds.view(n_runs, -1, 10).mean(1).flatten())
     for fewer, more in pairwise(means):
         difference = more - fewer
         # 5 standard errors over pairs of runs and cells
         assert difference.mean() > 5 * difference.std() / math.sqrt(len(difference))
-
-
-def test_a_bound_of_no_draws_is_refused() -> None:
-    model = model_of("poisson")
-    batch = batch_of(cells_of(model, 2))
-    with pytest.raises(ValueError, match="n_samples=0"):
-        log_evidence_bound(model, batch, random_q(2, 2, "full"), 0)
 
 
 def test_fixed_points_are_standard_normal() -> None:

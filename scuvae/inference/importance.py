@@ -75,7 +75,11 @@ def relative(log_weight: Tensor) -> Tensor:
 
 
 def log_mean(log_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """ln (1/S) Σ w, and its standard error by the delta method, sd(w/w̄)/√S; (cells,) each."""
+    """ln (1/S) Σ w ≤ log p(x), and its standard error by the delta method, sd(w/w̄)/√S.
+
+    (cells,) each, in nats. The bound rises to log p(x) with the number of draws (Burda, Grosse &
+    Salakhutdinov, ICLR 2016).
+    """
     bound = log_weight.logsumexp(0) - math.log(len(log_weight))
     return bound, standard_error(relative(log_weight))
 

@@ -17,12 +17,12 @@ from scuvae.inference.objectives import kl_to_prior
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 
 # Longest move of a cell's mean in one step, in prior standard deviations.
-_LONGEST_STEP = 4.0
+LONGEST_STEP = 4.0
 # A cell whose steps had to be shortened to this part stands still.
 _SHORTEST = 1e-2
 # A step is taken back when it costs a cell more than this many nats: float32's noise on sums of
 # some thousands of terms.
-_NOISE = 1e-3
+ROUNDING = 1e-3
 # Antithetic pairs of points that curvature is averaged over, a point a step.
 _PAIRS = 4
 # The mean climbs until a step gains less than so many times the tolerance; the steps after it
@@ -114,7 +114,7 @@ def refine_natural(
         )
         factor = natural.scale_tril(blended)
         direction = (factor @ (factor.mT @ cells.gradient.unsqueeze(-1))).squeeze(-1)
-        new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, _LONGEST_STEP)
+        new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
         new_tril = factor if full else _diagonal_tril(blended)
         new_value, new_gradient = _value_and_gradient(
             model, cells.batch, new_mean, new_tril, points, kl_weight
@@ -156,7 +156,7 @@ def _climb(
         target[rows] = precision
         factor = natural.scale_tril(precision)
         direction = (factor @ (factor.mT @ cells.gradient.unsqueeze(-1))).squeeze(-1)
-        new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, _LONGEST_STEP)
+        new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
         better = cells.update(*_joint_and_gradient(model, cells.batch, new_mean, kl_weight), factor)
         mean[rows] = torch.where(better[:, None], new_mean, old_mean)
         if not cells.narrow(tolerance):
@@ -179,7 +179,7 @@ class _Active:
 
     def update(self, value: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
         """Take the step where it lowers the objective by no more than noise, else shorten it."""
-        better = value >= self.value - _NOISE
+        better = value >= self.value - ROUNDING
         # A shortened step gains little, and says little of the next.
         self.gain = torch.where(better, (value - self.value) / self.rate, torch.inf)
         self.value = torch.where(better, value, self.value)

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from scuvae.inference import natural
-from scuvae.inference.local_steps import draw, normal_points, refine_natural
+from scuvae.inference.local_steps import (
+    LONGEST_STEP,
+    ROUNDING,
+    draw,
+    normal_points,
+    refine_natural,
+)
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import as_family
 from scuvae.model import VAE, Batch
@@ -24,11 +30,8 @@ from scuvae.model import VAE, Batch
 _FIRST = 5
 # Points that an expectation is taken over, where 2L are fewer.
 _FEWEST = 16
-_LONGEST_STEP = 4.0
 # A scale at most doubles or halves in a step.
 _WIDEST = 2.0
-# Rounding in sums of thousands of terms is no loss.
-_NOISE = 1e-3
 
 
 def refine_diagonal(
@@ -62,13 +65,13 @@ def polish(
         # Stein's precision is noisy and the expected one biased: halfway saves a step in three.
         tril = natural.scale_tril(0.5 * (precision + expected))
         step = (tril @ (tril.mT @ slope.unsqueeze(-1))).squeeze(-1)
-        new_mean = old_mean + rate[:, None] * natural.cap_length(step, _LONGEST_STEP)
+        new_mean = old_mean + rate[:, None] * natural.cap_length(step, LONGEST_STEP)
         # Where the curvature is not positive, the scale grows as far as a step may take it.
         wanted = precision.diagonal(dim1=-2, dim2=-1).clamp_min(1e-6).rsqrt() / old_scale
         new_scale = old_scale * wanted.clamp(1 / _WIDEST, _WIDEST) ** rate[:, None]
         new = _evaluate(model, batch, new_mean, new_scale, points)
 
-        better = new[0] >= value - _NOISE
+        better = new[0] >= value - ROUNDING
         mean[active] = torch.where(better[:, None], new_mean, old_mean)
         scale[active] = torch.where(better[:, None], new_scale, old_scale)
         gain = torch.where(better, new[0] - value, torch.inf)

@@ -22,8 +22,9 @@ import torch
 from scipy import sparse as sp
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae.inference.importance import draw_weights, log_mean
 from scuvae.inference.local_steps import THOROUGH
-from scuvae.inference.objectives import elbo, log_evidence_bound
+from scuvae.inference.objectives import elbo
 from scuvae.inference.refine import as_family, concatenate, likeliest_start, refine
 from scuvae.io.sources import Cells, source_of
 from scuvae.model import VAE
@@ -197,7 +198,8 @@ def evidence(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> n
         torch.manual_seed(0)
         for batch in _batches(cells, _CHUNK):
             part = rows_of(q, batch.index)
-            out.append(log_evidence_bound(model, batch, part, n_draws, draws_at_once=10))
+            weights = draw_weights(model, batch, [part], n_draws)[0].log_weight
+            out.append(log_mean(weights)[0])
     return torch.cat(out).double().numpy()
 
 
