@@ -157,20 +157,21 @@ class _GradientRule:
 class _NaturalRule:
     """The backward pass's gradient of the mean, preconditioned by the stored covariance.
 
-    The precision is renewed at a cell's first visit and at every eighth from then on: renewing
-    it at every second costs half as much again and fits no better. Short steps let a cell's mean
-    average over the decoders that dropout draws, shorter ones the more these differ; with longer
-    ones held-out cells lose nats.
+    The precision is renewed at a cell's first visit, then after four more, eight more, sixteen
+    more and so on, as the decoder settles: a renewal costs as much as all else in several steps,
+    and renewing more often fits no better. Short steps let a cell's mean average over the decoders
+    that dropout draws, shorter ones the more these differ; with longer ones held-out cells lose
+    nats.
     """
 
     moves_scale = False
-    period = 8
+    first_wait = 4
     rate = 0.1
     longest = 2.0
 
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
-        self.visits = torch.zeros(len(table.mean), dtype=torch.int16)
+        self.visits = torch.zeros(len(table.mean), dtype=torch.int32)
 
     def step(
         self,
@@ -187,7 +188,8 @@ class _NaturalRule:
         on_host = batch.host_index
         visits = self.visits[on_host]
         self.visits[on_host] = visits + 1
-        due = visits % self.period == 0
+        waited = visits + self.first_wait
+        due = waited & (waited - 1) == 0  # a power of two
         mean = q.mean.detach()
         if due.all():
             q = self._renew(table, model, batch, mean, kl_weight)

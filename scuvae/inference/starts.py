@@ -48,7 +48,7 @@ class WhitenedPCA:
         if self.counts:
             factor = self.target / batch.size_factor.clamp_min(1e-12)
             value = (value * factor[x.row]).log1p()
-        return _as_matrix(SparseRows(x.row, x.col, value, x.shape))
+        return _as_matrix(SparseRows(x.starts, x.col, value, x.n_vars))
 
 
 def _as_matrix(x: SparseRows) -> Tensor:

@@ -70,37 +70,31 @@ class SparseSource(Source):
             starts, columns, values = starts.to(device), columns.to(device), values.to(device)
         else:
             columns, values = columns.pin_memory(), values.pin_memory()
-        self.starts, self.columns, self.values = starts, columns, values
+        self.matrix = SparseRows(starts, columns, values, self.shape[1])
 
     def rows(self, index: Tensor, on_host: Tensor | None = None) -> SparseRows:
         on_host = index.cpu() if on_host is None else on_host
         # The host knows how many entries there are: a GPU would have to be asked.
         total = int(self.host_lengths.index_select(0, on_host).sum())
-        if not self.resident:
-            index = on_host
-        start = self.starts.index_select(0, index)
-        length = self.starts.index_select(0, index + 1) - start
-        row = torch.repeat_interleave(length, output_size=total)
-        # Where a row's entries lie in the matrix, less where they lie in the batch.
-        shift = start - (length.cumsum(0) - length)
-        at = torch.arange(len(row), device=row.device).add_(shift.index_select(0, row))
-        columns, values = self.columns.index_select(0, at), self.values.index_select(0, at)
-        if not self.resident:
-            row, columns, values = (
-                part.pin_memory().to(self.device, non_blocking=True)
-                for part in (row, columns, values)
-            )
-        return SparseRows(row, columns.long(), values, (len(index), self.shape[1]))
+        found = self.matrix.take(index if self.resident else on_host, total)
+        if self.resident:
+            return found
+        parts = (found.starts, found.col, found.value)
+        starts, columns, values = (
+            part.pin_memory().to(self.device, non_blocking=True) for part in parts
+        )
+        return SparseRows(starts, columns, values, found.n_vars)
 
     def totals(self) -> Tensor:
         # By blocks of cells: a row number for every nonzero would outweigh the matrix.
-        out = self.values.new_zeros(self.shape[0])
-        ends = [*self.starts[::_BLOCK].tolist(), len(self.values)]
+        starts, values = self.matrix.starts, self.matrix.value
+        out = values.new_zeros(self.shape[0])
+        ends = [*starts[::_BLOCK].tolist(), len(values)]
         for k, (first, last) in enumerate(pairwise(ends)):
             cells = slice(k * _BLOCK, (k + 1) * _BLOCK)
-            length = self.starts[k * _BLOCK : (k + 1) * _BLOCK + 1].diff()
+            length = starts[k * _BLOCK : (k + 1) * _BLOCK + 1].diff()
             row = torch.repeat_interleave(length)
-            out[cells].index_add_(0, row, self.values[first:last])
+            out[cells].index_add_(0, row, values[first:last])
         return out.to(self.device)
 
 

@@ -5,6 +5,8 @@ L(L+1)/2 entries of a lower-triangular factor C, row by row, with softplus on it
 full one (Σ = C Cᵀ). Its width alone tells the two apart (with L = 1 they are one).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
@@ -26,9 +28,9 @@ def gaussian(mean: Tensor, raw: Tensor) -> Distribution:
     if raw.shape[-1] == n_latent:
         scale = F.softplus(raw).clamp_min(_MIN_SCALE)
         return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
-    tril = unpack(raw, n_latent)
-    diagonal = F.softplus(tril.diagonal(dim1=-2, dim2=-1)).clamp_min(_MIN_SCALE)
-    tril = tril.tril(-1) + torch.diag_embed(diagonal)
+    _, on_diagonal = _layout(n_latent, raw.device)
+    positive = F.softplus(raw).clamp_min(_MIN_SCALE)
+    tril = unpack(torch.where(on_diagonal, positive, raw), n_latent)
     return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
 
 
@@ -53,7 +55,17 @@ def pack(tril: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n_latent: int) -> Tensor:
     """The inverse of :func:`pack`, zero above the diagonal."""
-    i, j = torch.tril_indices(n_latent, n_latent, device=packed.device)
-    out = packed.new_zeros((*packed.shape[:-1], n_latent, n_latent))
-    out[..., i, j] = packed
-    return out
+    position, _ = _layout(n_latent, packed.device)
+    square = F.pad(packed, (0, 1)).index_select(-1, position)
+    return square.view(*packed.shape[:-1], n_latent, n_latent)
+
+
+@lru_cache(maxsize=64)
+def _layout(n_latent: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each entry of a square stands in its packed triangle, with the one past the end for
+    zeros, (L²,); and which packed entries are on the diagonal.
+    """
+    i, j = torch.tril_indices(n_latent, n_latent)
+    position = torch.full((n_latent, n_latent), len(i))
+    position[i, j] = torch.arange(len(i))
+    return position.flatten().to(device), (i == j).to(device)

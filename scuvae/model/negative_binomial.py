@@ -4,8 +4,9 @@ log NB(x; μ, θ) = c(x, θ) − lgamma(x+1) + x ln μ − (θ + x) log1p(μ/θ)
 c(x, θ) = lgamma(x+θ) − lgamma(θ) − x ln θ,      μ = ℓ softmax(η).
 
 Most counts are zero, where only −θ log1p(μ/θ) is left: the other terms are computed at the
-nonzeros alone. Dense passes are what a step pays for: the softmax is part of the function, one
-softmax and one log1p give values and gradients, all else is multiplied and added in place.
+nonzeros alone. Passes over the dense block are what a step pays for: the softmax is part of the
+function, and values and slopes come from one softmax and one log1p. On a CPU a compiled kernel
+(``kernels.py``) makes them in one pass.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
-from scuvae.model.rising import rising
+from scuvae.model.rising import compiled, rising
 
 # Dispersions below e^-60 act as this one: their dense terms are zero, but must not overflow.
 _LEAST_LOG_THETA = -60.0
@@ -54,7 +55,7 @@ def log_prob(
 
 
 class _LogProb(torch.autograd.Function):
-    """Values, and in the same pass what gradients need: training always needs both."""
+    """Values, and in the same pass each row's slopes: training always needs both."""
 
     @staticmethod
     def forward(
@@ -66,66 +67,96 @@ class _LogProb(torch.autograd.Function):
         x: SparseRows,
         grad_enabled: bool,
     ) -> Tensor:
-        eta = eta.contiguous()  # results take its layout, and are written to when flattened
-        theta = log_theta.exp()
-        inverse = inverse_theta(log_theta)
-        pi, log_total = softmax(eta)
-        ratio = (pi * size.unsqueeze(-1)).mul_(inverse)  # μ/θ
-        log1p_ratio = ratio.log1p()
-
-        # At the nonzeros from logarithms, which survive where π and 1/θ do not.
-        value, row, col, flat = x.value, x.row, x.col, x.flat
-        log_mu_at = at(eta, flat) + (size.log() - log_total).index_select(-1, row)
-        log_ratio_at = log_mu_at - log_theta.index_select(0, col)
-        log1p_at = F.softplus(log_ratio_at, threshold=30.0)
-        constant, theta_slope = rising(value, col, theta, inverse)
-        at_nonzeros = (log_mu_at - log1p_at).mul_(value).add_(constant)
-
-        out = -(log1p_ratio @ theta)
-        kept = None
-        if logit is not None:
-            log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
-            excess = F.softplus(log_odds_zero, threshold=30.0)
-            at_nonzeros -= at(excess, flat)
-            out = out + excess.sum(-1) - F.softplus(logit).sum()
-        out = add_rows(out, row, at_nonzeros)
-
-        if grad_enabled and any(ctx.needs_input_grad):
-            if logit is not None:
-                kept = torch.sigmoid(log_odds_zero.neg_())
-                kept.flatten(-2)[..., flat] = 1.0
-            share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
-            scores_at = value * (1 - share_at)
-            theta_slope = theta_slope + value * share_at
-            rest = ratio.add_(1.0).reciprocal_()  # θ/(θ+μ)
-            ctx.save_for_backward(
-                pi, rest, log1p_ratio, kept, scores_at, theta_slope, theta, logit, size
-            )
-            ctx.x = x
+        keep = grad_enabled and any(ctx.needs_input_grad)
+        passes = _compiled if compiled(eta) else _dense_passes
+        out, *slopes = passes(eta.contiguous(), x, size, log_theta, logit, keep)
+        ctx.save_for_backward(logit, *slopes)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pi, rest, log1p_ratio, kept, scores_at, theta_slope, theta, logit, size = ctx.saved_tensors
-        x, n_genes = ctx.x, len(theta)
-        grad_at = grad.index_select(-1, x.row)
-        slope = (pi * rest).mul_((grad * -size).unsqueeze(-1))  # of −θ log1p(μ/θ) in ln μ
-        if kept is not None:
-            slope.mul_(kept)
+        logit, slope, theta_slope, *kept = ctx.saved_tensors
+        cells, n_genes = grad.flatten(), slope.shape[-1]
+        grad_eta = slope * grad.unsqueeze(-1)
         grad_theta = grad_logit = None
         if ctx.needs_input_grad[1]:
-            cells = grad.flatten()
-            dense = log1p_ratio if kept is None else log1p_ratio * kept
-            per_gene = slope.view(-1, n_genes).sum(0) + theta * (cells @ dense.view(-1, n_genes))
-            at_genes = (grad_at * theta_slope).sum_to_size(len(x.col))
-            grad_theta = at_genes.new_zeros(n_genes).scatter_add_(0, x.col, at_genes) - per_gene
-        if kept is not None and ctx.needs_input_grad[2]:
-            grad_logit = grad.sum() * torch.sigmoid(-logit) - grad.flatten() @ kept.view(
-                -1, n_genes
-            )
-        grad_eta = through_softmax(slope, pi, x, grad_at * scores_at)
+            grad_theta = cells @ theta_slope.view(-1, n_genes)
+        if kept and ctx.needs_input_grad[2]:
+            grad_logit = cells.sum() * torch.sigmoid(-logit) - cells @ kept[0].view(-1, n_genes)
         return grad_eta, grad_theta, grad_logit, None, None, None
+
+
+def _compiled(
+    eta: Tensor,
+    x: SparseRows,
+    size: Tensor,
+    log_theta: Tensor,
+    logit: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """log p, (..., cells), and with ``keep`` its slopes in η, in ln θ and, zero-inflated, the
+    probability that an entry is no dropout, (..., cells, genes) each: a row at a time.
+    """
+    from scuvae.model import kernels
+
+    constant, constant_slope = rising(x.value, x.col, log_theta)
+    out, *slopes = kernels.negative_binomial(
+        eta.view(-1, eta.shape[-1]),
+        *(x.starts, x.col, x.value, constant, constant_slope),
+        *(size, log_theta, logit),
+        keep=keep,
+    )
+    if logit is not None:
+        out = out - F.softplus(logit).sum()
+    return out.view(eta.shape[:-1]), *(slope.view_as(eta) for slope in slopes)
+
+
+def _dense_passes(
+    eta: Tensor,
+    x: SparseRows,
+    size: Tensor,
+    log_theta: Tensor,
+    logit: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """The same by torch's operators: on a GPU, or in another precision."""
+    theta, inverse = log_theta.exp(), inverse_theta(log_theta)
+    pi, log_total = softmax(eta)
+    mu = pi * size.unsqueeze(-1)
+    ratio = mu * inverse
+    log1p_ratio = ratio.log1p()
+
+    # At the nonzeros from logarithms, which survive where π and 1/θ do not.
+    value, row, col, flat = x.value, x.row, x.col, x.flat
+    log_mu_at = at(eta, flat) + (size.log() - log_total).index_select(-1, row)
+    log_ratio_at = log_mu_at - log_theta.index_select(0, col)
+    log1p_at = F.softplus(log_ratio_at, threshold=30.0)
+    constant, constant_slope = rising(value, col, log_theta)
+    at_nonzeros = (log_mu_at - log1p_at).mul_(value).add_(constant)
+
+    out = -(log1p_ratio @ theta)
+    kept = None
+    if logit is not None:
+        log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
+        excess = F.softplus(log_odds_zero, threshold=30.0)
+        at_nonzeros -= at(excess, flat)
+        out = out + excess.sum(-1) - F.softplus(logit).sum()
+        kept = torch.sigmoid(log_odds_zero.neg_())
+        kept.flatten(-2)[..., flat] = 1.0
+    out = add_rows(out, row, at_nonzeros)
+    if not keep:
+        return (out,)
+
+    slope = mu.div_(ratio.add_(1.0)).neg_()  # of −θ log1p(μ/θ) in ln μ
+    theta_slope = (log1p_ratio * theta).add_(slope).neg_()
+    if kept is not None:
+        slope.mul_(kept)
+        theta_slope.mul_(kept)
+    share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
+    add_at(theta_slope, flat, value * share_at + constant_slope)
+    slope = through_softmax(slope, pi, flat, value * (1 - share_at))
+    return (out, slope, theta_slope) if kept is None else (out, slope, theta_slope, kept)
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:
@@ -149,7 +180,12 @@ def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:
     return out.scatter_add(-1, row.expand_as(values), values)
 
 
-def through_softmax(slope: Tensor, pi: Tensor, x: SparseRows, slope_at: Tensor) -> Tensor:
-    """The gradient in η of gradients in ln μ, dense and at the nonzeros; overwrites ``slope``."""
-    slope.flatten(-2).scatter_add_(-1, x.flat.expand_as(slope_at), slope_at)
+def add_at(values: Tensor, flat: Tensor, more: Tensor) -> None:
+    """Add ``more``, (..., nonzeros), to ``values`` at positions in the flattened block."""
+    values.flatten(-2).scatter_add_(-1, flat.expand_as(more), more)
+
+
+def through_softmax(slope: Tensor, pi: Tensor, flat: Tensor, slope_at: Tensor) -> Tensor:
+    """The slope in η of slopes in ln μ, dense and at the nonzeros; overwrites ``slope``."""
+    add_at(slope, flat, slope_at)
     return slope.addcmul_(pi, slope.sum(-1, keepdim=True), value=-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scuvae.model.batch import SparseRows
 from scuvae.model.negative_binomial import add_rows, at, softmax, through_softmax
+from scuvae.model.rising import compiled
 
 
 def log_prob(x: SparseRows, eta: Tensor, size_factor: Tensor) -> Tensor:
@@ -25,17 +26,36 @@ def log_prob(x: SparseRows, eta: Tensor, size_factor: Tensor) -> Tensor:
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eta: Tensor, size: Tensor, x: SparseRows) -> Tensor:
-        eta = eta.contiguous()
-        pi, log_total = softmax(eta)
-        log_mu_at = at(eta, x.flat) + (size.log() - log_total).index_select(-1, x.row)
-        terms = log_mu_at.mul_(x.value).sub_(torch.lgamma(x.value + 1))
-        ctx.save_for_backward(pi)
-        ctx.x = x
-        return add_rows((-size).expand_as(log_total), x.row, terms)
+        keep = ctx.needs_input_grad[0]
+        passes = _compiled if compiled(eta) else _dense_passes
+        out, *slopes = passes(eta.contiguous(), x, size, keep)
+        ctx.save_for_backward(*slopes)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (pi,) = ctx.saved_tensors
-        slope_at = grad.index_select(-1, ctx.x.row) * ctx.x.value
-        return through_softmax(torch.zeros_like(pi), pi, ctx.x, slope_at), None, None
+        (slope,) = ctx.saved_tensors
+        return slope * grad.unsqueeze(-1), None, None
+
+
+def _compiled(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    """log p, (..., cells), and with ``keep`` its slope in η: a row at a time."""
+    from scuvae.model import kernels
+
+    constant = torch.lgamma(x.value + 1)
+    rows = eta.view(-1, eta.shape[-1])
+    out, *slopes = kernels.poisson(rows, x.starts, x.col, x.value, constant, size, keep=keep)
+    return out.view(eta.shape[:-1]), *(slope.view_as(eta) for slope in slopes)
+
+
+def _dense_passes(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    """The same by torch's operators: on a GPU, or in another precision."""
+    pi, log_total = softmax(eta)
+    log_mu_at = at(eta, x.flat) + (size.log() - log_total).index_select(-1, x.row)
+    terms = log_mu_at.mul_(x.value).sub_(torch.lgamma(x.value + 1))
+    out = add_rows((-size).expand_as(log_total), x.row, terms)
+    if not keep:
+        return (out,)
+    slope_at = x.value.expand_as(log_mu_at)
+    return out, through_softmax(torch.zeros_like(pi), pi, x.flat, slope_at)

@@ -5,7 +5,8 @@
 
 A step of scuvae is one of its real ``train`` with its real loader, set up as ``tl.fit`` does it:
 batches gathered from CSR, draws, backward pass, Adam, local steps with their renewals, and an
-epoch's share of what is done once an epoch. scvi-tools' steps are its module's loss, backward pass
+epoch's share of what is done once an epoch, in the mean over as many epochs as ``tl.fit`` takes of so
+many cells: renewals become rarer as a fit goes on. scvi-tools' steps are its module's loss, backward pass
 and Adam on minibatches that are ready as dense tensors, and those of its real training loop.
 The contestants take turns, and medians over the turns are reported.
 """
@@ -29,8 +30,6 @@ from scuvae.tl._run import _posterior
 from scuvae.tl._settings import INFERENCE, Settings
 
 SCHEMES = {name: amortized for amortized, name in INFERENCE.items()}
-# A turn is a whole period of the natural steps' renewals.
-EPOCHS = 8
 COLUMNS = {
     "contestant": ("step of", ""),
     "cpu_ms": ("CPU ms", ".2f"),
@@ -48,7 +47,7 @@ Turn = Callable[[], int]
 
 
 def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
-    """Epochs of the package's own loop, on and on from where the last turn stopped."""
+    """The epochs of a whole fit by the package's own loop, on a model that may have seen some."""
     settings = _settings(len_of(x), SCHEMES[scheme], args)
     params = {**settings.__dict__, "likelihood": LIKELIHOODS[args.likelihood].name}
     model = build_model(params, x.shape[1], LIKELIHOODS[args.likelihood](x.shape[1]))
@@ -60,10 +59,11 @@ def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
     loader = Loader(cells, rows, args.batch_size, torch.Generator().manual_seed(0))
 
     def turn() -> int:
-        train(
-            model, posterior, loader, n_obs=len(cells), optimizer=optimizer, max_epochs=EPOCHS
-        )  # fmt: skip
-        return EPOCHS * -(-len(cells) // args.batch_size)
+        epochs = args.epochs or settings.max_epochs
+        if scheme == "unamortized":
+            posterior.rule.visits.zero_()  # renewals as in a fit that begins
+        train(model, posterior, loader, n_obs=len(cells), optimizer=optimizer, max_epochs=epochs)
+        return epochs * -(-len(cells) // args.batch_size)
 
     return turn
 
@@ -77,7 +77,7 @@ def products_turn(args: argparse.Namespace, n_latent: int = 10, n_hidden: int = 
     w0_grad, w1_grad = torch.empty_like(w0), torch.empty_like(w1)
     z_grad, h_grad = torch.empty_like(z), torch.empty_like(h)
 
-    def turn(steps: int = 100) -> int:
+    def turn(steps: int = 500) -> int:
         for _ in range(steps):
             torch.mm(z, w0.T, out=h)
             torch.mm(h, w1.T, out=eta)
@@ -152,7 +152,7 @@ def _settings(n_obs: int, amortized: bool | str, args: argparse.Namespace) -> Se
         "n_layers": 1,
         "covariance": None,
         "validation_fraction": 0.0,
-        "max_epochs": EPOCHS,
+        "max_epochs": None,
         "batch_size": args.batch_size,
         "learning_rate": None,
         "optimizer": "adam",
@@ -259,7 +259,8 @@ def main() -> None:
     add("--inference", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     add("--n-samples", type=int, default=1, help="draws of z; scvi-tools takes one")
     add("--threads", type=int, default=1)
-    add("--repetitions", type=int, default=5)
+    add("--epochs", type=int, help="of a turn, in place of those of a default fit")
+    add("--repetitions", type=int, default=3, help="turns of each that count")
     add("--no-scvi", action="store_true")
     add("--profile", action="store_true", help="operators of a step, instead of the table")
     add("--shapes", action="store_true", help="profile by shapes of the operands too")
