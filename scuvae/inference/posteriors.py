@@ -157,21 +157,24 @@ class _GradientRule:
 class _NaturalRule:
     """The backward pass's gradient of the mean, preconditioned by the stored covariance.
 
-    The precision is renewed at a cell's first visit, then after four more, eight more, sixteen
-    more and so on, as the decoder settles: a renewal costs as much as all else in several steps,
-    and renewing more often fits no better. Short steps let a cell's mean average over the decoders
+    The precision is renewed at a cell's second visit, its fifth, its seventeenth and so on, ever
+    more rarely as the decoder settles: a renewal costs as much as all else in several steps, and
+    renewing more often fits no better. Short steps let a cell's mean average over the decoders
     that dropout draws, shorter ones the more these differ; with longer ones held-out cells lose
     nats.
     """
 
     moves_scale = False
-    first_wait = 4
+    # Visits before a renewal, from the first one on: 4^k. A decoder that has taken no step yet
+    # says nothing of z, so that the start's scales stand until then.
+    growth = 4
     rate = 0.1
     longest = 2.0
 
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
         self.visits = torch.zeros(len(table.mean), dtype=torch.int32)
+        self.due = self.growth ** torch.arange(16, dtype=torch.int64)
 
     def step(
         self,
@@ -188,8 +191,7 @@ class _NaturalRule:
         on_host = batch.host_index
         visits = self.visits[on_host]
         self.visits[on_host] = visits + 1
-        waited = visits + self.first_wait
-        due = waited & (waited - 1) == 0  # a power of two
+        due = torch.isin(visits, self.due)
         mean = q.mean.detach()
         if due.all():
             q = self._renew(table, model, batch, mean, kl_weight)

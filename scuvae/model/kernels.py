@@ -353,6 +353,31 @@ def _poisson(
             _through_softmax(slopes[r], share, counts / total)
 
 
+@_sums
+def _dot(a: Any, b: Any) -> Any:
+    total = _f(0.0)
+    for g in range(len(a)):
+        total += a[g] * b[g]
+    return total
+
+
+@_exact
+def _times(a: Any, b: Any, out: Any) -> None:
+    for g in range(len(a)):
+        out[g] = a[g] * b[g]
+
+
+@_exact
+def _gram(first: int, last: int, weight: Any, rows: Any, out: Any) -> None:
+    n_rows = rows.shape[1]
+    weighted = np.empty(rows.shape[2], _f)
+    for i in range(first, last):
+        for k in range(n_rows):
+            _times(rows[i, k], weight[i], weighted)
+            for j in range(k + 1):
+                out[i, k, j] = out[i, j, k] = _dot(weighted, rows[i, j])
+
+
 @_exact
 def _gather(
     starts: Any, col: Any, value: Any, rows: Any, new_starts: Any, new_col: Any, new_value: Any
@@ -420,6 +445,13 @@ def poisson(
         _poisson, eta, starts, col, value, constant, size, keep, out, *slopes or [eta.new_empty(0, 0)]
     )
     return out, *slopes
+
+
+def gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """R diag(w) Rᵀ of each cell's rows R, (cells, rows, genes), and weights w, (cells, genes)."""
+    out = rows.new_empty(*rows.shape[:2], rows.shape[1])
+    _run(_gram, weight, rows, out)
+    return out
 
 
 def gather(

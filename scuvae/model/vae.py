@@ -7,6 +7,7 @@ from torch.distributions import Distribution, Independent, Normal
 from scuvae.model.batch import Batch, dense
 from scuvae.model.likelihoods import Gaussian, Likelihood
 from scuvae.model.networks import Decoder, Encoder
+from scuvae.model.rising import compiled
 
 # Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
 JACOBIAN_NUMBERS = 2**18
@@ -63,7 +64,6 @@ class VAE(nn.Module):
         """
         eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
         fisher, centre = self.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
-        root = fisher.sqrt()
         n_cells, n_latent, width = tangent.shape
         # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
         shift = tangent.new_zeros(n_cells, n_latent, 1)
@@ -76,8 +76,7 @@ class VAE(nn.Module):
             jacobian = torch.addmm(
                 shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
             ).view(-1, n_latent, len(weight))
-            jacobian *= root[some].unsqueeze(-2)
-            parts.append(jacobian @ jacobian.mT)
+            parts.append(weighted_gram(jacobian, fisher[some]))
         return torch.cat(parts)
 
     def encode(self, batch: Batch) -> Distribution:
@@ -86,3 +85,13 @@ class VAE(nn.Module):
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
         q: Distribution = self.encoder(dense(batch.x))
         return q
+
+
+def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """R diag(w) Rᵀ for rows R, (cells, rows, genes), and weights w ≥ 0, (cells, genes)."""
+    if compiled(rows):
+        from scuvae.model import kernels
+
+        return kernels.gram(rows.contiguous(), weight.contiguous())
+    scaled = rows * weight.sqrt().unsqueeze(-2)
+    return scaled @ scaled.mT
