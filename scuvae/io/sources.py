@@ -145,7 +145,8 @@ class Cells:
     source
         Their values.
     size_factor
-        Expected totals, (cells,); by default each cell's total.
+        Expected totals over all of the model's genes, (cells,); by default each cell's total over
+        the observed ones.
     codes, n_categories
         Batch membership as integers, and how many batches there are.
     observed
@@ -163,6 +164,7 @@ class Cells:
     ) -> None:
         self.source = source
         self.size_factor = source.totals() if size_factor is None else size_factor
+        self.size_of_all = size_factor is not None
         self.codes = codes
         self.n_categories = n_categories
         self.observed = observed
@@ -181,6 +183,7 @@ class Cells:
             covariates,
             self.observed,
             on_host,
+            self.size_of_all,
         )
 
     def loader(

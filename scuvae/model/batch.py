@@ -1,6 +1,6 @@
 """What a model sees of the data: a batch of cells, its counts as triplets or dense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -69,13 +69,16 @@ class Batch:
     index
         Their row numbers in the fitted matrix: unamortized parameters hang on it.
     size_factor
-        Expected total of each cell over the observed genes, in counts.
+        Expected total of each cell over the observed genes, in counts; with ``size_of_all`` over
+        all of the model's.
     covariates
         One-hot batch membership, (cells, categories), or None.
     observed
         Boolean mask over the model's genes where the data lack some, or None.
     on_host
         ``index`` once more, on the host, where that is on another device: spares asking it.
+    size_of_all
+        Whether the size factor counts genes in that are not observed.
     """
 
     x: Tensor | SparseRows
@@ -84,6 +87,7 @@ class Batch:
     covariates: Tensor | None = None
     observed: Tensor | None = None
     on_host: Tensor | None = None
+    size_of_all: bool = False
 
     @property
     def host_index(self) -> Tensor:
@@ -106,4 +110,11 @@ class Batch:
         else:
             x = x[rows]
         covariates = None if self.covariates is None else self.covariates[rows]
-        return Batch(x, self.index[rows], self.size_factor[rows], covariates, self.observed)
+        return replace(
+            self,
+            x=x,
+            index=self.index[rows],
+            size_factor=self.size_factor[rows],
+            covariates=covariates,
+            on_host=None,
+        )

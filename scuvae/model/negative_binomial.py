@@ -37,7 +37,7 @@ def log_prob(
     eta
         Logits of the means' shares, (..., cells, genes).
     size_factor
-        Expected totals ℓ > 0, (cells,); no gradient reaches them.
+        Expected totals ℓ > 0, (cells,) or (..., cells).
     log_theta
         Log inverse dispersions, (genes,).
     logit_dropout
@@ -124,8 +124,11 @@ class _LogProb(torch.autograd.Function):
             grad_logit = grad.sum() * torch.sigmoid(-logit) - grad.flatten() @ kept.view(
                 -1, n_genes
             )
-        grad_eta = through_softmax(slope, pi, x, grad_at * scores_at)
-        return grad_eta, grad_theta, grad_logit, None, None, None
+        grad_eta, grad_log_size = through_softmax(slope, pi, x, grad_at * scores_at)
+        grad_size = None
+        if ctx.needs_input_grad[3]:
+            grad_size = (grad_log_size / size).sum_to_size(size.shape)
+        return grad_eta, grad_theta, grad_logit, grad_size, None, None
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:
@@ -149,7 +152,13 @@ def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:
     return out.scatter_add(-1, row.expand_as(values), values)
 
 
-def through_softmax(slope: Tensor, pi: Tensor, x: SparseRows, slope_at: Tensor) -> Tensor:
-    """The gradient in η of gradients in ln μ, dense and at the nonzeros; overwrites ``slope``."""
+def through_softmax(
+    slope: Tensor, pi: Tensor, x: SparseRows, slope_at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients in η, (..., cells, genes), and in ln ℓ, (..., cells), of those in ln μ.
+
+    They are given dense and at the nonzeros; ``slope`` is overwritten.
+    """
     slope.flatten(-2).scatter_add_(-1, x.flat.expand_as(slope_at), slope_at)
-    return slope.addcmul_(pi, slope.sum(-1, keepdim=True), value=-1)
+    total = slope.sum(-1, keepdim=True)
+    return slope.addcmul_(pi, total, value=-1), total.squeeze(-1)

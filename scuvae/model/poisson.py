@@ -16,7 +16,7 @@ from scuvae.model.negative_binomial import add_rows, at, softmax, through_softma
 def log_prob(x: SparseRows, eta: Tensor, size_factor: Tensor) -> Tensor:
     """log Poisson of each cell's counts in nats, (..., cells), summed over genes.
 
-    ``eta`` is (..., cells, genes); ``size_factor`` ℓ > 0, (cells,), gets no gradient.
+    ``eta`` is (..., cells, genes); ``size_factor`` ℓ > 0 is (cells,) or (..., cells).
     """
     result: Tensor = _LogProb.apply(eta, size_factor, x)
     return result
@@ -29,13 +29,17 @@ class _LogProb(torch.autograd.Function):
         pi, log_total = softmax(eta)
         log_mu_at = at(eta, x.flat) + (size.log() - log_total).index_select(-1, x.row)
         terms = log_mu_at.mul_(x.value).sub_(torch.lgamma(x.value + 1))
-        ctx.save_for_backward(pi)
+        ctx.save_for_backward(pi, size)
         ctx.x = x
         return add_rows((-size).expand_as(log_total), x.row, terms)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (pi,) = ctx.saved_tensors
+        pi, size = ctx.saved_tensors
         slope_at = grad.index_select(-1, ctx.x.row) * ctx.x.value
-        return through_softmax(torch.zeros_like(pi), pi, ctx.x, slope_at), None, None
+        grad_eta, total = through_softmax(torch.zeros_like(pi), pi, ctx.x, slope_at)
+        grad_size = None
+        if ctx.needs_input_grad[1]:
+            grad_size = (total / size - grad).sum_to_size(size.shape)
+        return grad_eta, grad_size, None
