@@ -8,12 +8,11 @@ o, with a prior N(ō, τ²) about the mean of the known ones, maximises
 τ² the variance of known offsets, so that few cells move it little. Three steps, none of which
 lowers F, take turns until it stands still:
 
-1. local steps on every q_i;
+1. local steps on every q_i, which start anew too when F stands still;
 2. L-BFGS on o with every q_i fixed, over fixed draws;
 3. all means move by a common c, and o by −W c: a, hence the likelihood, stays as it is, and the
-   c that is best for KL and prior has a closed form. Without this step, the two before it would
-   pass a batch's shift along W from q to o in thousands of turns: in between, the data hold
-   what they share.
+   c that is best for KL and prior has a closed form. The two steps before it would take many
+   turns to pass from q to o what W z and o can both say: each holds the other in place.
 """
 
 import copy
@@ -36,6 +35,8 @@ _TOLERANCE = 0.01
 # Local steps of a turn, from the q of the turn before, and L-BFGS steps.
 _LOCAL_STEPS = 3
 _OFFSET_STEPS = 8
+# Draws that expectations are taken over; many cells make up for few draws of each.
+_DRAWS, _FEW_DRAWS, _MANY_CELLS = 8, 2, 256
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,22 @@ def estimate_offset(
     climb = _Climb(model, cells, covariance, kl_weight)
     elbo, value = climb.value()
     first = elbo
-    n_turns, gain = 0, float("inf")
-    while n_turns < _MOST_TURNS and gain > _TOLERANCE * climb.n_cells:
+    n_turns, least = 0, _TOLERANCE * climb.n_cells
+    while n_turns < _MOST_TURNS:
+        n_turns += 1
         climb.move_offset()
         climb.move_together()
         climb.move_posteriors()
         last = value
         elbo, value = climb.value()
-        gain = value - last
-        n_turns += 1
+        if value - last > least:
+            continue
+        # Under the offset of many turns ago a cell may have taken to another mode.
+        climb.move_posteriors(anew=True)
+        last = value
+        elbo, value = climb.value()
+        if not value - last > least:
+            break
     return Offset(climb.offset.squeeze(1), first / climb.n_cells, elbo / climb.n_cells, n_turns)
 
 
@@ -116,8 +124,9 @@ class _Climb:
         self.model = with_offsets(model, self.centre).requires_grad_(False)
         self.batches = [replace(b, covariates=self.centre.new_ones(len(b), 1)) for b in cells]
         self.n_cells = sum(map(len, self.batches))
-        self.kl_weight = kl_weight
-        self.options = THOROUGH | {"kl_weight": kl_weight}
+        self.covariance, self.kl_weight = covariance, kl_weight
+        self.n_samples = _DRAWS if self.n_cells < _MANY_CELLS else _FEW_DRAWS
+        self.options = THOROUGH | {"kl_weight": kl_weight, "n_samples": self.n_samples}
         self.q = [
             refine(self.model, batch, starts(self.model, batch, covariance), **self.options)
             for batch in self.batches
@@ -132,7 +141,7 @@ class _Climb:
     def log_likelihood(self, number: int) -> Tensor:
         """E_q[log p] of the cells of a batch, summed."""
         q = self.q[number]
-        points = normal_points(self.options["n_samples"], q.mean)
+        points = normal_points(self.n_samples, q.mean)
         values = self.model.log_likelihood(self.batches[number], draw(q, points))
         return values.sum(1).double().sum() / len(points)
 
@@ -148,10 +157,12 @@ class _Climb:
             elbo += float(self.log_likelihood(number) - kl)
         return elbo, elbo - float(self.penalty())
 
-    def move_posteriors(self) -> None:
-        options = self.options | {"max_steps": _LOCAL_STEPS}
+    def move_posteriors(self, *, anew: bool = False) -> None:
+        """Every q by local steps from where it is, or also from where new cells begin."""
+        options = self.options if anew else self.options | {"max_steps": _LOCAL_STEPS}
         for number, (batch, q) in enumerate(zip(self.batches, self.q, strict=True)):
-            self.q[number] = refine(self.model, batch, [q], **options)
+            others = starts(self.model, batch, self.covariance) if anew else []
+            self.q[number] = refine(self.model, batch, [q, *others], **options)
 
     def move_offset(self) -> None:
         offset = self.offset.requires_grad_()

@@ -42,7 +42,7 @@ NEW_BATCHES = ("error", "estimate")
 # A smaller share of the reference's genes than this is more often a mistake than a panel.
 _FEW_GENES = 0.1
 # Cells that the offset of a new batch is estimated from: more of them hardly change it.
-_MOST_CELLS = 2000
+_MOST_CELLS = 1000
 
 
 def project(
@@ -91,9 +91,9 @@ def project(
     new_batches
         What becomes of batches that the fit has not seen. ``"error"``: nothing.
         ``"estimate"``: what such a batch adds in the decoder's first layer is estimated from its
-        cells, all else frozen: the best ELBO with a Gaussian prior, whose mean and variance are
-        those of the known batches, so that a few cells move it little. A batch whose cells are
-        all of one kind is confounded with that kind.
+        cells, or 1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian
+        prior, whose mean and variance are those of the known batches, so that a few cells move it
+        little. A batch whose cells are all of one kind is confounded with that kind.
     max_steps
         Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
         for another rule its own number.
