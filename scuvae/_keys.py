@@ -62,6 +62,11 @@ class Keys:
             )
         uns = default if key is None else key
         keys = cls._named(uns, f"X_{uns}" if uns == default else uns)
+        if uns == DEFAULT != default:
+            raise ValueError(
+                f"key={key!r} is the name of the default fit, whose uns[{key!r}] it would share: "
+                f"pass None for {default!r}, or another name"
+            )
         for other in (DEFAULT, SCVI):
             shared = set(keys.obsm) & set(cls._named(other, f"X_{other}").obsm)
             if shared and uns != other:

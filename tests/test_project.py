@@ -480,6 +480,11 @@ def test_names_that_would_share_slots_with_a_default(other: str, suffix: str) ->
             call()
 
 
+def test_a_bridge_does_not_take_the_default_fits_name() -> None:
+    with pytest.raises(ValueError, match=r"key='scuvae'.*uns\['scuvae'\].*pass None for 'scvi'"):
+        Keys.of("scuvae", SCVI)
+
+
 def test_names_that_share_nothing_pass() -> None:
     slots = {name: set(Keys.of(name).obsm) for name in (None, "X_other", "X", "scvi", "encoder")}
     for name, own in slots.items():
