@@ -61,7 +61,24 @@ class Keys:
                 f"key={key!r} cannot name a fit: pass a string without '/', or None for {default!r}"
             )
         uns = default if key is None else key
-        mean = f"X_{uns}" if uns == default else uns
+        keys = cls._named(uns, f"X_{uns}" if uns == default else uns)
+        if uns == DEFAULT != default:
+            raise ValueError(
+                f"key={key!r} is the name of the default fit, whose uns[{key!r}] it would share: "
+                f"pass None for {default!r}, or another name"
+            )
+        for other in (DEFAULT, SCVI):
+            shared = set(keys.obsm) & set(cls._named(other, f"X_{other}").obsm)
+            if shared and uns != other:
+                raise ValueError(
+                    f"key={key!r} would share obsm[{min(shared)!r}] with the slots of {other!r}: "
+                    f"pass None for the default fit, or a name that does not begin like "
+                    f"'X_{other}'"
+                )
+        return keys
+
+    @classmethod
+    def _named(cls, uns: str, mean: str) -> "Keys":
         return cls(
             uns=uns,
             mean=mean,

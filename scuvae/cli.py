@@ -136,6 +136,7 @@ PROJECT = [
     ("--key", str, "KEY", "the fit to use, where there are several"),
     LAYER,
     COVARIANCE,
+    ("--new-batches", str, "HOW", "error, or estimate: what a batch adds that the fit lacks"),
     ("--max-steps", int, "N", "local steps at most"),
     DEVICE,
     KEY_ADDED,

@@ -46,6 +46,7 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
 PROJECT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "key": (["--key", "k0"], "k0"),
     "amortized": (["--amortized"], True),
+    "new_batches": (["--new-batches", "estimate"], "estimate"),
     "max_steps": (["--max-steps", "5"], 5),
 } | {name: FIT_FLAGS[name] for name in ("layer", "covariance", "device", "key_added")}
 # The command line works on copies by nature; random_state is rng under its older name.

@@ -82,6 +82,14 @@ def encoded(model: VAE, batch: Batch, covariance: str) -> Distribution:
     return select([q, prior_start(model, len(batch), covariance)], empty.long())
 
 
+def starts(model: VAE, batch: Batch, covariance: str) -> list[Distribution]:
+    """Where new cells begin: at the likeliest draw of the prior, and at the encoder's q."""
+    found = [likeliest_start(model, batch, covariance)]
+    if model.encoder is not None and batch.observed is None:
+        found.append(encoded(model, batch, covariance))
+    return found
+
+
 def start(model: VAE, batch: Batch, covariance: str) -> Distribution:
     """Where a cell without a q begins: at the encoder's, or at the likeliest draw of the prior."""
     if model.encoder is None or batch.observed is not None:

@@ -226,9 +226,17 @@ def _blocks(values: np.ndarray, rows: int = 2**22) -> Any:
 
 
 def batch_codes(
-    adata: AnnData, batch_key: str | None, known: list[str] | None = None
+    adata: AnnData,
+    batch_key: str | None,
+    known: list[str] | None = None,
+    *,
+    extend: bool = False,
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Batch membership as integers, and the batches' names, those of a fit where given."""
+    """Batch membership as integers, and the batches' names, those of a fit where given.
+
+    ``extend``: batches that the fit has not seen follow its own, sorted; otherwise they are an
+    error.
+    """
     if batch_key is None:
         return None, []
     if batch_key not in adata.obs:
@@ -251,10 +259,13 @@ def batch_codes(
     labels = column.astype(str)
     names = sorted(labels.unique()) if known is None else known
     unknown = sorted(set(labels) - set(names))
-    if unknown:
+    if extend:
+        names = [*names, *unknown]
+    elif unknown:
         raise ValueError(
             f"adata.obs[{batch_key!r}] has batches that the fit has not seen: "
-            f"{', '.join(map(repr, unknown[:5]))}. Known: {', '.join(map(repr, names[:10]))}"
+            f"{', '.join(map(repr, unknown[:5]))}. Known: {', '.join(map(repr, names[:10]))}. "
+            "tl.project(..., new_batches='estimate') estimates what they add"
         )
     codes = pd.Categorical(labels, categories=names).codes
     return np.asarray(codes, np.int64), list(names)

@@ -73,12 +73,14 @@ class SparseSource(Source):
         self.matrix = SparseRows(starts, columns, values, self.shape[1])
 
     def rows(self, index: Tensor, on_host: Tensor | None = None) -> SparseRows:
+        if self.device.type == "cpu":
+            return self.matrix.take(index)
         on_host = index.cpu() if on_host is None else on_host
-        # The host knows how many entries there are: a GPU would have to be asked.
-        total = int(self.host_lengths.index_select(0, on_host).sum())
-        found = self.matrix.take(index if self.resident else on_host, total)
         if self.resident:
-            return found
+            # The host knows how many entries there are: a GPU would have to be asked.
+            total = int(self.host_lengths.index_select(0, on_host).sum())
+            return self.matrix.take(index, total)
+        found = self.matrix.take(on_host)
         parts = (found.starts, found.col, found.value)
         starts, columns, values = (
             part.pin_memory().to(self.device, non_blocking=True) for part in parts
@@ -139,7 +141,8 @@ class Cells:
     source
         Their values.
     size_factor
-        Expected totals, (cells,); by default each cell's total.
+        Expected totals over all of the model's genes, (cells,); by default each cell's total over
+        the observed ones.
     codes, n_categories
         Batch membership as integers, and how many batches there are.
     observed
@@ -157,6 +160,7 @@ class Cells:
     ) -> None:
         self.source = source
         self.size_factor = source.totals() if size_factor is None else size_factor
+        self.size_of_all = size_factor is not None
         self.codes = codes
         self.n_categories = n_categories
         self.observed = observed
@@ -175,6 +179,7 @@ class Cells:
             covariates,
             self.observed,
             on_host,
+            self.size_of_all,
         )
 
     def loader(

@@ -1,6 +1,6 @@
 """What a model sees of the data: a batch of cells, its counts as triplets or dense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -52,14 +52,13 @@ class SparseRows:
 
     def take(self, rows: Tensor, n_nonzeros: int | None = None) -> "SparseRows":
         """Some rows, in the order asked for; their nonzeros' number, where known, spares a wait."""
+        if self.value.device.type == "cpu":
+            from scuvae.model.kernels import gather  # with numba, when it is needed
+
+            return SparseRows(*gather(self.starts, self.col, self.value, rows), self.n_vars)
         first = self.starts.index_select(0, rows)
         length = self.starts.index_select(0, rows + 1) - first
         starts = _starts(length)
-        if self.value.device.type == "cpu":
-            from scuvae.model.kernels import gather
-
-            col, value = gather(self.starts, self.col, self.value, rows, starts)
-            return SparseRows(starts, col, value, self.n_vars)
         # Where a row's entries lie in the matrix, less where they lie in the new block.
         shift = torch.repeat_interleave(first - starts[:-1], length, output_size=n_nonzeros)
         at = torch.arange(len(shift), device=shift.device).add_(shift)
@@ -100,13 +99,16 @@ class Batch:
     index
         Their row numbers in the fitted matrix: unamortized parameters hang on it.
     size_factor
-        Expected total of each cell over the observed genes, in counts.
+        Expected total of each cell over the observed genes, in counts; with ``size_of_all`` over
+        all of the model's.
     covariates
         One-hot batch membership, (cells, categories), or None.
     observed
         Boolean mask over the model's genes where the data lack some, or None.
     on_host
         ``index`` once more, on the host, where that is on another device: spares asking it.
+    size_of_all
+        Whether the size factor counts genes in that are not observed.
     """
 
     x: Tensor | SparseRows
@@ -115,6 +117,7 @@ class Batch:
     covariates: Tensor | None = None
     observed: Tensor | None = None
     on_host: Tensor | None = None
+    size_of_all: bool = False
 
     @property
     def host_index(self) -> Tensor:
@@ -129,4 +132,11 @@ class Batch:
         x = self.x
         x = x.take(rows) if isinstance(x, SparseRows) else x[rows]
         covariates = None if self.covariates is None else self.covariates[rows]
-        return Batch(x, self.index[rows], self.size_factor[rows], covariates, self.observed)
+        return replace(
+            self,
+            x=x,
+            index=self.index[rows],
+            size_factor=self.size_factor[rows],
+            covariates=covariates,
+            on_host=None,
+        )

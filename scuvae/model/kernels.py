@@ -274,22 +274,23 @@ def _negative_binomial(
     keep: bool,
     out: Any,
     slopes: Any,
+    size_slopes: Any,
     theta_slopes: Any,
     kept_all: Any,
 ) -> None:
-    n_genes = eta.shape[1]
+    n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = _bounded(log_theta)
     inverse = _f(1.0) / theta
     share, log1p = np.empty(n_genes, _f), np.empty(n_genes, _f)
     slope_row, theta_row = np.empty(n_genes, _f), np.empty(n_genes, _f)
     kept_row, excess = np.empty(n_genes, _f), np.empty(n_genes, _f)
     for r in range(first, last):
-        cell = r % len(size)
+        cell = r % n_cells
         slope = slopes[r] if keep else slope_row
         slope_theta = theta_slopes[r] if keep else theta_row
         top, total, check = _exponentials(eta[r], share)
-        scale = size[cell] / total
-        log_scale = math.log(size[cell]) - math.log(total) - top
+        scale = size[r] / total
+        log_scale = math.log(size[r]) - math.log(total) - top
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, log1p)
         kept = kept_row
         if inflated:
@@ -318,6 +319,7 @@ def _negative_binomial(
             slope_theta[g] = mu * rest - theta[g] * log1p[g] + constant_slope[k] + value[k] * part
         out[r] = found + check
         if keep:
+            size_slopes[r] = slope_sum
             _through_softmax(slope, share, slope_sum / total)
 
 
@@ -334,13 +336,14 @@ def _poisson(
     keep: bool,
     out: Any,
     slopes: Any,
+    size_slopes: Any,
 ) -> None:
     share = np.empty(eta.shape[1], _f)
     for r in range(first, last):
-        cell = r % len(size)
+        cell = r % (len(starts) - 1)
         top, total, check = _exponentials(eta[r], share)
-        log_scale = math.log(size[cell]) - math.log(total) - top
-        found, counts = check - size[cell], _f(0.0)
+        log_scale = math.log(size[r]) - math.log(total) - top
+        found, counts = check - size[r], _f(0.0)
         if keep:
             slopes[r] = _f(0.0)
         for k in range(starts[cell], starts[cell + 1]):
@@ -350,6 +353,7 @@ def _poisson(
                 slopes[r, col[k]] = value[k]
         out[r] = found
         if keep:
+            size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
 
 
@@ -379,14 +383,17 @@ def _gram(first: int, last: int, weight: Any, rows: Any, out: Any) -> None:
 
 
 @_exact
-def _gather(
-    starts: Any, col: Any, value: Any, rows: Any, new_starts: Any, new_col: Any, new_value: Any
-) -> None:
+def _gather(starts: Any, col: Any, value: Any, rows: Any) -> tuple[Any, Any, Any]:
+    new_starts = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
-        at, to = starts[rows[i]], new_starts[i]
-        for k in range(new_starts[i + 1] - to):
-            new_col[to + k] = col[at + k]
-            new_value[to + k] = value[at + k]
+        new_starts[i + 1] = new_starts[i] + starts[rows[i] + 1] - starts[rows[i]]
+    new_col, new_value = np.empty(new_starts[-1], col.dtype), np.empty(new_starts[-1], value.dtype)
+    for i in range(len(rows)):
+        first, last = new_starts[i], new_starts[i + 1]
+        at = starts[rows[i]]
+        new_col[first:last] = col[at : at + last - first]
+        new_value[first:last] = value[at : at + last - first]
+    return new_starts, new_col, new_value
 
 
 # --- from torch -----------------------------------------------------------------------------------
@@ -414,15 +421,15 @@ def negative_binomial(
 ) -> tuple[Tensor, ...]:
     """log p of every row of ``eta``, (rows, genes), and with ``keep`` its slopes.
 
-    Row r is a draw for cell r modulo the cells. Slopes are in η, in ln θ and, zero-inflated, the
-    probability that an entry is no dropout: (rows, genes) each.
+    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). Slopes are in η, (rows,
+    genes), in ln ℓ, (rows,), in ln θ and, zero-inflated, the probability that an entry is no
+    dropout, (rows, genes).
     """
-    out = eta.new_empty(len(eta))
-    n_slopes = (2 + (logit is not None)) * keep
-    slopes = [torch.empty_like(eta) for _ in range(n_slopes)]
-    spare = eta.new_empty(0, 0)
-    filled = [*slopes, *[spare] * (3 - n_slopes)]
-    dropout = spare[0:0].flatten() if logit is None else logit
+    out, slopes = _results(eta, keep, 2 + (logit is not None))
+    filled = [*slopes, *[eta.new_empty(0, 0)] * (4 - len(slopes))]
+    if not keep:
+        filled[1] = eta.new_empty(0)
+    dropout = eta.new_empty(0) if logit is None else logit
     arrays = (starts, col, value, constant, constant_slope, size, log_theta, dropout)
     _run(_negative_binomial, eta, *arrays, logit is not None, keep, out, *filled)
     return out, *slopes
@@ -438,13 +445,20 @@ def poisson(
     *,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """As :func:`negative_binomial`, with slopes in η alone."""
-    out = eta.new_empty(len(eta))
-    slopes = [torch.empty_like(eta)] * keep
-    _run(
-        _poisson, eta, starts, col, value, constant, size, keep, out, *slopes or [eta.new_empty(0, 0)]
-    )
+    """As :func:`negative_binomial`, with slopes in η and in ln ℓ alone."""
+    out, slopes = _results(eta, keep, 1)
+    filled = slopes or [eta.new_empty(0, 0), eta.new_empty(0)]
+    _run(_poisson, eta, starts, col, value, constant, size, keep, out, *filled)
     return out, *slopes
+
+
+def _results(eta: Tensor, keep: bool, n_dense: int) -> tuple[Tensor, list[Tensor]]:
+    """Room for log p of each row and its slopes: dense ones, that in ln ℓ second among them."""
+    out = eta.new_empty(len(eta))
+    if not keep:
+        return out, []
+    first, *rest = (torch.empty_like(eta) for _ in range(n_dense))
+    return out, [first, torch.empty_like(out), *rest]
 
 
 def gram(rows: Tensor, weight: Tensor) -> Tensor:
@@ -454,14 +468,9 @@ def gram(rows: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def gather(
-    starts: Tensor, col: Tensor, value: Tensor, rows: Tensor, new_starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Columns and values of some rows of a CSR matrix, one after the other."""
-    n = int(new_starts[-1])
-    new_col, new_value = col.new_empty(n), value.new_empty(n)
-    _gather(*map(_array, (starts, col, value, rows, new_starts, new_col, new_value)))
-    return new_col, new_value
+def gather(starts: Tensor, col: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of a CSR matrix, as its three arrays."""
+    return tuple(map(torch.from_numpy, _gather(*map(_array, (starts, col, value, rows)))))
 
 
 def _array(argument: Any) -> Any:

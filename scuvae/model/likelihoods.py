@@ -1,7 +1,7 @@
 """p(x | η): how the decoder's p outputs η and a cell's size factor explain its values.
 
 Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
-and the logsumexp runs over the observed genes, so that leaving genes out is exact conditioning.
+and both run over the observed genes, so that leaving genes out is exact conditioning.
 A likelihood is four short methods of η, or of log μ for counts; ``LIKELIHOODS`` at the end names
 them all.
 """
@@ -31,9 +31,9 @@ class Likelihood(nn.Module, ABC):
     """A distribution of a cell's values given the decoder's output.
 
     ``x`` is (cells, genes), a tensor or :class:`SparseRows`; ``eta`` is (..., cells, genes) with
-    any leading dimensions of draws; ``size_factor`` is (cells,), in counts, by default each
-    cell's total over the observed genes; ``observed`` is a boolean mask over genes, by default
-    all of them.
+    any leading dimensions of draws; ``size_factor`` is (cells,) or (..., cells), in counts, by
+    default each cell's total over the observed genes; ``observed`` is a boolean mask over genes,
+    by default all of them.
     """
 
     name: ClassVar[str]

@@ -38,7 +38,7 @@ def log_prob(
     eta
         Logits of the means' shares, (..., cells, genes).
     size_factor
-        Expected totals ℓ > 0, (cells,); no gradient reaches them.
+        Expected totals ℓ > 0, (cells,) or (..., cells).
     log_theta
         Log inverse dispersions, (genes,).
     logit_dropout
@@ -70,21 +70,23 @@ class _LogProb(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         passes = _compiled if compiled(eta) else _dense_passes
         out, *slopes = passes(eta.contiguous(), x, size, log_theta, logit, keep)
-        ctx.save_for_backward(logit, *slopes)
+        ctx.save_for_backward(logit, size, *slopes)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logit, slope, theta_slope, *kept = ctx.saved_tensors
+        logit, size, slope, size_slope, theta_slope, *kept = ctx.saved_tensors
         cells, n_genes = grad.flatten(), slope.shape[-1]
         grad_eta = slope * grad.unsqueeze(-1)
-        grad_theta = grad_logit = None
+        grad_theta = grad_logit = grad_size = None
         if ctx.needs_input_grad[1]:
             grad_theta = cells @ theta_slope.view(-1, n_genes)
         if kept and ctx.needs_input_grad[2]:
             grad_logit = cells.sum() * torch.sigmoid(-logit) - cells @ kept[0].view(-1, n_genes)
-        return grad_eta, grad_theta, grad_logit, None, None, None
+        if ctx.needs_input_grad[3]:
+            grad_size = (grad * size_slope / size).sum_to_size(size.shape)
+        return grad_eta, grad_theta, grad_logit, grad_size, None, None
 
 
 def _compiled(
@@ -95,8 +97,9 @@ def _compiled(
     logit: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """log p, (..., cells), and with ``keep`` its slopes in η, in ln θ and, zero-inflated, the
-    probability that an entry is no dropout, (..., cells, genes) each: a row at a time.
+    """log p, (..., cells), and with ``keep`` its slopes in η, (..., cells, genes), in ln ℓ, of the
+    shape of log p, in ln θ and, zero-inflated, the probability that an entry is no dropout, of the
+    shape of η: a row at a time.
     """
     from scuvae.model import kernels
 
@@ -104,12 +107,13 @@ def _compiled(
     out, *slopes = kernels.negative_binomial(
         eta.view(-1, eta.shape[-1]),
         *(x.starts, x.col, x.value, constant, constant_slope),
-        *(size, log_theta, logit),
+        *(size.expand(eta.shape[:-1]).reshape(-1), log_theta, logit),
         keep=keep,
     )
     if logit is not None:
         out = out - F.softplus(logit).sum()
-    return out.view(eta.shape[:-1]), *(slope.view_as(eta) for slope in slopes)
+    shape = eta.shape[:-1]
+    return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
 
 
 def _dense_passes(
@@ -155,8 +159,8 @@ def _dense_passes(
         theta_slope.mul_(kept)
     share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
     add_at(theta_slope, flat, value * share_at + constant_slope)
-    slope = through_softmax(slope, pi, flat, value * (1 - share_at))
-    return (out, slope, theta_slope) if kept is None else (out, slope, theta_slope, kept)
+    slopes = through_softmax(slope, pi, flat, value * (1 - share_at))
+    return (out, *slopes, theta_slope) if kept is None else (out, *slopes, theta_slope, kept)
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:
@@ -185,7 +189,13 @@ def add_at(values: Tensor, flat: Tensor, more: Tensor) -> None:
     values.flatten(-2).scatter_add_(-1, flat.expand_as(more), more)
 
 
-def through_softmax(slope: Tensor, pi: Tensor, flat: Tensor, slope_at: Tensor) -> Tensor:
-    """The slope in η of slopes in ln μ, dense and at the nonzeros; overwrites ``slope``."""
+def through_softmax(
+    slope: Tensor, pi: Tensor, flat: Tensor, slope_at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Slopes in η, (..., cells, genes), and in ln ℓ, (..., cells), of those in ln μ.
+
+    They are given dense and at the nonzeros; ``slope`` is overwritten.
+    """
     add_at(slope, flat, slope_at)
-    return slope.addcmul_(pi, slope.sum(-1, keepdim=True), value=-1)
+    total = slope.sum(-1, keepdim=True)
+    return slope.addcmul_(pi, total, value=-1), total.squeeze(-1)

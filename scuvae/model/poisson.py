@@ -17,7 +17,7 @@ from scuvae.model.rising import compiled
 def log_prob(x: SparseRows, eta: Tensor, size_factor: Tensor) -> Tensor:
     """log Poisson of each cell's counts in nats, (..., cells), summed over genes.
 
-    ``eta`` is (..., cells, genes); ``size_factor`` ℓ > 0, (cells,), gets no gradient.
+    ``eta`` is (..., cells, genes); ``size_factor`` ℓ > 0 is (cells,) or (..., cells).
     """
     result: Tensor = _LogProb.apply(eta, size_factor, x)
     return result
@@ -26,27 +26,31 @@ def log_prob(x: SparseRows, eta: Tensor, size_factor: Tensor) -> Tensor:
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eta: Tensor, size: Tensor, x: SparseRows) -> Tensor:
-        keep = ctx.needs_input_grad[0]
+        keep = any(ctx.needs_input_grad)
         passes = _compiled if compiled(eta) else _dense_passes
         out, *slopes = passes(eta.contiguous(), x, size, keep)
-        ctx.save_for_backward(*slopes)
+        ctx.save_for_backward(size, *slopes)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return slope * grad.unsqueeze(-1), None, None
+        size, slope, size_slope = ctx.saved_tensors
+        grad_size = None
+        if ctx.needs_input_grad[1]:
+            grad_size = (grad * size_slope / size).sum_to_size(size.shape)
+        return slope * grad.unsqueeze(-1), grad_size, None
 
 
 def _compiled(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
-    """log p, (..., cells), and with ``keep`` its slope in η: a row at a time."""
+    """log p, (..., cells), and with ``keep`` its slopes in η and in ln ℓ: a row at a time."""
     from scuvae.model import kernels
 
     constant = torch.lgamma(x.value + 1)
-    rows = eta.view(-1, eta.shape[-1])
-    out, *slopes = kernels.poisson(rows, x.starts, x.col, x.value, constant, size, keep=keep)
-    return out.view(eta.shape[:-1]), *(slope.view_as(eta) for slope in slopes)
+    rows, shape = eta.view(-1, eta.shape[-1]), eta.shape[:-1]
+    sizes = size.expand(shape).reshape(-1)
+    out, *slopes = kernels.poisson(rows, x.starts, x.col, x.value, constant, sizes, keep=keep)
+    return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
 
 
 def _dense_passes(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
@@ -58,4 +62,5 @@ def _dense_passes(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple
     if not keep:
         return (out,)
     slope_at = x.value.expand_as(log_mu_at)
-    return out, through_softmax(torch.zeros_like(pi), pi, x.flat, slope_at)
+    slope, total = through_softmax(torch.zeros_like(pi), pi, x.flat, slope_at)
+    return out, slope, total - size

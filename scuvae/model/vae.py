@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
+from torch.nn import functional as F
 
 from scuvae.model.batch import Batch, dense
 from scuvae.model.likelihoods import Gaussian, Likelihood
@@ -53,8 +54,20 @@ class VAE(nn.Module):
             hidden = self.decoder.hidden(z, batch.covariates)
             return self.likelihood.log_prob_linear(batch.x, hidden, last, batch.observed)
         eta = self.decoder(z, batch.covariates)
-        out: Tensor = self.likelihood.log_prob(batch.x, eta, batch.size_factor, batch.observed)
+        size = self.size_factor(batch, eta)
+        out: Tensor = self.likelihood.log_prob(batch.x, eta, size, batch.observed)
         return out
+
+    def size_factor(self, batch: Batch, eta: Tensor) -> Tensor:
+        """Expected totals over the observed genes, (cells,) or (..., cells), for η of some draws.
+
+        Of a total that is known over all genes the observed ones have the share that the softmax
+        over all gives them: given z and that total, to leave genes out is to integrate over them.
+        """
+        if batch.observed is None or not batch.size_of_all:
+            return batch.size_factor
+        share = eta[..., batch.observed].logsumexp(-1) - eta.logsumexp(-1)
+        return batch.size_factor * share.exp()
 
     @torch.no_grad()
     def curvature(self, batch: Batch, z: Tensor) -> Tensor:
@@ -63,7 +76,10 @@ class VAE(nn.Module):
         The Jacobians of a few cells at a time are written out, whatever the number of cells.
         """
         eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
-        fisher, centre = self.likelihood.fisher(batch.x, eta, batch.size_factor, batch.observed)
+        size = self.size_factor(batch, eta)
+        fisher, centre = self.likelihood.fisher(batch.x, eta, size, batch.observed)
+        if centre is not None and size is not batch.size_factor:
+            centre = F.softmax(eta, -1)  # unobserved genes are in the sum that divides exp(η)
         n_cells, n_latent, width = tangent.shape
         # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
         shift = tangent.new_zeros(n_cells, n_latent, 1)

@@ -84,7 +84,8 @@ def denoise(
             expected = torch.zeros(len(batch), len(known[known >= 0]), device=where)
             for point in points:
                 eta = model.decoder(draw(q, point), batch.covariates)
-                values = model.likelihood.mean(eta, batch.size_factor, batch.observed)
+                size = model.size_factor(batch, eta)
+                values = model.likelihood.mean(eta, size, batch.observed)
                 expected += values[:, known[known >= 0]] / len(points)
             rows = batch.index.cpu().numpy()
             layer[rows[:, None], np.flatnonzero(known >= 0)] = expected.cpu().numpy()

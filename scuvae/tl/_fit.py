@@ -86,8 +86,8 @@ def fit(
     batch_key
         Column of ``adata.obs`` with each cell's batch, which the decoder is told.
     size_factor_key
-        Column of ``adata.obs`` with each cell's expected total, in counts; None for its total
-        over the modelled genes.
+        Column of ``adata.obs`` with each cell's expected total over the modelled genes, in counts;
+        None for its total over them.
     validation_fraction
         Part of the cells held out from training. They get a posterior all the same.
     max_epochs

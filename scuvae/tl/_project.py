@@ -2,21 +2,47 @@
 
 import copy as copying
 import warnings
+import zlib
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import anndata
+import numpy as np
 import torch
 from anndata import AnnData
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.refine import likeliest_start, refine
-from scuvae.inference.validation import encoded, start
+from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
+from scuvae.inference.refine import refine
+from scuvae.inference.validation import encoded, starts
 from scuvae.io import inputs
-from scuvae.io.state import moments, read_entry, read_fit, write_posterior
+from scuvae.io.state import (
+    Fit,
+    model_to_arrays,
+    moments,
+    read_entry,
+    read_fit,
+    write_posterior,
+)
+from scuvae.model import VAE
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, step_options, target
+from scuvae.tl._shared import (
+    CHUNK,
+    Matched,
+    logger,
+    match,
+    resolve_device,
+    step_options,
+    target,
+)
+
+NEW_BATCHES = ("error", "estimate")
+# A smaller share of the reference's genes than this is more often a mistake than a panel.
+_FEW_GENES = 0.1
+# Cells that the offset of a new batch is estimated from: more of them hardly change it.
+_MOST_CELLS = 1000
 
 
 def project(
@@ -28,6 +54,7 @@ def project(
     key_added: str | None = None,
     amortized: bool = False,
     covariance: str | None = None,
+    new_batches: str = "error",
     max_steps: int | None = None,
     device: str = "auto",
     copy: bool = False,
@@ -36,7 +63,13 @@ def project(
 
     Genes are matched by name. Genes that ``adata`` lacks are left out of the likelihood, which is
     exact conditioning on the observed ones; genes that the reference does not know are not used.
-    A cell's posterior depends on no other cell.
+    A cell's posterior depends on no other cell, but for what a new batch's cells say together of
+    their batch.
+
+    A cell's expected total is its total over the observed genes. Where the fit had a
+    ``size_factor_key``, that column of ``adata.obs`` must hold what it held there, the total over
+    all of the fit's genes, also where ``adata`` lacks some: the observed ones are expected to
+    have the share of it that the decoder gives them.
 
     Parameters
     ----------
@@ -55,6 +88,12 @@ def project(
         of the prior, and from the encoder where there is one; the better is kept for each cell.
     covariance
         ``"full"`` or ``"diagonal"``; None: as in the fit.
+    new_batches
+        What becomes of batches that the fit has not seen. ``"error"``: nothing.
+        ``"estimate"``: what such a batch adds in the decoder's first layer is estimated from its
+        cells, or 1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian
+        prior, whose mean and variance are those of the known batches, so that a few cells move it
+        little. A batch whose cells are all of one kind is confounded with that kind.
     max_steps
         Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
         for another rule its own number.
@@ -67,14 +106,27 @@ def project(
     -------
     None, or with ``copy=True`` the AnnData. Sets ``obsm["X_scuvae"]``, ``obsm["X_scuvae_scale"]``,
     for a full covariance ``obsm["X_scuvae_covariance"]``, and ``uns["scuvae"]`` with the
-    reference's model, so that ``adata`` can be scored and denoised by itself.
+    reference's model, so that ``adata`` can be scored and denoised by itself. Beside it:
+
+    ``uns["scuvae"]["genes"]``
+        ``n_reference``, ``n_observed`` and ``n_unused``: how many genes the reference has, how
+        many of these ``adata`` has, and how many of ``adata``'s the reference does not know;
+        ``missing``: the names of the reference's genes that ``adata`` lacks, an array.
+    ``uns["scuvae"]["params"]["new_batches"]``
+        The names of estimated batches, where there are any. ``params["batches"]`` has them after
+        the fit's own, ``state`` what they add: ``adata`` is a reference that knows them.
 
     Raises
     ------
     ValueError
-        The reference holds no fit; no gene in common; a batch that the fit has not seen; values
-        that its likelihood cannot have; ``amortized=True`` without an encoder or with genes
-        missing.
+        The reference holds no fit; no gene in common; a batch that the fit has not seen, but for
+        ``new_batches="estimate"``, which needs a fit with batches; values that its likelihood
+        cannot have; ``amortized=True`` without an encoder or with genes missing.
+
+    Warns
+    -----
+    UserWarning
+        Fewer than a tenth of the reference's genes are observed; cells without counts.
 
     Examples
     --------
@@ -93,6 +145,7 @@ def project(
         max_steps = whole("max_steps", max_steps)
     if covariance is not None:
         one_of("covariance", covariance, COVARIANCES)
+    one_of("new_batches", new_batches, NEW_BATCHES)
     if isinstance(reference, str | PathLike):
         reference = _read(reference)
     inputs.check_type(reference, "reference")
@@ -103,8 +156,15 @@ def project(
     if covariance is None:
         covariance = str(fit.params["covariance"])
     options = step_options(str(fit.params["local_step"]), max_steps, fit.params)
+    extend = new_batches == "estimate"
+    if extend and fit.batch_key is None:
+        raise ValueError(
+            "new_batches='estimate', but the fit knows no batches: fit the reference with "
+            "batch_key=, or pass new_batches='error'"
+        )
     where = resolve_device(device)
-    cells = cells_of(adata, fit, layer, where)
+    matched = match(adata, fit, layer, where, extend=extend)
+    cells = matched.cells
     if amortized and (fit.model.encoder is None or cells.observed is not None):
         lacks = (
             "the fit has no encoder"
@@ -113,7 +173,13 @@ def project(
         )
         raise ValueError(f"amortized=True, but {lacks}: pass amortized=False")
 
+    _warn_of_few_genes(adata, fit, matched)
+    entry["genes"] = _report(fit, matched)
     model = fit.model.to(where)
+    if len(matched.batches) > len(fit.batches):
+        model = _extended(model, matched, adata, fit, covariance)
+        entry["state"] = model_to_arrays(model)
+        entry["params"] |= _extended_params(entry["params"], fit, matched)
     parts = []
     everyone = torch.arange(len(cells), device=where)
     with torch.no_grad():
@@ -121,10 +187,7 @@ def project(
             if amortized:
                 parts.append(encoded(model, batch, covariance))
                 continue
-            starts = [likeliest_start(model, batch, covariance)]
-            if model.encoder is not None and batch.observed is None:
-                starts.append(start(model, batch, covariance))
-            parts.append(refine(model, batch, starts, **options))
+            parts.append(refine(model, batch, starts(model, batch, covariance), **options))
 
     if model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())
@@ -138,6 +201,68 @@ def project(
     write_posterior(out, key_added, moments(parts, covariance))
     out.uns[keys.uns] = entry
     return out if copy else None
+
+
+def _report(fit: Fit, matched: Matched) -> dict[str, Any]:
+    """What was matched of the reference's genes, for ``uns``."""
+    found = matched.found
+    return {
+        "n_reference": len(found),
+        "n_observed": int(found.sum()),
+        "n_unused": matched.n_unused,
+        "missing": np.array(fit.var_names[~found], dtype=object),
+    }
+
+
+def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched) -> None:
+    found = matched.found
+    if found.mean() < _FEW_GENES:
+        first, other = (", ".join(map(repr, n[:3])) for n in (fit.var_names, adata.var_names))
+        warnings.warn(
+            f"adata has {found.sum()} of the reference's {len(found)} genes: the reference has "
+            f"{first}, ..., adata has {other}, .... Are both symbols, or both ids?",
+            stacklevel=3,
+        )
+
+
+def _extended(model: VAE, matched: Matched, adata: AnnData, fit: Fit, covariance: str) -> VAE:
+    """The model with an offset for each batch that it has not seen, estimated one by one."""
+    cells, codes = matched.cells, matched.cells.codes
+    assert codes is not None
+    columns = [known_offsets(model)]
+    # By name, not by place: the same cells in any order.
+    rank = np.array([zlib.crc32(name.encode()) for name in adata.obs_names])
+    for code in range(len(fit.batches), len(matched.batches)):
+        rows = (codes == code).nonzero().squeeze(1)
+        if len(rows) > _MOST_CELLS:
+            order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:_MOST_CELLS]
+            rows = rows[torch.as_tensor(order, device=rows.device)]
+        found = estimate_offset(
+            model,
+            cells.loader(rows, CHUNK),
+            covariance,
+            kl_weight=float(fit.params["kl_weight"]),
+        )
+        logger.info(
+            "batch %r: its offset in the decoder raises the ELBO of %d cells from %.2f to %.2f "
+            "nats a cell, after %d turns",
+            matched.batches[code],
+            len(rows),
+            found.start,
+            found.end,
+            found.n_turns,
+        )
+        columns.append(found.value.unsqueeze(1))
+    return with_offsets(model, torch.cat(columns, 1)).eval()
+
+
+def _extended_params(params: dict[str, Any], fit: Fit, matched: Matched) -> dict[str, Any]:
+    new = matched.batches[len(fit.batches) :]
+    estimated = [*map(str, params.get("new_batches", ())), *new]
+    return {
+        "batches": np.array(matched.batches, dtype=object),
+        "new_batches": np.array(estimated, dtype=object),
+    }
 
 
 def _read(path: str | PathLike[str]) -> AnnData:

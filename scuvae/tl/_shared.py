@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,40 @@ def show_progress(progress: bool | None) -> bool:
     return notebook or sys.stderr.isatty()
 
 
+@dataclass(frozen=True)
+class Matched:
+    """Cells as a fit's model sees them, and what of the two was matched by name.
+
+    ``found`` is a boolean mask over the fit's genes, ``n_unused`` the number of genes that it does
+    not know, ``batches`` the names that the cells' codes stand for.
+    """
+
+    cells: Cells
+    found: np.ndarray
+    n_unused: int
+    batches: list[str]
+
+
 def cells_of(
     adata: AnnData, fit: Fit, layer: str | None = None, device: torch.device | None = None
 ) -> Cells:
+    """The cells of :func:`match`."""
+    return match(adata, fit, layer, device).cells
+
+
+def match(
+    adata: AnnData,
+    fit: Fit,
+    layer: str | None = None,
+    device: torch.device | None = None,
+    *,
+    extend: bool = False,
+) -> Matched:
     """The cells of ``adata`` as the fit's model sees them: its genes, by name and in its order.
 
     Genes that ``adata`` lacks are left out of the likelihood (``observed``); genes that the fit
-    does not know are dropped. Both are logged.
+    does not know are dropped. Both are logged. ``extend``: batches that the fit has not seen get
+    codes beyond its own.
     """
     device = device or torch.device("cpu")
     layer = fit.layer if layer is None else layer
@@ -114,8 +142,9 @@ def cells_of(
             found.sum(),
             len(found),
         )
-    if adata.n_vars > found.sum():
-        logger.info("%d genes unknown to the fit are not used", adata.n_vars - found.sum())
+    n_unused = adata.n_vars - int(found.sum())
+    if n_unused:
+        logger.info("%d genes unknown to the fit are not used", n_unused)
 
     matrix = inputs.read_matrix(adata, layer, genes)
     likelihood = fit.model.likelihood
@@ -129,19 +158,25 @@ def cells_of(
         fractions=not fit.params.get("check_values", True),
         fitting=False,
     )
-    codes, names = inputs.batch_codes(adata, fit.batch_key, fit.batches)
+    codes, names = inputs.batch_codes(adata, fit.batch_key, fit.batches, extend=extend)
     size_factor = inputs.size_factors(adata, fit.size_factor_key)
     observed = None
     if not found.all():
+        if size_factor is not None and likelihood.counts:
+            logger.info(
+                "adata.obs[%r] is taken for each cell's total over all of the fit's genes",
+                fit.size_factor_key,
+            )
         matrix = _spread(matrix, np.flatnonzero(found), len(found))
         observed = torch.as_tensor(found, device=device)
-    return Cells(
+    cells = Cells(
         source_of(matrix, device),
         size_factor=None if size_factor is None else torch.tensor(size_factor, device=device),
         codes=None if codes is None else torch.tensor(codes, device=device),
         n_categories=len(names),
         observed=observed,
     )
+    return Matched(cells, found, n_unused, names)
 
 
 def _spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
