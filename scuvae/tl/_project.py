@@ -107,7 +107,7 @@ def project(
     cells = cells_of(adata, fit, layer, where)
     if amortized and (fit.model.encoder is None or cells.observed is not None):
         lacks = (
-            "the fit has no encoder"
+            "the fit has no encoder (scuvae.tl.to_encoder makes one)"
             if fit.model.encoder is None
             else f"{int((~cells.observed).sum())} of the encoder's genes are missing"  # type: ignore[operator]
         )
