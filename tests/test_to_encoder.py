@@ -63,8 +63,8 @@ def test_a_linear_encoder_reaches_the_exact_posterior(
         raw_scale(q),
         batches,
         held_out=None,
-        learning_rate=0.03,
-        max_epochs=150,
+        learning_rate=0.1,
+        max_epochs=300,
         share_simulated=share,
         weight_decay=0.0,
     )
