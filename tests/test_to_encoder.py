@@ -21,7 +21,14 @@ from helpers import (
     small_fit,
     unchanged,
 )
-from small_models import batch_of, cells_of, exact_evidence, exact_posterior, linear_gaussian
+from small_models import (
+    batch_of,
+    cells_of,
+    exact_evidence,
+    exact_posterior,
+    linear_gaussian,
+    model_of,
+)
 
 from scuvae import get, tl
 from scuvae.inference.distil import distil, simulated
@@ -122,6 +129,18 @@ def test_cells_are_drawn_from_the_decoder_at_their_posteriors(fixed_random_state
     # Four standard errors of a mean and of a covariance.
     torch.testing.assert_close(x.mean(0), w @ mean[0] + b, rtol=0, atol=4 * spread / n**0.5)
     torch.testing.assert_close(x.T.cov(), covariance, rtol=0, atol=4 * spread**2 * (2 / n) ** 0.5)
+
+
+@pytest.mark.parametrize("totals", [True, False])
+def test_sizes_of_drawn_cells(totals: bool, fixed_random_state: None) -> None:
+    model = model_of("poisson")
+    size = torch.tensor([0.01, 100.0], dtype=torch.float64)
+    like = torch.zeros(2, 12, dtype=torch.float64)
+    q = gaussian(like[:, :2], like[:, :2])
+    batch = simulated(model, batch_of(like, size_factor=size), q, totals)
+    # A cell without a count has no logarithm of its total.
+    assert batch.x[0].sum() == 0
+    assert batch.size_factor.tolist() == ([1, batch.x[1].sum()] if totals else size.tolist())
 
 
 def test_the_encoder_comes_close_to_the_cells_own_posteriors() -> None:

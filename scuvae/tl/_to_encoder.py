@@ -131,13 +131,13 @@ def to_encoder(
     rate = LEARNING_RATES["adam"]
     if learning_rate is not None:
         rate = real("learning_rate", learning_rate, above=0.0)
+    where = resolve_device(device)
     if fit.model.encoder is not None:
         raise ValueError(
             f"adata.uns[{own.uns!r}] has an encoder: it is a fit with amortized="
             f"{fit.params['amortized']!r}. Pass the key= of a fit with amortized=False"
         )
     stored = read_posterior(adata, key)
-    where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     if cells.observed is not None:
         raise ValueError(
@@ -166,6 +166,7 @@ def to_encoder(
                 learning_rate=rate,
                 max_epochs=max_epochs,
                 kl_weight=float(fit.params["kl_weight"]),
+                totals=fit.model.likelihood.counts and fit.size_factor_key is None,
                 on_epoch=lambda row: bar.update() and None,
             )
     with torch.no_grad():
