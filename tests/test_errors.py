@@ -242,6 +242,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "score": tl.score,
     "amortization_gap": tl.amortization_gap,
     "denoise": tl.denoise,
+    "to_encoder": tl.to_encoder,
     "model": lambda adata: get.model(adata),
     "posterior": lambda adata: get.posterior(adata),
     "history": lambda adata: get.history(adata),
@@ -435,6 +436,7 @@ WHOLE = {
     "score": ["n_samples", "n_anneal"],
     "amortization_gap": ["max_steps", "n_samples"],
     "denoise": ["n_samples"],
+    "to_encoder": ["max_epochs", "batch_size"],
 }
 FROM_ZERO = {("fit", "n_layers"), ("denoise", "n_samples"), ("score", "n_anneal")}
 

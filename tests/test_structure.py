@@ -181,6 +181,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},
     "denoise": {"key": None, "layer_added": None},
+    "to_encoder": {"key": None, "key_added": None, "rng": 0},
 }
 
 

@@ -33,7 +33,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_layers=n_layers,
     )
     encoder = None
-    if params["amortized"] in (True, "semi"):
+    if params["amortized"]:  # True, "semi" or, by tl.to_encoder, "distilled"
         encoder = Encoder(
             n_vars,
             n_latent,

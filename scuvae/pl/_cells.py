@@ -1,11 +1,14 @@
 """Columns of ``obs`` for the pictures of cells: scores by fit, categories and their colours."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_rgba
+from matplotlib.lines import Line2D
 
 from .._errors import near
 from .._keys import DEFAULT, SCVI, Keys
@@ -14,6 +17,7 @@ from ._common import colours
 # Above these nobody tells groups apart; floats are more often measurements than labels.
 MOST_LEVELS = 60
 MOST_FLOAT_LEVELS = 20
+UNLABELLED = "lightgray"
 
 
 def scores(adata: AnnData, key: str | None, name: str, verb: str) -> np.ndarray:
@@ -44,7 +48,7 @@ def _missing(adata: AnnData, key: str, name: str, column: str, verb: str) -> str
     if name == "amortization_gap" and not params.get("amortized", True):
         return (
             f"{what}adata.uns[{key!r}] is a fit with amortized=False: it has no encoder to judge. "
-            "Fit with amortized=True or 'semi'"
+            "Fit with amortized=True or 'semi', or call scuvae.tl.to_encoder first"
         )
     others = [str(c) for c in adata.obs if str(c).endswith(f"_{name}")]
     if others and fit is None:
@@ -93,6 +97,33 @@ def category_colours(
     if len(known) == len(names) and all(is_color_like(c) for c in known):
         return dict(zip(names, map(to_rgba, known), strict=True))
     return dict(zip(names, colours(len(names)), strict=True))
+
+
+def coloured(
+    ax: Axes, adata: AnnData, groupby: str, groups: pd.Categorical, drawn: np.ndarray
+) -> np.ndarray:
+    """Each cell's colour, after a legend beside the axes of the categories that have cells."""
+    found = category_colours(adata, groupby, groups)
+    palette = np.array([*found.values(), to_rgba(UNLABELLED)])
+    present = np.unique(groups.codes[drawn])
+    names = {code: str(name) for code, name in enumerate(groups.categories)} | {-1: "NA"}
+    dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "markeredgewidth": 0}
+    handles = [
+        Line2D([], [], color=palette[code], label=names[code], **dot)
+        # Cells without a category come last, as code -1 of the palette.
+        for code in sorted(present, key=lambda code: (code < 0, code))
+    ]
+    ax.legend(
+        handles=handles,
+        title=groupby,
+        frameon=False,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        ncols=1 + (len(handles) - 1) // 15,
+    )
+    colours_of_cells: np.ndarray = palette[groups.codes]
+    return colours_of_cells
 
 
 def left_out(n: int, of: int, why: str) -> str:

@@ -71,6 +71,31 @@ def colours(n: int) -> list[tuple[float, ...]]:
     return [plt.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.95, n)]
 
 
+def panels(
+    ax: Axes | Sequence[Axes] | None, n: int, columns: int, size: tuple[float, float], **grid: Any
+) -> list[Axes]:
+    """``n`` axes: those given, or of a new figure with so many columns and panels of that size."""
+    if ax is not None:
+        given = [ax] if isinstance(ax, Axes) else list(np.ravel(np.asarray(ax, dtype=object)))
+        if len(given) != n:
+            raise ValueError(f"ax has {len(given)} axes for {n} panels.")
+        return given
+    columns = min(n, columns)
+    rows = -(-n // columns)
+    width, height = size[0] * columns, size[1] * rows
+    _, made = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **grid
+    )
+    for spare in made.flat[n:]:
+        spare.remove()
+    return list(made.flat[:n])
+
+
+def point_size(n: int) -> float:
+    """The area of each of ``n`` points in points²: the more there are, the smaller."""
+    return float(np.clip(12_000 / max(n, 1), 1, 12))
+
+
 def finish(
     drawn: T, ax: Axes, *, own: bool, show: bool | None, return_fig: bool
 ) -> T | Figure | None:

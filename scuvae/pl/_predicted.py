@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from .._keys import DEFAULT
-from ._common import BLOCK, finish, fits, fitted_to, matrix
+from ._common import BLOCK, finish, fits, fitted_to, matrix, panels
 
 COLUMNS = 4
 
@@ -75,18 +74,18 @@ def observed_vs_predicted(
     if max_points < 1:
         raise ValueError(f"max_points must be at least 1, not {max_points}.")
     chosen = fits(adata, keys)
-    panels = []
+    drawn = []
     if oracle is not None:
         fit = chosen[0] if chosen else None
-        panels.append(("Oracle", _Pair.of(adata, fit, layer, matrix(adata, oracle))))
+        drawn.append(("Oracle", _Pair.of(adata, fit, layer, matrix(adata, oracle))))
     for key in chosen:
-        panels.append((key, _Pair.of(adata, key, layer, _denoised(adata, key))))
-    if not panels:
+        drawn.append((key, _Pair.of(adata, key, layer, _denoised(adata, key))))
+    if not drawn:
         raise ValueError("Nothing to draw: keys is empty and oracle is None.")
 
     own = ax is None
-    axes = _axes(ax, len(panels))
-    for i, (panel, (name, pair)) in enumerate(zip(axes, panels, strict=True)):
+    axes = panels(ax, len(drawn), COLUMNS, (2.4, 2.6), sharex=True, sharey=True)
+    for i, (panel, (name, pair)) in enumerate(zip(axes, drawn, strict=True)):
         observed, predicted = pair.sample(max_points)
         counts = _are_counts(observed) and bool((predicted >= 0).all())
         r = pair.correlation(log1p=counts)
@@ -184,28 +183,6 @@ def _in_words(r: float, counts: bool) -> str:
     if np.isnan(r):
         return "r undefined"
     return f"r = {r:.3f}" + (" (log1p)" if counts else "")
-
-
-def _axes(ax: Axes | Sequence[Axes] | None, n: int) -> list[Axes]:
-    if ax is not None:
-        given = [ax] if isinstance(ax, Axes) else list(np.ravel(np.asarray(ax, dtype=object)))
-        if len(given) != n:
-            raise ValueError(f"ax has {len(given)} axes for {n} panels.")
-        return given
-    columns = min(n, COLUMNS)
-    rows = -(-n // columns)
-    _, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.3 * columns + 0.4, 2.6 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for spare in grid.flat[n:]:
-        spare.remove()
-    return list(grid.flat[:n])
 
 
 def _draw_values(ax: Axes, observed: np.ndarray, predicted: np.ndarray) -> None:

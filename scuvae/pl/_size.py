@@ -1,21 +1,15 @@
 """How well cells are modelled, by how much was counted of them."""
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .._keys import Keys
-from ._cells import categories, category_colours, left_out, scores
-from ._common import BLOCK, finish, fits, fitted_to
-
-UNLABELLED = "lightgray"
+from ._cells import categories, coloured, left_out, scores
+from ._common import BLOCK, finish, fits, fitted_to, point_size
 
 
 def elbo_by_size(
@@ -94,14 +88,14 @@ def elbo_by_size(
         _, ax = plt.subplots(figsize=size, layout="constrained")
     colour = np.full((adata.n_obs, 4), (0.0, 0.0, 0.0, 1.0))
     if groups is not None and groupby is not None:
-        colour = _coloured(ax, adata, groupby, groups, drawn)
+        colour = coloured(ax, adata, groupby, groups, drawn)
     # In a fixed random order: group after group, the last would cover the others. As vectors, many
     # points make a huge file.
     order = np.random.default_rng(0).permutation(np.flatnonzero(drawn))
     ax.scatter(
         totals[order],
         elbo[order],
-        s=float(np.clip(12_000 / len(order), 1, 12)),
+        s=point_size(len(order)),
         c=colour[order],
         alpha=float(np.clip(1e4 / len(order), 0.1, 0.8)),
         linewidths=0,
@@ -139,30 +133,6 @@ def _totals(adata: AnnData, fit: str | None, layer: str | None) -> tuple[np.ndar
         sums = block.sum(axis=1, dtype=np.float64)
         totals[start : start + size] = np.asarray(sums).ravel()
     return totals, len(genes)
-
-
-def _coloured(ax: Axes, adata: AnnData, groupby: str, groups: Any, drawn: np.ndarray) -> np.ndarray:
-    """Each cell's colour, after a legend beside the axes of the categories that have cells."""
-    found = category_colours(adata, groupby, groups)
-    palette = np.array([*found.values(), to_rgba(UNLABELLED)])
-    present = np.unique(groups.codes[drawn])
-    names = {code: str(name) for code, name in enumerate(groups.categories)} | {-1: "NA"}
-    dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "markeredgewidth": 0}
-    handles = [
-        Line2D([], [], color=palette[code], label=names[code], **dot)
-        # Cells without a category come last, as code -1 of the palette.
-        for code in sorted(present, key=lambda code: (code < 0, code))
-    ]
-    ax.legend(
-        handles=handles,
-        title=groupby,
-        frameon=False,
-        fontsize="small",
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        ncols=1 + (len(handles) - 1) // 15,
-    )
-    return palette[groups.codes]
 
 
 def _scale(ax: Axes, totals: np.ndarray) -> None:

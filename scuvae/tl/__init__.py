@@ -6,5 +6,6 @@ from scuvae.tl._gap import amortization_gap
 from scuvae.tl._project import project
 from scuvae.tl._refine import refine
 from scuvae.tl._score import score
+from scuvae.tl._to_encoder import to_encoder
 
-__all__ = ["amortization_gap", "denoise", "fit", "project", "refine", "score"]
+__all__ = ["amortization_gap", "denoise", "fit", "project", "refine", "score", "to_encoder"]

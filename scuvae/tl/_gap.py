@@ -13,6 +13,7 @@ from scuvae.inference.local_steps import THOROUGH
 from scuvae.inference.polish import refine_diagonal
 from scuvae.inference.refine import as_family, refine, select
 from scuvae.io import inputs
+from scuvae.io.sources import Cells
 from scuvae.io.state import read_fit
 from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
@@ -45,7 +46,8 @@ def amortization_gap(
     Parameters
     ----------
     adata
-        Fitted by :func:`scuvae.tl.fit` with ``amortized=True`` or ``"semi"``, or projected.
+        Fitted by :func:`scuvae.tl.fit` with ``amortized=True`` or ``"semi"``, given an encoder by
+        :func:`scuvae.tl.to_encoder`, or projected.
     key
         The fit; None for the default.
     decompose
@@ -95,7 +97,7 @@ def amortization_gap(
     if fit.model.encoder is None:
         raise ValueError(
             f"adata.uns[{Keys.of(key).uns!r}] is a fit with amortized=False: it has no encoder to "
-            "judge. Fit with amortized=True or 'semi'"
+            "judge. Fit with amortized=True or 'semi', or call scuvae.tl.to_encoder first"
         )
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -104,23 +106,40 @@ def amortization_gap(
             f"adata.var_names lack {int((~cells.observed).sum())} of the encoder's genes: it "
             "cannot be judged on these cells"
         )
-    model = fit.model.to(where)
-    columns: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), random_state(rng, where):
-        for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            found = _gaps(model, batch, n_samples, max_steps, decompose)
-            for name, (values, errors) in found.items():
-                columns.setdefault(name, []).append(values)
-                columns.setdefault(f"{name}_se", []).append(errors)
+    with random_state(rng, where):
+        columns = gap_columns(
+            fit.model.to(where), cells, n_samples, max_steps=max_steps, decompose=decompose
+        )
 
     out = target(adata, copy)
     keys = Keys.of(key)
     for kind in COVARIANCES:
         for name in (f"amortization_gap_{kind}", f"approximation_gap_{kind}"):
             keys.clear_obs(out, name, f"{name}_se")
-    for name, parts in columns.items():
-        out.obs[keys.obs[name]] = torch.cat(parts).cpu().numpy().astype(np.float32)
+    for name, values in columns.items():
+        out.obs[keys.obs[name]] = values
     return out if copy else None
+
+
+@torch.no_grad()
+def gap_columns(
+    model: VAE,
+    cells: Cells,
+    n_samples: int = 32,
+    *,
+    max_steps: int = 20,
+    decompose: bool = False,
+) -> dict[str, np.ndarray]:
+    """Each gap of every cell and its standard error, in nats, over torch's random state."""
+    columns: dict[str, list[Tensor]] = {}
+    for batch in cells.loader(torch.arange(len(cells), device=cells.size_factor.device), CHUNK):
+        found = _gaps(model, batch, n_samples, max_steps, decompose)
+        for name, (values, errors) in found.items():
+            columns.setdefault(name, []).append(values)
+            columns.setdefault(f"{name}_se", []).append(errors)
+    return {
+        name: torch.cat(parts).cpu().numpy().astype(np.float32) for name, parts in columns.items()
+    }
 
 
 def _gaps(

@@ -167,7 +167,7 @@ def project(
     cells = matched.cells
     if amortized and (fit.model.encoder is None or cells.observed is not None):
         lacks = (
-            "the fit has no encoder"
+            "the fit has no encoder (scuvae.tl.to_encoder makes one)"
             if fit.model.encoder is None
             else f"{int((~cells.observed).sum())} of the encoder's genes are missing"  # type: ignore[operator]
         )

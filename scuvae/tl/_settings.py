@@ -10,11 +10,18 @@ from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.model.gaussian import COVARIANCES
 
 LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
+# Cells a step.
+BATCH_SIZE = 128
 # Epochs where one takes a single step; with more cells fewer are needed, but more steps.
 EPOCHS = 425
 # A decoder overfits few cells: as many drop every second hidden unit.
 DROPOUT_CELLS = 1000
 INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
+
+
+def epochs_for(n_cells: float, batch_size: int) -> int:
+    """How long to train on so many cells."""
+    return min(200, max(10, round(EPOCHS / math.sqrt(math.ceil(n_cells / batch_size)))))
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,9 @@ class Settings:
             covariance = "full" if natural else "diagonal"
         one_of("covariance", covariance, COVARIANCES)
         fraction = real("validation_fraction", validation_fraction, low=0.0, below=1.0)
-        size = 128 if batch_size is None else whole("batch_size", batch_size)
+        size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
         if max_epochs is None:
-            steps = math.ceil(n_obs * (1 - fraction) / size)
-            max_epochs = min(200, max(10, round(EPOCHS / math.sqrt(steps))))
+            max_epochs = epochs_for(n_obs * (1 - fraction), size)
         if dropout is None:
             # As measured to generalise best; rmsprop, sgd and gradient steps stay plain.
             plain = optimizer != "adam" or local_step != "natural"
