@@ -5,9 +5,10 @@ import copy as copying
 import torch
 from anndata import AnnData
 
-from scuvae._checks import one_of, whole
+from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
+from scuvae.inference.polish import polish as polish_batch
 from scuvae.inference.refine import as_family, select
 from scuvae.inference.refine import refine as refine_batch
 from scuvae.inference.validation import start
@@ -27,6 +28,7 @@ def refine(
     local_step: str = "natural",
     max_steps: int | None = None,
     n_samples: int = 8,
+    polish: bool = False,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -53,6 +55,8 @@ def refine(
         for another rule its own number.
     n_samples
         Fixed draws of z that an expectation under q is taken over.
+    polish
+        As in :func:`scuvae.tl.project`.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -90,6 +94,7 @@ def refine(
     if local_step == "natural":
         options = THOROUGH | options
     n_samples = whole("n_samples", n_samples)
+    flag("polish", polish)
     stored = as_family(read_posterior(adata, key), covariance)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -103,6 +108,8 @@ def refine(
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, covariance))
             refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
+            if polish:
+                refined = polish_batch(model, batch, refined, kl_weight=options["kl_weight"])
             gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
             parts.append(select([starts[0], refined], (gain > 0).long()))
 
