@@ -181,6 +181,9 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},
     "denoise": {"key": None, "layer_added": None},
+    "sample": {"key": None, "n_samples": 1, "rng": 0},
+    "calibration": {"key": None, "levels": (0.5, 0.8, 0.95), "covariance": None, "rng": 0},
+    "predictive_check": {"key": None},
 }
 
 

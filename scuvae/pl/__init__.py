@@ -1,8 +1,17 @@
 """Pictures of fits, in scanpy's manner, from what ``scuvae.tl`` wrote; torch is never imported."""
 
+from ._calibration import calibration
 from ._gap import amortization_gap
 from ._loss import loss
 from ._predicted import observed_vs_predicted
+from ._predictive import predictive_check
 from ._size import elbo_by_size
 
-__all__ = ["amortization_gap", "elbo_by_size", "loss", "observed_vs_predicted"]
+__all__ = [
+    "amortization_gap",
+    "calibration",
+    "elbo_by_size",
+    "loss",
+    "observed_vs_predicted",
+    "predictive_check",
+]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._errors import near
-from .._keys import DEFAULT
+from .._keys import DEFAULT, Keys
 
 T = TypeVar("T")
 
@@ -69,6 +69,37 @@ def colours(n: int) -> list[tuple[float, ...]]:
     if n <= 8:
         return [plt.get_cmap("Dark2")(i) for i in range(n)]
     return [plt.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.95, n)]
+
+
+def result(adata: AnnData, key: str | None, slot: str, verb: str, kind: type) -> Any:
+    """``adata.uns[slot]``, a ``kind`` that ``verb`` of ``scuvae.tl`` wrote for the fit ``key``."""
+    found = adata.uns.get(slot)
+    if isinstance(found, kind):
+        return found
+    others = [name.removesuffix(f"_{verb}") for name in adata.uns if name.endswith(f"_{verb}")]
+    name = Keys.of(key).uns
+    arguments = "" if name == DEFAULT else f", key={name!r}"
+    known = f" For key=: {near(name, others)}" if others else ""
+    raise ValueError(
+        f"adata.uns has no {slot!r}. Call scuvae.tl.{verb}(adata{arguments}) first.{known}"
+    )
+
+
+def panels(
+    ax: Axes | Sequence[Axes] | None, n: int, *, legend: bool = False
+) -> tuple[list[Axes], bool]:
+    """``n`` axes beside each other, and whether the figure was made here.
+
+    ``legend`` leaves room for one on the right.
+    """
+    if ax is None:
+        size = (2.8 * n + (1.6 if legend else 0.0), 2.8)
+        _, grid = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")
+        return list(grid.flat), True
+    given = list(np.ravel(np.asarray(ax, dtype=object)))
+    if len(given) != n:
+        raise ValueError(f"ax has {len(given)} axes for {n} panels.")
+    return given, False
 
 
 def finish(
