@@ -1,17 +1,23 @@
 """q of cells that a fit has not seen, from nothing but their values and the decoder."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributions import Distribution
 
-from scuvae.inference.polish import polish
-from scuvae.inference.refine import likeliest_start, refine
+from scuvae.inference.matching import match_moments
+from scuvae.inference.polish import polish as polish_batch
+from scuvae.inference.refine import as_family, likeliest_start, refine
 from scuvae.inference.validation import start
 from scuvae.model import VAE, Batch
 
+Polish = bool | Literal["moments"]
+# What may follow the local steps: nothing, steps by the ELBO's own curvature, and after those the
+# moments of p(z | x).
+POLISH: tuple[Polish, ...] = (False, True, "moments")
+
 
 def infer(
-    model: VAE, batch: Batch, covariance: str, *, polished: bool = False, **options: Any
+    model: VAE, batch: Batch, covariance: str, *, polish: Polish = False, **options: Any
 ) -> Distribution:
     """Local steps from the likeliest draw of the prior, and from the encoder's q if there is one.
 
@@ -21,14 +27,24 @@ def infer(
     ----------
     covariance
         The family of q.
-    polished
-        Whether steps by Stein's precision follow.
+    polish
+        One of ``POLISH``.
     options
         Of :func:`scuvae.inference.refine.refine`.
     """
-    starts = [likeliest_start(model, batch, covariance)]
+    family = family_of(polish, covariance)
+    starts = [likeliest_start(model, batch, family)]
     if model.encoder is not None and batch.observed is None:
-        starts.append(start(model, batch, covariance))
+        starts.append(start(model, batch, family))
     q = refine(model, batch, starts, **options)
     weight = options.get("kl_weight", 1.0)
-    return polish(model, batch, q, kl_weight=weight) if polished else q
+    if polish:
+        q = polish_batch(model, batch, q, kl_weight=weight)
+    if polish == "moments":
+        q = as_family(match_moments(model, batch, q, kl_weight=weight), covariance)
+    return q
+
+
+def family_of(polish: Polish, covariance: str) -> str:
+    """The family that steps are taken in: a posterior's scales are the margins of a full q."""
+    return "full" if polish == "moments" else covariance

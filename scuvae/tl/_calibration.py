@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scuvae._checks import flag, one_of, random_state_alias, real, whole
+from scuvae._checks import one_of, random_state_alias, real, whole
 from scuvae._keys import Keys
 from scuvae.inference.calibration import (
     Residuals,
@@ -17,7 +17,7 @@ from scuvae.inference.calibration import (
     scale_ratio,
     simulate,
 )
-from scuvae.inference.unseen import infer
+from scuvae.inference.unseen import POLISH, Polish, infer
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
 from scuvae.io.state import read_fit
@@ -41,7 +41,7 @@ def calibration(
     levels: Sequence[float] = (0.5, 0.8, 0.95),
     covariance: str | None = None,
     max_steps: int | None = None,
-    polish: bool = False,
+    polish: Polish = False,
     rng: int | np.random.Generator | None = 0,
     device: str = "auto",
     copy: bool = False,
@@ -57,7 +57,8 @@ def calibration(
     A diagonal q of correlated dimensions is too narrow: at a posterior precision Λ its best scales
     are 1/√Λ_kk, while the posterior's own are √(Λ⁻¹)_kk. With r their ratio, an interval of level c
     covers 2 Φ(z_c r) − 1, z_c = Φ⁻¹((1 + c)/2). That is predicted from the full-covariance q of
-    the same cells, and stands beside what diagonal q cover.
+    the same cells, and stands beside what diagonal q cover. (Not with ``polish="moments"``, whose
+    diagonal q have the posterior's own scales.)
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def calibration(
     ``"scale_ratio"``
         With both families: r, a float32 array (n_cells, n_latent).
     ``"params"``
-        Dict: ``n_cells`` and ``polish``.
+        Dict: ``n_cells``, and ``polish`` as a string.
 
     Raises
     ------
@@ -131,7 +132,7 @@ def calibration(
         one_of("covariance", covariance, COVARIANCES)
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
-    flag("polish", polish)
+    one_of("polish", polish, POLISH)
     options = step_options(str(fit.params["local_step"]), max_steps, fit.params)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -145,9 +146,9 @@ def calibration(
         for real_cells in cells.loader(rows, CHUNK):
             z, batch = simulate(model, real_cells)
             for family in families:
-                q = infer(model, batch, family, polished=polish, **options)
+                q = infer(model, batch, family, polish=polish, **options)
                 found.setdefault(family, []).append(Residuals.of(q, z))
-                if family == "full" and covariance is None:
+                if family == "full" and covariance is None and polish != "moments":
                     ratios.append(scale_ratio(q))
             if model.encoder is not None and batch.observed is None:
                 q = encoded(model, batch, str(fit.params["covariance"]))
@@ -157,7 +158,7 @@ def calibration(
     ratio = torch.cat(ratios) if ratios else None
     merged = {family: Residuals.concatenate(parts) for family, parts in found.items()}
     entry = _tables(merged, ratio, nominal)
-    entry["params"] = {"n_cells": n_cells, "polish": polish}
+    entry["params"] = {"n_cells": n_cells, "polish": str(polish)}
     out.uns[Keys.of(key).calibration] = entry
     return out if copy else None
 

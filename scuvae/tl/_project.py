@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.unseen import infer
+from scuvae.inference.unseen import POLISH, Polish, infer
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
 from scuvae.io.state import moments, read_entry, read_fit, write_posterior
@@ -29,7 +29,7 @@ def project(
     amortized: bool = False,
     covariance: str | None = None,
     max_steps: int | None = None,
-    polish: bool = False,
+    polish: Polish = False,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -60,9 +60,10 @@ def project(
         Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
         for another rule its own number.
     polish
-        Whether up to 15 further steps follow that take q's covariance from the ELBO's own
-        curvature: posteriors are too narrow without (see :func:`scuvae.tl.calibration`). Some
-        milliseconds a cell.
+        What follows the steps, each some milliseconds a cell (see :func:`scuvae.tl.calibration`).
+        True: up to 15 steps that take q's covariance from the ELBO's own curvature; without them q
+        is too narrow. ``"moments"``: then the mean and covariance, or scales, of the posterior
+        itself, by importance weights: intervals cover what they should, at a lower ELBO.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -79,7 +80,7 @@ def project(
     ValueError
         The reference holds no fit; no gene in common; a batch that the fit has not seen; values
         that its likelihood cannot have; ``amortized=True`` without an encoder, with genes
-        missing or with ``polish=True``.
+        missing or with ``polish``.
 
     Examples
     --------
@@ -94,8 +95,8 @@ def project(
     inputs.check_anndata(adata)
     keys = Keys.of(key_added)
     flag("amortized", amortized)
-    if flag("polish", polish) and amortized:
-        raise ValueError("polish=True would not leave the encoder's q: pass amortized=False")
+    if one_of("polish", polish, POLISH) and amortized:
+        raise ValueError(f"polish={polish!r} moves the encoder's q: pass amortized=False")
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
     if covariance is not None:
@@ -128,7 +129,7 @@ def project(
             if amortized:
                 parts.append(encoded(model, batch, covariance))
                 continue
-            parts.append(infer(model, batch, covariance, polished=polish, **options))
+            parts.append(infer(model, batch, covariance, polish=polish, **options))
 
     if model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())
