@@ -1,5 +1,6 @@
 """The name of every AnnData slot that a fit owns, made from ``key_added`` in one place."""
 
+import re
 from dataclasses import dataclass
 
 from anndata import AnnData
@@ -41,7 +42,7 @@ class Keys:
     """Slots of one fit: the defaults for ``key=None``, else names made from ``key`` verbatim.
 
     ``encoder`` and ``encoder_scale`` hold an encoder's q beside the refined one, ``variance`` the
-    squared scales, as scvi-tools stores them.
+    squared scales, as scvi-tools stores them. ``sample`` is the stem of :meth:`samples`.
     """
 
     uns: str
@@ -53,6 +54,9 @@ class Keys:
     encoder_scale: str
     obs: dict[str, str]
     layer: str
+    sample: str
+    calibration: str
+    predictive_check: str
 
     @classmethod
     def of(cls, key: str | None, default: str = DEFAULT) -> "Keys":
@@ -89,6 +93,9 @@ class Keys:
             encoder_scale=f"{mean}_encoder_scale",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
             layer=f"{uns}_denoised",
+            sample=f"{uns}_sample",
+            calibration=f"{uns}_calibration",
+            predictive_check=f"{uns}_predictive_check",
         )
 
     @property
@@ -98,13 +105,30 @@ class Keys:
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
-        adata.uns.pop(self.uns, None)
+        for slot in (self.uns, self.calibration, self.predictive_check):
+            adata.uns.pop(slot, None)
         if self.layer in adata.layers:
             del adata.layers[self.layer]
+        self.clear_samples(adata)
         for slot in self.obsm:
             if slot in adata.obsm:
                 del adata.obsm[slot]
         self.clear_obs(adata, *OBS_NAMES)
+
+    def samples(self, n_samples: int) -> list[str]:
+        """The layers of so many draws: one has no number."""
+        if n_samples == 1:
+            return [self.sample]
+        return [f"{self.sample}_{i}" for i in range(n_samples)]
+
+    def is_sample(self, layer: str | None) -> bool:
+        """Whether a layer bears the name of a draw, however many there were."""
+        # anndata 0.13 lists X among the layers, by the name None.
+        return layer is not None and bool(re.fullmatch(re.escape(self.sample) + r"(_\d+)?", layer))
+
+    def clear_samples(self, adata: AnnData) -> None:
+        for name in [layer for layer in adata.layers if self.is_sample(layer)]:
+            del adata.layers[name]
 
     def clear_obs(self, adata: AnnData, *names: str) -> None:
         for name in names:

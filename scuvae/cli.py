@@ -171,6 +171,8 @@ def _project_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(flag, type=kind, metavar=metavar, help=text)
     text = "the encoder's posterior as it is, without local steps"
     sub.add_argument("--amortized", action="store_true", help=text)
+    text = "further steps on each posterior; with the word moments, then its moments as they are"
+    sub.add_argument("--polish", nargs="?", const=True, metavar="moments", help=text)
 
 
 def _files(sub: argparse.ArgumentParser) -> None:

@@ -48,6 +48,7 @@ PROJECT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "amortized": (["--amortized"], True),
     "new_batches": (["--new-batches", "estimate"], "estimate"),
     "max_steps": (["--max-steps", "5"], 5),
+    "polish": (["--polish", "moments"], "moments"),
 } | {name: FIT_FLAGS[name] for name in ("layer", "covariance", "device", "key_added")}
 # The command line works on copies by nature; random_state is rng under its older name.
 NO_FLAG = {"copy", "random_state"}
@@ -164,6 +165,12 @@ def test_inference_names(
     output = str(tmp_path / "out.h5ad")
     assert cli.main(["fit", str(counts), "-o", output, "--inference", name]) == 0
     assert calls == [{"amortized": value}]
+
+
+def test_polish_without_a_word(counts: Path, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    files = [str(counts), "--reference", str(counts), "-o", str(tmp_path / "out.h5ad")]
+    assert cli.main(["project", *files, "--polish"]) == 0
+    assert calls == [{"polish": True}]
 
 
 # ------------------------------------------------------------------------------------- errors

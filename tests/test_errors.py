@@ -243,6 +243,9 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "amortization_gap": tl.amortization_gap,
     "denoise": tl.denoise,
     "to_encoder": tl.to_encoder,
+    "sample": tl.sample,
+    "calibration": tl.calibration,
+    "predictive_check": tl.predictive_check,
     "model": lambda adata: get.model(adata),
     "posterior": lambda adata: get.posterior(adata),
     "history": lambda adata: get.history(adata),
@@ -311,7 +314,10 @@ def test_projecting_onto_an_unfitted_reference() -> None:
     fails(lambda: tl.project(adata, reference), ValueError, parts, adata, reference)
 
 
-@pytest.mark.parametrize("verb", [tl.refine, tl.score, tl.denoise, get.posterior])
+READS_Q = [tl.refine, tl.score, tl.denoise, tl.sample, tl.predictive_check, get.posterior]
+
+
+@pytest.mark.parametrize("verb", READS_Q)
 @pytest.mark.parametrize("slot", ["X_scuvae", "X_scuvae_scale"])
 def test_a_lost_posterior_is_named(verb: Callable[..., object], slot: str) -> None:
     adata = fitted()
@@ -437,8 +443,16 @@ WHOLE = {
     "amortization_gap": ["max_steps", "n_samples"],
     "denoise": ["n_samples"],
     "to_encoder": ["max_epochs", "batch_size"],
+    "sample": ["n_samples"],
+    "calibration": ["n_cells", "max_steps"],
+    "predictive_check": ["n_samples"],
 }
-FROM_ZERO = {("fit", "n_layers"), ("denoise", "n_samples"), ("score", "n_anneal")}
+FROM_ZERO = {
+    ("fit", "n_layers"),
+    ("denoise", "n_samples"),
+    ("score", "n_anneal"),
+    ("predictive_check", "n_samples"),
+}
 
 
 def whole_cases() -> Iterator[tuple[str, str, Any, type[Exception]]]:
@@ -492,6 +506,7 @@ NAMED: list[tuple[str, str, Any, str]] = [
     ("refine", "covariance", False, "'diagonal'"),
     ("project", "covariance", "diag", "Did you mean 'diagonal'?"),
     ("project", "covariance", "", "'diagonal'"),
+    ("calibration", "covariance", "diag", "Did you mean 'diagonal'?"),
     *[(verb, "device", "gpu", "'cpu'") for verb in tl.__all__],
 ]
 
@@ -520,7 +535,7 @@ def test_unknown_keyword(verb: str) -> None:
     fails(lambda: getattr(tl, verb)(*first, n_latents=3), TypeError, ["'n_latents'"], adata)
 
 
-@pytest.mark.parametrize("verb", [tl.fit, tl.score])
+@pytest.mark.parametrize("verb", [tl.fit, tl.score, tl.sample, tl.calibration])
 def test_rng_and_its_alias(verb: Callable[..., object]) -> None:
     adata = fitted()
     both = ["rng=", "random_state=", "not both"]

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from scipy import sparse
+from scipy import sparse, stats
 
 from scuvae import datasets, pl
 from scuvae.pl import _predicted, _size
@@ -658,3 +658,110 @@ def test_pictures_of_cells_change_nothing(draw, scored: ad.AnnData) -> None:
 def test_pl_does_not_import_torch_or_scanpy() -> None:
     code = "import sys, scuvae.pl; assert not {'torch', 'scanpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- calibration and predictive checks ------------------------------------------------------------
+
+
+def calibrated(n_cells: int = 400, n_latent: int = 3) -> ad.AnnData:
+    """A calibration whose full posteriors are exact and whose diagonal ones are .7 as wide."""
+    adata = datasets.linear_factor(5, 4)
+    levels = np.array([0.5, 0.8, 0.95])
+    z = np.random.default_rng(0).normal(size=(n_cells, n_latent))
+    pit = {"full": stats.norm.cdf(z), "diagonal": stats.norm.cdf(z / 0.7)}
+    columns = {}
+    for name, u in pit.items():
+        inside = np.abs(2 * u - 1)[None] <= levels[:, None, None]
+        columns[name] = inside.mean((1, 2))
+        columns[f"{name}_se"] = inside.mean(2).std(1) / n_cells**0.5
+    adata.uns["scuvae_calibration"] = {
+        "coverage": pd.DataFrame(columns, index=pd.Index(levels, name="level")),
+        "pit": {name: u.astype(np.float32) for name, u in pit.items()},
+        "scale_ratio": np.full((n_cells, n_latent), 0.7, np.float32),
+    }
+    return adata
+
+
+def test_calibration_draws_coverage() -> None:
+    adata = calibrated()
+    table = adata.uns["scuvae_calibration"]["coverage"]
+    left, right = pl.calibration(adata)
+    assert legend(right) == ["exact, 95 %", "full", "diagonal", "diagonal, predicted"]
+    diagonal, full, points, *_ = left.get_lines()
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
+    np.testing.assert_allclose(points.get_xdata(), 100 * table.index)
+    np.testing.assert_allclose(points.get_ydata(), 100 * table["full"])
+    at = {round(x): y for x, y in zip(full.get_xdata(), full.get_ydata(), strict=True)}
+    for level, share in table["full"].items():
+        assert at[round(100 * level)] == pytest.approx(100 * share, abs=0.1)  # float32
+    (predicted,) = [line for line in left.get_lines() if line.is_dashed()]
+    z = stats.norm.ppf(0.5 + predicted.get_xdata() / 200)
+    np.testing.assert_allclose(
+        predicted.get_ydata(), 100 * (2 * stats.norm.cdf(0.7 * z) - 1), rtol=1e-5
+    )
+    # The band at 50 %: 1.96 standard errors of a share of 1,200.
+    band = right.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(196 * (0.25 / 1200) ** 0.5, rel=1e-3)
+    shown = next(line for line in right.get_lines() if line.get_label() == "full")
+    np.testing.assert_allclose(shown.get_ydata(), full.get_ydata() - full.get_xdata())
+
+
+def checked(counts: bool = True, n: int = 50) -> ad.AnnData:
+    adata = datasets.linear_factor(5, 4)
+    rng = np.random.default_rng(0)
+    mean = rng.lognormal(size=n) if counts else rng.normal(size=n)
+    columns = {"mean": mean, "mean_predicted": 1.1 * mean, "mean_predicted_scale": 0.03 + 0 * mean}
+    columns |= {"variance": mean**2 + 0.1, "variance_predicted": mean**2 + 0.2}
+    if counts:
+        zero = np.linspace(0, 1, n)  # with genes that are always and never seen
+        columns |= {"zero_fraction": zero, "zero_fraction_predicted": zero.clip(0.001, 0.999)}
+        columns["zero_fraction_predicted_scale"] = np.full(n, 0.01)
+    adata.uns["scuvae_predictive_check"] = pd.DataFrame(columns)
+    return adata
+
+
+def test_predictive_check_draws_every_gene() -> None:
+    adata = checked()
+    table = adata.uns["scuvae_predictive_check"]
+    axes = pl.predictive_check(adata)
+    assert [ax.get_xscale() for ax in axes] == ["logit", "log", "log"]
+    assert [ax.get_yscale() for ax in axes] == ["logit", "log", "log"]
+    far = (table["mean_predicted"] - table["mean"]).abs() > 1.96 * 0.03
+    assert 0 < far.sum() < len(far)
+    assert axes[1].get_title() == f"Mean\n{far.sum()} of 50 genes outside 95 %"
+    assert axes[0].get_title() == "Zero fraction\n0 of 50 genes outside 95 %"
+    assert axes[2].get_title() == "Variance"
+    near, outside = (c.get_offsets() for c in axes[1].collections)
+    np.testing.assert_allclose(near, table.loc[~far, ["mean_predicted", "mean"]])
+    np.testing.assert_allclose(outside, table.loc[far, ["mean_predicted", "mean"]])
+    for ax in axes:
+        assert ax.get_xlim() == ax.get_ylim()
+        drawn = np.concatenate([c.get_offsets() for c in ax.collections])
+        assert len(drawn) == 50
+        low, high = ax.get_xlim()
+        assert ((drawn >= low) & (drawn <= high)).all()
+    assert axes[0].collections[0].get_offsets()[0, 1] == axes[0].get_xlim()[0]
+
+
+def test_predictive_check_of_values_that_are_no_counts() -> None:
+    mean, variance = pl.predictive_check(checked(counts=False))
+    assert mean.get_xscale() == "linear"
+    assert variance.get_xscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("draw", "make", "n"), [(pl.calibration, calibrated, 2), (pl.predictive_check, checked, 3)]
+)
+def test_pictures_of_checks(draw, make, n: int) -> None:
+    adata = make()
+    slot = next(name for name in adata.uns if name.startswith("scuvae_"))
+    _, axes = plt.subplots(1, n)
+    assert draw(adata, ax=axes) == list(axes)
+    assert isinstance(draw(adata, return_fig=True), Figure)
+    with pytest.raises(ValueError, match=f"ax has 1 axes for {n} panels"):
+        draw(adata, ax=axes[:1])
+    with pytest.raises(ValueError, match=r"no 'scuva_.*tl\.\w+\(adata, key='scuva'\).*'scuvae'\?"):
+        draw(adata, key="scuva")
+    del adata.uns[slot]
+    with pytest.raises(ValueError, match=rf"no '{slot}'\. Call scuvae\.tl\.\w+\(adata\) first"):
+        draw(adata)

@@ -22,6 +22,7 @@ from helpers import (
     small_data,
     small_fit,
 )
+from scipy import sparse as sp
 
 from scuvae import get, tl
 
@@ -52,6 +53,9 @@ def everything(likelihood: str, amortized: bool | str, key: str | None = None) -
     )
     tl.score(adata, key=key, n_samples=2)
     tl.denoise(adata, key=key, n_samples=0)
+    tl.sample(adata, key=key, n_samples=2)
+    tl.calibration(adata, key=key, n_cells=3, max_steps=1)
+    tl.predictive_check(adata, key=key, n_samples=0)
     if amortized is not False:
         tl.amortization_gap(adata, key=key, max_steps=1)
     return adata
@@ -75,6 +79,8 @@ def assert_same(a: Any, b: Any) -> None:
             assert_same(a[name], b[name])
     elif isinstance(a, pd.DataFrame):
         pd.testing.assert_frame_equal(a, b, check_exact=True, check_index_type="equiv")
+    elif sp.issparse(a):
+        assert fingerprint(a) == fingerprint(b)
     elif isinstance(a, np.ndarray):
         assert isinstance(b, np.ndarray)
         assert a.shape == b.shape

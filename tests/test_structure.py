@@ -182,6 +182,9 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "amortization_gap": {"key": None},
     "denoise": {"key": None, "layer_added": None},
     "to_encoder": {"key": None, "key_added": None, "rng": 0},
+    "sample": {"key": None, "n_samples": 1, "rng": 0},
+    "calibration": {"key": None, "levels": (0.5, 0.8, 0.95), "covariance": None, "rng": 0},
+    "predictive_check": {"key": None},
 }
 
 

@@ -350,10 +350,13 @@ def test_refine_in_place_drops_what_no_longer_holds() -> None:
     tl.amortization_gap(adata, max_steps=1)
     tl.denoise(adata, n_samples=0)
     model = fingerprint(adata.uns)
+    tl.sample(adata, n_samples=2)
+    tl.calibration(adata, n_cells=3)
+    tl.predictive_check(adata)
     tl.refine(adata)
     assert fingerprint(adata.uns) == model
     assert set(adata.obs) == {"batch", "expected", "scuvae_split"}
-    assert "scuvae_denoised" not in adata.layers
+    assert not [name for name in adata.layers if name is not None]
     other = fitted(amortized=True)
     tl.refine(other, key_added="k")
     for slot in ("X_scuvae", "X_scuvae_scale"):

@@ -71,9 +71,7 @@ class SparseRows:
         keep = genes[self.col]
         renumbered = genes.cumsum(0) - 1
         starts = F.pad(keep.cumsum(0), (1, 0))[self.starts]
-        return SparseRows(
-            starts, renumbered[self.col[keep]], self.value[keep], int(genes.sum())
-        )
+        return SparseRows(starts, renumbered[self.col[keep]], self.value[keep], int(genes.sum()))
 
 
 def _starts(lengths: Tensor) -> Tensor:

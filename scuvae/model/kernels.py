@@ -33,10 +33,10 @@ _TABLE = 16
 ENABLED = not numba.config.DISABLE_JIT
 
 
-# --- elementary functions, written so that LLVM makes vectors of them ------------------------------
+# --- elementary functions, written so that LLVM makes vectors of them -----------------------------
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _as_float(typing: Any, bits: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -44,7 +44,7 @@ def _as_float(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), code
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _as_bits(typing: Any, number: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -193,7 +193,7 @@ def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
         slope[g] -= share[g] * scale
 
 
-# --- Γ(x+θ) / (Γ(θ) θˣ x!), as in ``rising.py`` -----------------------------------------------------
+# --- Γ(x+θ) / (Γ(θ) θˣ x!), as in ``rising.py`` ---------------------------------------------------
 
 
 @_exact
@@ -468,9 +468,12 @@ def gram(rows: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def gather(starts: Tensor, col: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+def gather(
+    starts: Tensor, col: Tensor, value: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows of a CSR matrix, as its three arrays."""
-    return tuple(map(torch.from_numpy, _gather(*map(_array, (starts, col, value, rows)))))
+    first, second, third = _gather(*map(_array, (starts, col, value, rows)))
+    return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
 
 
 def _array(argument: Any) -> Any:

@@ -2,13 +2,13 @@
 
 Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
 and both run over the observed genes, so that leaving genes out is exact conditioning.
-A likelihood is four short methods of η, or of log μ for counts; ``LIKELIHOODS`` at the end names
-them all.
+A likelihood is six short methods of η, or of μ for counts; ``LIKELIHOODS`` at the end names them
+all.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ Genes = Tensor | slice
 
 # An empty cell has a size factor of 0; a mean this small has no effect and stays finite.
 _TINY = 1e-30
+
+
+class Moments(NamedTuple):
+    """What p(x | η) says of every value: E[x], Var[x] and P(x = 0), (..., cells, genes) each."""
+
+    mean: Tensor
+    variance: Tensor
+    zero: Tensor
 
 
 class Likelihood(nn.Module, ABC):
@@ -81,19 +89,38 @@ class Likelihood(nn.Module, ABC):
         """E[x | η], of the shape of ``eta``; zero at counts that are not observed."""
         if not self.counts:
             return eta
-        if size_factor is None:
-            raise TypeError("mean() of a count likelihood needs size_factor, each cell's total")
-        genes: Genes = slice(None) if observed is None else observed
-        mu = log_mean(eta[..., genes], size_factor).exp()
+        mu, genes = self._means(eta, size_factor, observed, "mean")
         return _widen(self._mean(mu, genes), eta, genes)
 
-    def sample(self, eta: Tensor, size_factor: Tensor | None = None) -> Tensor:
-        """Draws of x, of the shape of ``eta``, from torch's current random state."""
+    def moments(
+        self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
+    ) -> Moments:
+        """E[x | η], Var[x | η] and P(x = 0 | η), a density's being zero; of observed genes only."""
+        mu, genes = self._means(eta, size_factor, observed, "moments")
+        return Moments(self._mean(mu, genes), self._variance(mu, genes), self._zero(mu, genes))
+
+    def sample(
+        self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
+    ) -> Tensor:
+        """Draws of x, of the shape of ``eta``, from torch's current random state.
+
+        Zero at genes that are not observed.
+        """
+        mu, genes = self._means(eta, size_factor, observed, "sample")
+        return _widen(self._draw(mu, genes), eta, genes)
+
+    def _means(
+        self, eta: Tensor, size_factor: Tensor | None, observed: Tensor | None, caller: str
+    ) -> tuple[Tensor, Genes]:
+        """μ at the observed genes: the mean before any dropout."""
+        genes: Genes = slice(None) if observed is None else observed
         if not self.counts:
-            return self._draw(eta)
+            return eta[..., genes], genes
         if size_factor is None:
-            raise TypeError("sample() of a count likelihood needs size_factor, each cell's total")
-        return self._draw(log_mean(eta, size_factor).exp())
+            raise TypeError(
+                f"{caller}() of a count likelihood needs size_factor, each cell's total"
+            )
+        return log_mean(eta[..., genes], size_factor).exp(), genes
 
     def _observed(
         self,
@@ -125,7 +152,14 @@ class Likelihood(nn.Module, ABC):
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor: ...
 
     @abstractmethod
-    def _draw(self, mu: Tensor) -> Tensor: ...
+    def _variance(self, mu: Tensor, genes: Genes) -> Tensor: ...
+
+    @abstractmethod
+    def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
+        """P(x = 0)."""
+
+    @abstractmethod
+    def _draw(self, mu: Tensor, genes: Genes) -> Tensor: ...
 
 
 def log_mean(eta: Tensor, size_factor: Tensor) -> Tensor:
@@ -183,8 +217,14 @@ class Gaussian(Likelihood):
         squares = squared_residuals(values, hidden, last.weight[genes], last.bias[genes], scale)
         return -0.5 * squares - _log_normaliser(scale)
 
-    def _draw(self, mu: Tensor) -> Tensor:
-        return mu + self.scale * torch.randn_like(mu)
+    def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
+        return self.scale[genes].square().expand_as(mu)
+
+    def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
+        return torch.zeros_like(mu)
+
+    def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu + self.scale[genes] * torch.randn_like(mu)
 
 
 def _log_normaliser(scale: Tensor) -> Tensor:
@@ -208,7 +248,13 @@ class Poisson(Likelihood):
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
 
-    def _draw(self, mu: Tensor) -> Tensor:
+    def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu
+
+    def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
+        return (-mu).exp()
+
+    def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
         return torch.poisson(mu)
 
 
@@ -236,8 +282,14 @@ class NegativeBinomial(Likelihood):
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
 
-    def _draw(self, mu: Tensor) -> Tensor:
-        return torch.poisson(_gamma(mu, self.log_theta))
+    def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu * (1 + mu * inverse_theta(self.log_theta[genes]))
+
+    def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
+        return _log_zero(mu, self.log_theta[genes]).exp()
+
+    def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
+        return torch.poisson(_gamma(mu, self.log_theta[genes]))
 
 
 class ZeroInflatedNegativeBinomial(Likelihood):
@@ -274,9 +326,23 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu * torch.sigmoid(-self.logit_dropout[genes])
 
-    def _draw(self, mu: Tensor) -> Tensor:
-        kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout)
-        return kept * torch.poisson(_gamma(mu, self.log_theta))
+    def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
+        dropout = torch.sigmoid(self.logit_dropout[genes])
+        ratio = mu * (inverse_theta(self.log_theta[genes]) + dropout)
+        return (1 - dropout) * mu * (1 + ratio)
+
+    def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
+        dropout = torch.sigmoid(self.logit_dropout[genes])
+        return dropout + (1 - dropout) * _log_zero(mu, self.log_theta[genes]).exp()
+
+    def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
+        kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout[genes])
+        return kept * torch.poisson(_gamma(mu, self.log_theta[genes]))
+
+
+def _log_zero(mu: Tensor, log_theta: Tensor) -> Tensor:
+    """ln NB(0) = −θ ln(1 + μ/θ)."""
+    return -log_theta.exp() * (mu * inverse_theta(log_theta)).log1p()
 
 
 def _gamma(mu: Tensor, log_theta: Tensor) -> Tensor:

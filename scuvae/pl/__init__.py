@@ -1,17 +1,21 @@
 """Pictures of fits, in scanpy's manner, from what ``scuvae.tl`` wrote; torch is never imported."""
 
 from ._arrows import refinement_arrows
+from ._calibration import calibration
 from ._embedding import embedding_scores
 from ._gap import amortization_gap
 from ._loss import loss
 from ._predicted import observed_vs_predicted
+from ._predictive import predictive_check
 from ._size import elbo_by_size
 
 __all__ = [
     "amortization_gap",
+    "calibration",
     "elbo_by_size",
     "embedding_scores",
     "loss",
     "observed_vs_predicted",
+    "predictive_check",
     "refinement_arrows",
 ]

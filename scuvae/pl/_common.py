@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._errors import near
-from .._keys import DEFAULT
+from .._keys import DEFAULT, Keys
 
 T = TypeVar("T")
 
@@ -94,6 +94,20 @@ def panels(
 def point_size(n: int) -> float:
     """The area of each of ``n`` points in points²: the more there are, the smaller."""
     return float(np.clip(12_000 / max(n, 1), 1, 12))
+
+
+def result(adata: AnnData, key: str | None, slot: str, verb: str, kind: type) -> Any:
+    """``adata.uns[slot]``, a ``kind`` that ``verb`` of ``scuvae.tl`` wrote for the fit ``key``."""
+    found = adata.uns.get(slot)
+    if isinstance(found, kind):
+        return found
+    others = [name.removesuffix(f"_{verb}") for name in adata.uns if name.endswith(f"_{verb}")]
+    name = Keys.of(key).uns
+    arguments = "" if name == DEFAULT else f", key={name!r}"
+    known = f" For key=: {near(name, others)}" if others else ""
+    raise ValueError(
+        f"adata.uns has no {slot!r}. Call scuvae.tl.{verb}(adata{arguments}) first.{known}"
+    )
 
 
 def finish(

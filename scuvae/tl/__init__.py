@@ -1,11 +1,25 @@
 """Verbs: AnnData in, AnnData out. Each has a file of its own."""
 
+from scuvae.tl._calibration import calibration
 from scuvae.tl._denoise import denoise
 from scuvae.tl._fit import fit
 from scuvae.tl._gap import amortization_gap
+from scuvae.tl._predictive import predictive_check
 from scuvae.tl._project import project
 from scuvae.tl._refine import refine
+from scuvae.tl._sample import sample
 from scuvae.tl._score import score
 from scuvae.tl._to_encoder import to_encoder
 
-__all__ = ["amortization_gap", "denoise", "fit", "project", "refine", "score", "to_encoder"]
+__all__ = [
+    "amortization_gap",
+    "calibration",
+    "denoise",
+    "fit",
+    "predictive_check",
+    "project",
+    "refine",
+    "sample",
+    "score",
+    "to_encoder",
+]

@@ -15,8 +15,8 @@ from anndata import AnnData
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
-from scuvae.inference.refine import refine
-from scuvae.inference.validation import encoded, starts
+from scuvae.inference.unseen import POLISH, Polish, infer
+from scuvae.inference.validation import encoded
 from scuvae.io import inputs
 from scuvae.io.state import (
     Fit,
@@ -56,6 +56,7 @@ def project(
     covariance: str | None = None,
     new_batches: str = "error",
     max_steps: int | None = None,
+    polish: Polish = False,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -97,6 +98,11 @@ def project(
     max_steps
         Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
         for another rule its own number.
+    polish
+        What follows the steps, each some milliseconds a cell (see :func:`scuvae.tl.calibration`).
+        True: up to 15 steps that take q's covariance from the ELBO's own curvature; without them q
+        is too narrow. ``"moments"``: then the mean and covariance, or scales, of the posterior
+        itself, by importance weights: intervals cover what they should, at a lower ELBO.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -121,7 +127,7 @@ def project(
     ValueError
         The reference holds no fit; no gene in common; a batch that the fit has not seen, but for
         ``new_batches="estimate"``, which needs a fit with batches; values that its likelihood
-        cannot have; ``amortized=True`` without an encoder or with genes missing.
+        cannot have; ``amortized=True`` without an encoder, with genes missing or with ``polish``.
 
     Warns
     -----
@@ -141,6 +147,8 @@ def project(
     inputs.check_anndata(adata)
     keys = Keys.of(key_added)
     flag("amortized", amortized)
+    if one_of("polish", polish, POLISH) and amortized:
+        raise ValueError(f"polish={polish!r} moves the encoder's q: pass amortized=False")
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
     if covariance is not None:
@@ -187,7 +195,7 @@ def project(
             if amortized:
                 parts.append(encoded(model, batch, covariance))
                 continue
-            parts.append(refine(model, batch, starts(model, batch, covariance), **options))
+            parts.append(infer(model, batch, covariance, polish=polish, **options))
 
     if model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())

@@ -8,8 +8,11 @@ from anndata import AnnData
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
+from scuvae.inference.matching import match_moments
+from scuvae.inference.polish import polish as polish_batch
 from scuvae.inference.refine import as_family, select
 from scuvae.inference.refine import refine as refine_batch
+from scuvae.inference.unseen import POLISH, Polish, family_of
 from scuvae.inference.validation import start
 from scuvae.io import inputs
 from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
@@ -27,6 +30,7 @@ def refine(
     local_step: str = "natural",
     max_steps: int | None = None,
     n_samples: int = 8,
+    polish: Polish = False,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -53,6 +57,8 @@ def refine(
         for another rule its own number.
     n_samples
         Fixed draws of z that an expectation under q is taken over.
+    polish
+        As in :func:`scuvae.tl.project`; with ``"moments"`` ELBOs may fall.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -90,7 +96,9 @@ def refine(
     if local_step == "natural":
         options = THOROUGH | options
     n_samples = whole("n_samples", n_samples)
-    stored = as_family(read_posterior(adata, key), covariance)
+    one_of("polish", polish, POLISH)
+    family = family_of(polish, covariance)
+    stored = as_family(read_posterior(adata, key), family)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
@@ -101,10 +109,16 @@ def refine(
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             starts = [gaussian(mean[batch.index], raw[batch.index])]
             if model.encoder is not None and batch.observed is None:
-                starts.append(start(model, batch, covariance))
+                starts.append(start(model, batch, family))
             refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
+            if polish:
+                refined = polish_batch(model, batch, refined, kl_weight=options["kl_weight"])
             gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
-            parts.append(select([starts[0], refined], (gain > 0).long()))
+            best = select([starts[0], refined], (gain > 0).long())
+            if polish == "moments":
+                matched = match_moments(model, batch, best, kl_weight=options["kl_weight"])
+                best = as_family(matched, covariance)
+            parts.append(best)
 
     out = target(adata, copy)
     entry = copying.deepcopy(read_entry(adata, key))

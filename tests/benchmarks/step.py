@@ -5,10 +5,10 @@
 
 A step of scuvae is one of its real ``train`` with its real loader, set up as ``tl.fit`` does it:
 batches gathered from CSR, draws, backward pass, Adam, local steps with their renewals, and an
-epoch's share of what is done once an epoch, in the mean over as many epochs as ``tl.fit`` takes of so
-many cells: renewals become rarer as a fit goes on. scvi-tools' steps are its module's loss, backward pass
-and Adam on minibatches that are ready as dense tensors, and those of its real training loop.
-The contestants take turns, and medians over the turns are reported.
+epoch's share of what is done once an epoch, in the mean over as many epochs as ``tl.fit`` takes of
+so many cells: renewals become rarer as a fit goes on. scvi-tools' steps are its module's loss,
+backward pass and Adam on minibatches that are ready as dense tensors, and those of its real
+training loop. The contestants take turns, and medians over the turns are reported.
 """
 
 import argparse

@@ -1,0 +1,47 @@
+"""q of cells that a fit has not seen, from nothing but their values and the decoder."""
+
+from typing import Any, Literal
+
+from torch.distributions import Distribution
+
+from scuvae.inference.matching import match_moments
+from scuvae.inference.polish import polish as polish_batch
+from scuvae.inference.refine import as_family, refine
+from scuvae.inference.validation import starts
+from scuvae.model import VAE, Batch
+
+Polish = bool | Literal["moments"]
+# What may follow the local steps: nothing, steps by the ELBO's own curvature, and after those the
+# moments of p(z | x).
+POLISH: tuple[Polish, ...] = (False, True, "moments")
+
+
+def infer(
+    model: VAE, batch: Batch, covariance: str, *, polish: Polish = False, **options: Any
+) -> Distribution:
+    """Local steps from the likeliest draw of the prior, and from the encoder's q if there is one.
+
+    The better is kept for each cell.
+
+    Parameters
+    ----------
+    covariance
+        The family of q.
+    polish
+        One of ``POLISH``.
+    options
+        Of :func:`scuvae.inference.refine.refine`.
+    """
+    family = family_of(polish, covariance)
+    q = refine(model, batch, starts(model, batch, family), **options)
+    weight = options.get("kl_weight", 1.0)
+    if polish:
+        q = polish_batch(model, batch, q, kl_weight=weight)
+    if polish == "moments":
+        q = as_family(match_moments(model, batch, q, kl_weight=weight), covariance)
+    return q
+
+
+def family_of(polish: Polish, covariance: str) -> str:
+    """The family that steps are taken in: a posterior's scales are the margins of a full q."""
+    return "full" if polish == "moments" else covariance

@@ -1,0 +1,115 @@
+"""tl.sample: posterior predictive draws."""
+
+import numpy as np
+import torch
+from anndata import AnnData
+from scipy import sparse as sp
+
+from scuvae._checks import random_state_alias, whole
+from scuvae._keys import Keys
+from scuvae.io import inputs
+from scuvae.io.state import read_fit, read_posterior
+from scuvae.model import gaussian, raw_scale
+from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, target
+
+
+@random_state_alias
+def sample(
+    adata: AnnData,
+    *,
+    key: str | None = None,
+    n_samples: int = 1,
+    rng: int | np.random.Generator | None = 0,
+    device: str = "auto",
+    copy: bool = False,
+) -> AnnData | None:
+    """Posterior predictive draws: for each cell z ~ q, then x ~ p(x | z) at its size factor.
+
+    Replicates of the data as the fit has them: what differs from ``X`` in distribution is what the
+    model does not capture. Draws are independent of each other, each with a z of its own.
+
+    Parameters
+    ----------
+    adata
+        Fitted by :func:`scuvae.tl.fit`, or projected.
+    key
+        The fit; None for the default.
+    n_samples
+        How many replicates, each a layer.
+    rng
+        Seed, Generator or None; ``random_state`` is an alias.
+    device
+        As in :func:`scuvae.tl.fit`.
+    copy
+        Return a copy with the result and leave ``adata`` alone.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the AnnData. Sets ``layers["scuvae_sample"]``, or with more than one
+    sample ``layers["scuvae_sample_0"]``, ``layers["scuvae_sample_1"]`` and so on, in place of
+    earlier samples: (n_obs, n_vars) float32. Counts are CSR matrices, zero at genes that were not
+    modelled; values of a Gaussian likelihood are dense arrays, NaN at such genes.
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``, or a layer with a sample's name is what was fitted.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> scuvae.tl.fit(adata, max_epochs=5)
+    >>> scuvae.tl.sample(adata)
+    >>> adata.layers["scuvae_sample"].shape
+    (700, 765)
+    """
+    fit = read_fit(inputs.check_anndata(adata), key)
+    n_samples = whole("n_samples", n_samples)
+    keys = Keys.of(key)
+    if keys.is_sample(fit.layer):
+        raise ValueError(
+            f"adata.layers[{fit.layer!r}] is what was fitted, and would be overwritten: rename the "
+            "layer and fit again under another key_added="
+        )
+    stored = read_posterior(adata, key)
+    where = resolve_device(device)
+    cells = cells_of(adata, fit, device=where)
+    model = fit.model.to(where)
+    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+
+    # Genes of the model that adata has, and their columns there.
+    position = fit.var_names.get_indexer(adata.var_names)
+    columns = np.flatnonzero(position >= 0)
+    genes = torch.as_tensor(position[columns], device=where)
+    parts: list[list[sp.csr_matrix | np.ndarray]] = [[] for _ in range(n_samples)]
+    with torch.no_grad(), random_state(rng, where):
+        for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
+            q = gaussian(mean[batch.index], raw[batch.index])
+            for part in parts:
+                eta = model.decoder(q.sample(), batch.covariates)
+                values = model.likelihood.sample(eta, batch.size_factor, batch.observed)
+                drawn = values[:, genes].cpu().numpy().astype(np.float32)
+                make = _sparse if model.likelihood.counts else _dense
+                part.append(make(drawn, columns, adata.n_vars))
+
+    out = target(adata, copy)
+    keys.clear_samples(out)
+    for name, part in zip(keys.samples(n_samples), parts, strict=True):
+        counts = model.likelihood.counts
+        out.layers[name] = sp.vstack(part, format="csr") if counts else np.concatenate(part)
+        part.clear()
+    return out if copy else None
+
+
+def _sparse(values: np.ndarray, columns: np.ndarray, n_vars: int) -> sp.csr_matrix:
+    """``values`` at ``columns``, which ascend."""
+    some = sp.csr_matrix(values)
+    wide = (some.data, columns[some.indices].astype(some.indices.dtype), some.indptr)
+    return sp.csr_matrix(wide, shape=(len(values), n_vars))
+
+
+def _dense(values: np.ndarray, columns: np.ndarray, n_vars: int) -> np.ndarray:
+    wide = np.full((len(values), n_vars), np.nan, np.float32)
+    wide[:, columns] = values
+    return wide
