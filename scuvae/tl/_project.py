@@ -2,19 +2,24 @@
 
 import copy as copying
 import warnings
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import anndata
 import torch
 from anndata import AnnData
+from torch.distributions import Distribution
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.refine import likeliest_start, refine
 from scuvae.inference.validation import encoded, start
 from scuvae.io import inputs
+from scuvae.io.sources import Cells
 from scuvae.io.state import moments, read_entry, read_fit, write_posterior
+from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import CHUNK, cells_of, resolve_device, step_options, target
 
@@ -93,9 +98,7 @@ def project(
         max_steps = whole("max_steps", max_steps)
     if covariance is not None:
         one_of("covariance", covariance, COVARIANCES)
-    if isinstance(reference, str | PathLike):
-        reference = _read(reference)
-    inputs.check_type(reference, "reference")
+    reference = read_reference(reference)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
@@ -114,18 +117,8 @@ def project(
         raise ValueError(f"amortized=True, but {lacks}: pass amortized=False")
 
     model = fit.model.to(where)
-    parts = []
-    everyone = torch.arange(len(cells), device=where)
-    with torch.no_grad():
-        for batch in cells.loader(everyone, CHUNK):
-            if amortized:
-                parts.append(encoded(model, batch, covariance))
-                continue
-            starts = [likeliest_start(model, batch, covariance)]
-            if model.encoder is not None and batch.observed is None:
-                starts.append(start(model, batch, covariance))
-            parts.append(refine(model, batch, starts, **options))
-
+    found = projected(model, cells, covariance, amortized=amortized, **options)
+    parts = [q for _, q in found]
     if model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())
         if empty:
@@ -138,6 +131,30 @@ def project(
     write_posterior(out, key_added, moments(parts, covariance))
     out.uns[keys.uns] = entry
     return out if copy else None
+
+
+@torch.no_grad()
+def projected(
+    model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
+) -> Iterator[tuple[Batch, Distribution]]:
+    """The cells a chunk at a time, in order, and their q."""
+    everyone = torch.arange(len(cells), device=cells.size_factor.device)
+    for batch in cells.loader(everyone, CHUNK):
+        if amortized:
+            yield batch, encoded(model, batch, covariance)
+            continue
+        starts = [likeliest_start(model, batch, covariance)]
+        if model.encoder is not None and batch.observed is None:
+            starts.append(start(model, batch, covariance))
+        yield batch, refine(model, batch, starts, **options)
+
+
+def read_reference(reference: AnnData | str | PathLike[str]) -> AnnData:
+    """A reference in memory, or read from the file that it is the path of."""
+    if isinstance(reference, str | PathLike):
+        reference = _read(reference)
+    inputs.check_type(reference, "reference")
+    return reference
 
 
 def _read(path: str | PathLike[str]) -> AnnData:
