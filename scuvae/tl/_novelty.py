@@ -51,8 +51,9 @@ def novelty(
     with the reference cells' own.
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
-    :func:`scuvae.tl.project` does: ``adata`` may be projected or not, and no encoder is needed. A
-    cell's novelty depends on no other cell of ``adata``.
+    :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
+    clears the slots of its name), and no encoder is needed. A cell's novelty depends on no other
+    cell of ``adata``.
 
     Parameters
     ----------
@@ -60,8 +61,9 @@ def novelty(
         New cells.
     reference
         A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells that were held out
-        of training (``obs["scuvae_split"]``) are what is usual; with ``validation_fraction=0`` all
-        are, which makes new cells look more surprising than they are: the decoder has seen them.
+        of training (``obs["scuvae_split"]``) are what is usual. Where they are fewer than 20, all
+        its cells are, with a warning: the decoder has seen them, so that new cells look more
+        surprising than they are.
     key
         The reference's fit; None for the default.
     layer
@@ -95,7 +97,7 @@ def novelty(
     Raises
     ------
     ValueError
-        The reference holds no fit, or fewer than 20 cells to compare with; otherwise as
+        The reference holds no fit, or fewer than 20 cells; otherwise as
         :func:`scuvae.tl.project`.
 
     Examples
@@ -152,20 +154,21 @@ def _usual(
     if slot in reference.obs:
         held_out = (reference.obs[slot] == "validation").to_numpy()
     rows = np.flatnonzero(held_out)
-    what = f"{len(rows)} cells held out of training"
-    if not len(rows):
-        rows = np.arange(reference.n_obs)
-        what = f"{len(rows)} cells"
-        logger.warning(
-            "reference.obs[%r] marks no cell as held out: new cells are compared with all, which "
-            "the decoder was trained on, and look more surprising than they are",
-            slot,
+    if reference.n_obs < _FEWEST:
+        raise ValueError(
+            f"reference has {reference.n_obs} cells: novelty needs {_FEWEST} to compare with. Pass "
+            "a fit of more cells"
         )
     if len(rows) < _FEWEST:
-        raise ValueError(
-            f"reference.obs[{slot!r}] has {what}: novelty needs {_FEWEST} to compare with. Fit "
-            "with a larger validation_fraction"
+        logger.warning(
+            "reference.obs[%r] marks %d cells held out of training, fewer than %d: new cells are "
+            "compared with all, which the decoder was trained on, and look more surprising than "
+            "they are. Fit with a larger validation_fraction",
+            slot,
+            len(rows),
+            _FEWEST,
         )
+        rows = np.arange(reference.n_obs)
     if len(rows) > most:
         rows = np.sort(generator.choice(rows, most, replace=False))
     return rows
