@@ -284,7 +284,7 @@ def test_no_cells_no_genes(verb: str, shape: tuple[int, int], part: str) -> None
 
 # --- unfitted -----------------------------------------------------------------------------------
 
-READERS = [verb for verb in VERBS if verb not in ("fit", "project")]
+READERS = [verb for verb in VERBS if verb not in ("fit", *WITH_REFERENCE)]
 
 
 @pytest.mark.parametrize("verb", READERS)
