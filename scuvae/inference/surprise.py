@@ -31,7 +31,8 @@ class Surprise:
 def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surprise:
     """The surprise of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
 
-    Torch's random state is taken up anew for every cell, so that a cell's x̃ depend on no other.
+    Torch's random state is taken up anew for every cell, and left as it was, so that a cell's x̃
+    depend neither on the cells beside it nor on their batches.
     """
     z = draw(q, normal_points(n_samples, q.mean))
     parts = [model.log_likelihood(batch, some) for some in z.split(_DRAWS_AT_ONCE)]
@@ -47,6 +48,7 @@ def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surpr
         simulated = model.likelihood.sample(_unobserved_out(model, eta, batch.observed), size)
         log_p = model.likelihood.log_prob(simulated, eta, size, batch.observed)
         expected.append(log_p.double().mean())
+    _restore(states, device)  # for the next batch
     reconstruction = torch.cat(parts).double().mean(0)
     return Surprise(reconstruction, torch.stack(expected), kl_to_prior(q).double())
 

@@ -126,9 +126,7 @@ def novelty(
         chosen = reference[rows]
         chosen = chosen.to_memory() if chosen.isbacked else chosen
         old = cells_of(chosen[:, genes].copy(), fit, device=where)
-        state = torch.get_rng_state()
         covariates, scores = _scores(fit, old, n_samples)
-        torch.set_rng_state(state)
         new_covariates, new_scores = _scores(fit, new, n_samples)
 
     residuals: dict[str, tuple[Tensor, Tensor]] = {}
