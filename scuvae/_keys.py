@@ -9,7 +9,8 @@ DEFAULT = "scuvae"
 # The default of ``external.scvi``, whose slots are no fit of ours.
 SCVI = "scvi"
 
-# Per-cell columns of obs: in nats, but for the split, and for what says how importance weights do.
+# Per-cell columns of obs: in nats, but for the split, for novelty, and for what says how
+# importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",
@@ -33,6 +34,9 @@ OBS_NAMES = (
     "amortization_gap_full_se",
     "approximation_gap_full",
     "approximation_gap_full_se",
+    "novelty",
+    "novelty_counts",
+    "novelty_latent",
     "split",
 )
 

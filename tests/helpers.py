@@ -20,6 +20,8 @@ from scuvae.tl._settings import INFERENCE
 # The registries: a new entry is tested without an edit here.
 LIKELIHOOD_NAMES = list(dict.fromkeys(kind.name for kind in LIKELIHOODS.values()))
 SCHEMES = list(INFERENCE)
+# Verbs that take a fitted reference beside adata.
+WITH_REFERENCE = ("novelty", "project")
 
 N_OBS, N_VARS, N_LATENT = 60, 40, 3
 SMALL: dict[str, Any] = {"n_latent": N_LATENT, "n_hidden": 8, "max_epochs": 3, "batch_size": 32}

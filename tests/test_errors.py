@@ -18,6 +18,7 @@ from helpers import (
     N_VARS,
     SCHEMES,
     SMALL,
+    WITH_REFERENCE,
     small_counts,
     small_fit,
     unchanged,
@@ -238,6 +239,7 @@ IN_ADATAS_PLACE: dict[str, tuple[Any, list[str]]] = {
 VERBS: dict[str, Callable[[Any], object]] = {
     "fit": tl.fit,
     "project": lambda adata: tl.project(adata, fitted()),
+    "novelty": lambda adata: tl.novelty(adata, fitted()),
     "refine": tl.refine,
     "score": tl.score,
     "amortization_gap": tl.amortization_gap,
@@ -286,7 +288,7 @@ def test_no_cells_no_genes(verb: str, shape: tuple[int, int], part: str) -> None
 
 # --- unfitted -----------------------------------------------------------------------------------
 
-READERS = [verb for verb in VERBS if verb not in ("fit", "project")]
+READERS = [verb for verb in VERBS if verb not in ("fit", *WITH_REFERENCE)]
 
 
 @pytest.mark.parametrize("verb", READERS)
@@ -438,6 +440,7 @@ NO_WHOLE: list[tuple[Any, type[Exception]]] = [
 WHOLE = {
     "fit": ["n_latent", "n_hidden", "n_layers", "max_epochs", "batch_size", "n_samples"],
     "project": ["max_steps"],
+    "novelty": ["n_samples"],
     "refine": ["max_steps", "n_samples"],
     "score": ["n_samples", "n_anneal"],
     "amortization_gap": ["max_steps", "n_samples"],
@@ -466,7 +469,7 @@ def whole_cases() -> Iterator[tuple[str, str, Any, type[Exception]]]:
 @pytest.mark.parametrize(("verb", "name", "value", "kind"), list(whole_cases()))
 def test_whole_numbers(verb: str, name: str, value: Any, kind: type[Exception]) -> None:
     adata = fitted()
-    first = (adata, fitted()) if verb == "project" else (adata,)
+    first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     at_least = 0 if (verb, name) in FROM_ZERO else 1
     parts = [f"{name}={value!r}", f"pass a whole number >= {at_least}"]
     fails(lambda: getattr(tl, verb)(*first, **{name: value}), kind, parts, adata)
@@ -514,7 +517,7 @@ NAMED: list[tuple[str, str, Any, str]] = [
 @pytest.mark.parametrize(("verb", "name", "value", "remedy"), NAMED)
 def test_choices(verb: str, name: str, value: Any, remedy: str) -> None:
     adata = fitted()
-    first = (adata, fitted()) if verb == "project" else (adata,)
+    first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     parts = [f"{name}={value!r}", remedy]
     fails(lambda: getattr(tl, verb)(*first, **{name: value}), ValueError, parts, adata)
 
@@ -523,7 +526,7 @@ def test_choices(verb: str, name: str, value: Any, remedy: str) -> None:
 def test_cuda_without_one(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     adata = fitted()
-    first = (adata, fitted()) if verb == "project" else (adata,)
+    first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     parts = ["device='cuda'", "no CUDA device", "device='auto' or 'cpu'"]
     fails(lambda: getattr(tl, verb)(*first, device="cuda"), ValueError, parts, adata)
 
@@ -531,7 +534,7 @@ def test_cuda_without_one(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("verb", tl.__all__)
 def test_unknown_keyword(verb: str) -> None:
     adata = fitted()
-    first = (adata, fitted()) if verb == "project" else (adata,)
+    first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     fails(lambda: getattr(tl, verb)(*first, n_latents=3), TypeError, ["'n_latents'"], adata)
 
 

@@ -177,6 +177,7 @@ FIT_DEFAULTS: dict[str, Any] = {
 }
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "project": {"key": None, "layer": None, "key_added": None},
+    "novelty": {"key": None, "layer": None, "key_added": None, "rng": 0},
     "refine": {"key": None, "key_added": None},
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},
@@ -224,7 +225,7 @@ def test_adata_first_all_else_by_name(name: str) -> None:
     first, *rest = inspect.signature(getattr(tl, name)).parameters.values()
     assert first.name == "adata"
     assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if name == "project":
+    if name in ("novelty", "project"):
         reference = rest.pop(0)
         assert (reference.name, reference.default) == ("reference", inspect.Parameter.empty)
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)

@@ -17,6 +17,7 @@ from helpers import (
     N_OBS,
     N_VARS,
     SCHEMES,
+    WITH_REFERENCE,
     assert_same_posterior,
     fingerprint,
     posterior_of,
@@ -366,8 +367,8 @@ def test_refine_in_place_drops_what_no_longer_holds() -> None:
 @pytest.mark.parametrize("name", [n for n in tl.__all__ if n != "fit"])
 def test_copies(name: str) -> None:
     reference = fitted(amortized=name != "to_encoder")
-    adata = new_cells() if name == "project" else reference.copy()
-    first: tuple[AnnData, ...] = (adata, reference) if name == "project" else (adata,)
+    adata = new_cells() if name in WITH_REFERENCE else reference.copy()
+    first: tuple[AnnData, ...] = (adata, reference) if name in WITH_REFERENCE else (adata,)
     with unchanged(adata, reference):
         result = getattr(tl, name)(*first, copy=True)
     assert fingerprint(result) != fingerprint(adata)
@@ -378,12 +379,12 @@ def test_copies(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in tl.__all__ if n != "fit"])
 def test_views_leave_their_parent_alone(name: str) -> None:
     reference = fitted(amortized=name != "to_encoder")
-    parent = new_cells() if name == "project" else reference
+    parent = new_cells() if name in WITH_REFERENCE else reference
     whole = parent[:20].copy()
     view = parent[:20]
     with unchanged(parent), pytest.warns(UserWarning, match="view"):
-        getattr(tl, name)(*((view, reference) if name == "project" else (view,)))
-    getattr(tl, name)(*((whole, reference) if name == "project" else (whole,)))
+        getattr(tl, name)(*((view, reference) if name in WITH_REFERENCE else (view,)))
+    getattr(tl, name)(*((whole, reference) if name in WITH_REFERENCE else (whole,)))
     assert fingerprint(view) == fingerprint(whole)
 
 

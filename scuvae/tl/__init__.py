@@ -4,6 +4,7 @@ from scuvae.tl._calibration import calibration
 from scuvae.tl._denoise import denoise
 from scuvae.tl._fit import fit
 from scuvae.tl._gap import amortization_gap
+from scuvae.tl._novelty import novelty
 from scuvae.tl._predictive import predictive_check
 from scuvae.tl._project import project
 from scuvae.tl._refine import refine
@@ -16,6 +17,7 @@ __all__ = [
     "calibration",
     "denoise",
     "fit",
+    "novelty",
     "predictive_check",
     "project",
     "refine",

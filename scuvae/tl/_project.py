@@ -3,6 +3,7 @@
 import copy as copying
 import warnings
 import zlib
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import anndata
 import numpy as np
 import torch
 from anndata import AnnData
+from torch.distributions import Distribution
 
 from scuvae._checks import flag, one_of, whole
 from scuvae._keys import Keys
@@ -18,6 +20,7 @@ from scuvae.inference.offsets import estimate_offset, known_offsets, with_offset
 from scuvae.inference.unseen import POLISH, Polish, infer
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
+from scuvae.io.sources import Cells
 from scuvae.io.state import (
     Fit,
     model_to_arrays,
@@ -26,7 +29,7 @@ from scuvae.io.state import (
     read_fit,
     write_posterior,
 )
-from scuvae.model import VAE
+from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import (
     CHUNK,
@@ -154,9 +157,7 @@ def project(
     if covariance is not None:
         one_of("covariance", covariance, COVARIANCES)
     one_of("new_batches", new_batches, NEW_BATCHES)
-    if isinstance(reference, str | PathLike):
-        reference = _read(reference)
-    inputs.check_type(reference, "reference")
+    reference = read_reference(reference)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
@@ -188,15 +189,8 @@ def project(
         model = _extended(model, matched, adata, fit, covariance)
         entry["state"] = model_to_arrays(model)
         entry["params"] |= _extended_params(entry["params"], fit, matched)
-    parts = []
-    everyone = torch.arange(len(cells), device=where)
-    with torch.no_grad():
-        for batch in cells.loader(everyone, CHUNK):
-            if amortized:
-                parts.append(encoded(model, batch, covariance))
-                continue
-            parts.append(infer(model, batch, covariance, polish=polish, **options))
-
+    found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
+    parts = [q for _, q in found]
     if model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())
         if empty:
@@ -209,6 +203,27 @@ def project(
     write_posterior(out, key_added, moments(parts, covariance))
     out.uns[keys.uns] = entry
     return out if copy else None
+
+
+@torch.no_grad()
+def projected(
+    model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
+) -> Iterator[tuple[Batch, Distribution]]:
+    """The cells a chunk at a time, in order, and their q."""
+    everyone = torch.arange(len(cells), device=cells.size_factor.device)
+    for batch in cells.loader(everyone, CHUNK):
+        if amortized:
+            yield batch, encoded(model, batch, covariance)
+        else:
+            yield batch, infer(model, batch, covariance, **options)
+
+
+def read_reference(reference: AnnData | str | PathLike[str]) -> AnnData:
+    """A reference in memory, or read from the file that it is the path of."""
+    if isinstance(reference, str | PathLike):
+        reference = _read(reference)
+    inputs.check_type(reference, "reference")
+    return reference
 
 
 def _report(fit: Fit, matched: Matched) -> dict[str, Any]:

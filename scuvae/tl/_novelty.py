@@ -1,0 +1,195 @@
+"""tl.novelty: how surprising cells are under a fit, against the reference's own."""
+
+import logging
+import math
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from scuvae._checks import random_state_alias, whole
+from scuvae._keys import Keys
+from scuvae.inference.surprise import surprise
+from scuvae.inference.tails import Residual, combine, log_tail
+from scuvae.io import inputs
+from scuvae.io.sources import Cells
+from scuvae.io.state import Fit, read_fit
+from scuvae.tl._project import projected, read_reference
+from scuvae.tl._shared import cells_of, random_state, resolve_device, step_options, target
+
+logger = logging.getLogger("scuvae")
+
+# Below this, neither a regression on three numbers nor a tail says much.
+_FEWEST = 20
+
+
+@random_state_alias
+def novelty(
+    adata: AnnData,
+    reference: AnnData | str | PathLike[str],
+    *,
+    key: str | None = None,
+    layer: str | None = None,
+    key_added: str | None = None,
+    n_samples: int = 8,
+    n_reference: int = 2000,
+    rng: int | np.random.Generator | None = 0,
+    device: str = "auto",
+    copy: bool = False,
+) -> AnnData | None:
+    """How surprising each cell is under a fit, against reference cells of the same depth.
+
+    A cell type that the reference lacks surprises a model in two ways. Its z has to lie where few
+    cells do, which costs KL(q ‖ prior); and whatever its z, its counts are less likely than counts
+    that the model itself would draw there, E_q[log p(x | z)] below E_q E_x̃[log p(x̃ | z)]. Both
+    depend on a cell's total counts far more than on its type: each is taken less its regression on
+    log total (and that of E_q[log p(x | z)] on its expectation too) over the reference's held-out
+    cells, in standard deviations that may change with depth. The two are combined and compared
+    with the reference cells' own.
+
+    The posteriors of all cells, the reference's held-out ones included, are found anew as
+    :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
+    clears the slots of its name), and no encoder is needed. A cell's novelty depends on no other
+    cell of ``adata``.
+
+    Parameters
+    ----------
+    adata
+        New cells.
+    reference
+        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells that were held out
+        of training (``obs["scuvae_split"]``) are what is usual. Where they are fewer than 20, all
+        its cells are, with a warning: the decoder has seen them, so that new cells look more
+        surprising than they are.
+    key
+        The reference's fit; None for the default.
+    layer
+        Where the new cells' values are; None: where the reference's were.
+    key_added
+        Name of the slots in ``adata``; None for the default names.
+    n_samples
+        Draws of z per cell, and of x̃.
+    n_reference
+        Reference cells at most; of more, so many are chosen at random.
+    rng
+        Seed of the draws, Generator or None; ``random_state`` is an alias.
+    device
+        As in :func:`scuvae.tl.fit`.
+    copy
+        Return a copy with the result and leave ``adata`` alone.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the AnnData. Sets, per cell, float32, higher is more novel:
+
+    ``obs["scuvae_novelty"]``
+        −log10 of the share of reference cells of the same depth that are at least so surprising:
+        1 is one in ten, 2 one in a hundred. Beyond the reference's highest tenth by an exponential
+        tail (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so values far
+        above log10 of the number of reference cells rank cells, but are no probabilities.
+    ``obs["scuvae_novelty_counts"]``, ``obs["scuvae_novelty_latent"]``
+        What it combines (Fisher's method, on the upper normal tails): the counts' and the KL's
+        residual, in standard deviations, near N(0, 1) on reference cells.
+
+    Raises
+    ------
+    ValueError
+        The reference holds no fit, or fewer than 20 cells; otherwise as
+        :func:`scuvae.tl.project`.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> b = (adata.obs["cell_type"] == "CD19+ B").to_numpy()
+    >>> old, new = adata[~b].copy(), adata[b].copy()
+    >>> scuvae.tl.fit(old, max_epochs=5)
+    >>> scuvae.tl.novelty(new, old)
+    >>> bool(new.obs["scuvae_novelty"].median() > 1)
+    True
+    """
+    inputs.check_anndata(adata)
+    keys = Keys.of(key_added)
+    n_samples = whole("n_samples", n_samples)
+    n_reference = whole("n_reference", n_reference, at_least=_FEWEST)
+    reference = read_reference(reference)
+    fit = read_fit(reference, key)
+    where = resolve_device(device)
+    new = cells_of(adata, fit, layer, where)
+    with random_state(rng, where) as generator:
+        rows = _usual(reference, key, n_reference, generator)
+        # The same genes for both: a score over others is another score.
+        genes = reference.var_names.isin(adata.var_names)
+        chosen = reference[rows]
+        chosen = chosen.to_memory() if chosen.isbacked else chosen
+        old = cells_of(chosen[:, genes].copy(), fit, device=where)
+        covariates, scores = _scores(fit, old, n_samples)
+        new_covariates, new_scores = _scores(fit, new, n_samples)
+
+    residuals: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, score in scores.items():
+        line, usual = Residual.of(score, covariates[name])
+        residuals[name] = usual, line(new_scores[name], new_covariates[name])
+    usual, found = (combine(*parts) for parts in zip(*residuals.values(), strict=True))
+    columns = {"novelty": -log_tail(found, usual) / math.log(10)}
+    columns |= {f"novelty_{name}": z for name, (_, z) in residuals.items()}
+
+    out = target(adata, copy)
+    for name, values in columns.items():
+        out.obs[keys.obs[name]] = values.cpu().numpy().astype(np.float32)
+    return out if copy else None
+
+
+def _usual(
+    reference: AnnData, key: str | None, most: int, generator: np.random.Generator
+) -> np.ndarray:
+    """The rows of the reference that new cells are compared with, in order."""
+    slot = Keys.of(key).obs["split"]
+    held_out = np.zeros(reference.n_obs, bool)
+    if slot in reference.obs:
+        held_out = (reference.obs[slot] == "validation").to_numpy()
+    rows = np.flatnonzero(held_out)
+    if reference.n_obs < _FEWEST:
+        raise ValueError(
+            f"reference has {reference.n_obs} cells: novelty needs {_FEWEST} to compare with. Pass "
+            "a fit of more cells"
+        )
+    if len(rows) < _FEWEST:
+        logger.warning(
+            "reference.obs[%r] marks %d cells held out of training, fewer than %d: new cells are "
+            "compared with all, which the decoder was trained on, and look more surprising than "
+            "they are. Fit with a larger validation_fraction",
+            slot,
+            len(rows),
+            _FEWEST,
+        )
+        rows = np.arange(reference.n_obs)
+    if len(rows) > most:
+        rows = np.sort(generator.choice(rows, most, replace=False))
+    return rows
+
+
+def _scores(fit: Fit, cells: Cells, n_samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Covariates, (cells, covariates), and scores, (cells,), of each part; higher is stranger."""
+    model = fit.model.to(cells.size_factor.device)
+    params: dict[str, Any] = fit.params
+    options = step_options(str(params["local_step"]), None, params)
+    parts = [
+        surprise(model, batch, q, n_samples)
+        for batch, q in projected(model, cells, str(params["covariance"]), **options)
+    ]
+    kl, reconstruction, expected = (
+        torch.cat([getattr(part, name) for part in parts]).cpu()
+        for name in ("kl", "reconstruction", "expected")
+    )
+    depth = torch.zeros_like(kl)
+    if model.likelihood.counts:
+        depth = cells.source.totals().cpu().double().clamp_min(1).log()
+    covariates = {
+        "counts": torch.stack([depth, expected], 1),
+        "latent": depth[:, None],
+    }
+    return covariates, {"counts": -reconstruction, "latent": kl}
