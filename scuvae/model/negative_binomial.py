@@ -101,10 +101,10 @@ def _compiled(
     shape of log p, in ln θ and, zero-inflated, the probability that an entry is no dropout, of the
     shape of η: a row at a time.
     """
-    from scuvae.model import kernels
+    from scuvae.model.kernels import negative_binomial
 
     constant, constant_slope = rising(x.value, x.col, log_theta)
-    out, *slopes = kernels.negative_binomial(
+    out, *slopes = negative_binomial(
         eta.view(-1, eta.shape[-1]),
         *(x.starts, x.col, x.value, constant, constant_slope),
         *(size.expand(eta.shape[:-1]).reshape(-1), log_theta, logit),

@@ -44,12 +44,12 @@ class _LogProb(torch.autograd.Function):
 
 def _compiled(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
     """log p, (..., cells), and with ``keep`` its slopes in η and in ln ℓ: a row at a time."""
-    from scuvae.model import kernels
+    from scuvae.model.kernels import poisson
 
     constant = torch.lgamma(x.value + 1)
     rows, shape = eta.view(-1, eta.shape[-1]), eta.shape[:-1]
     sizes = size.expand(shape).reshape(-1)
-    out, *slopes = kernels.poisson(rows, x.starts, x.col, x.value, constant, sizes, keep=keep)
+    out, *slopes = poisson(rows, x.starts, x.col, x.value, constant, sizes, keep=keep)
     return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
 
 

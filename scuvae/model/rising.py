@@ -21,9 +21,9 @@ def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     c = −Σ_{i<4} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(4/θ).
     """
     if compiled(x):
-        from scuvae.model import kernels
+        from scuvae.model.kernels import rising as compiled_rising
 
-        return kernels.rising(x, col, log_theta)
+        return compiled_rising(x, col, log_theta)
     theta = log_theta.index_select(0, col).exp()
     upper = theta + _SHIFT
     top = upper + x
@@ -52,6 +52,6 @@ def compiled(x: Tensor) -> bool:
     """Whether the compiled kernels take a tensor: float32 on a CPU."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    from scuvae.model import kernels  # with numba, when it is needed
+    from scuvae.model.kernels import ENABLED  # with numba, when it is needed
 
-    return kernels.ENABLED
+    return ENABLED

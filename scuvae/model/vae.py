@@ -106,8 +106,8 @@ class VAE(nn.Module):
 def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
     """R diag(w) Rᵀ for rows R, (cells, rows, genes), and weights w ≥ 0, (cells, genes)."""
     if compiled(rows):
-        from scuvae.model import kernels
+        from scuvae.model.kernels import gram
 
-        return kernels.gram(rows.contiguous(), weight.contiguous())
+        return gram(rows.contiguous(), weight.contiguous())
     scaled = rows * weight.sqrt().unsqueeze(-2)
     return scaled @ scaled.mT
