@@ -157,24 +157,23 @@ class _GradientRule:
 class _NaturalRule:
     """The backward pass's gradient of the mean, preconditioned by the stored covariance.
 
-    The precision is renewed at a cell's second visit, its fifth, its seventeenth and so on, ever
-    more rarely as the decoder settles: a renewal costs as much as all else in several steps, and
-    renewing more often fits no better. Short steps let a cell's mean average over the decoders
-    that dropout draws, shorter ones the more these differ; with longer ones held-out cells lose
-    nats.
+    The precision is renewed at a cell's third visit, its ninth, its thirty-third and so on, ever
+    more rarely as the decoder settles: a renewal costs as much as all else in two steps, and
+    renewing more often fits no better. Until the first one the start's scales stand: a decoder that
+    has hardly moved says nothing of z. Short steps let a cell's mean average over the decoders that
+    dropout draws, shorter ones the more these differ; with longer ones held-out cells lose nats.
     """
 
     moves_scale = False
-    # Visits before a renewal, from the first one on: 4^k. A decoder that has taken no step yet
-    # says nothing of z, so that the start's scales stand until then.
-    growth = 4
+    # Visits before the first renewal, and by what their number grows to the next.
+    first, growth = 2, 4
     rate = 0.1
     longest = 2.0
 
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
         self.visits = torch.zeros(len(table.mean), dtype=torch.int32)
-        self.due = self.growth ** torch.arange(16, dtype=torch.int64)
+        self.due = self.first * self.growth ** torch.arange(15)
 
     def step(
         self,
