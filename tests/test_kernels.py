@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse as sp
-from small_models import COUNTS, EPS, likelihood_of
+from small_models import COUNTS, EPS, likelihood_of, model_of
 from torch import Tensor
 
 from scuvae.model import Likelihood, SparseRows, kernels, negative_binomial, poisson
+from scuvae.model.rows import Linear
+from scuvae.model.vae import frozen
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -158,3 +160,43 @@ def test_numba_may_be_told_to_interpret() -> None:
         env={"NUMBA_DISABLE_JIT": "1", "PATH": ""},
     )
     assert found.stdout.split() == ["False", "torch.Size([2])"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_layer_gives_what_its_outputs_give(name: str, masked: bool, dtype: torch.dtype) -> None:
+    """Values and all gradients, of a linear layer's weights too, in float64 and in kernels."""
+    likelihood, x, _ = problem(name)
+    likelihood, x = likelihood.to(dtype), x.to(dtype)
+    observed = torch.arange(37) % 3 != 0 if masked else None
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64)
+    weight, bias = torch.randn(37, 6, dtype=torch.float64), torch.randn(37, dtype=torch.float64)
+
+    def found(kind: torch.dtype, layer: bool) -> list[Tensor]:
+        own = likelihood.to(kind)
+        own.zero_grad()
+        leaves = [p.detach().to(kind, copy=True).requires_grad_() for p in (hidden, weight, bias)]
+        eta = Linear(*leaves) if layer else torch.nn.functional.linear(*leaves)
+        value = own.log_prob(x.to(kind), eta, x.to(kind).sum(1) + 1, observed)
+        weights = torch.linspace(0.5, 2.0, value.numel(), dtype=kind).view_as(value)
+        (value * weights).sum().backward()
+        parts = [value.detach(), *(leaf.grad for leaf in leaves)]
+        return [part.double() for part in [*parts, *(p.grad for p in own.parameters())]]
+
+    truth = found(torch.float64, layer=False)
+    for expected, value in zip(truth, found(dtype, layer=True), strict=True):
+        # some dozen roundings of sums over cells and genes, and of a count of 400's terms
+        error = (value - expected).abs().max() / (expected.abs().max() + 400)
+        assert error < 100 * torch.finfo(dtype).eps
+
+
+def test_frozen_parameters_ask_for_no_gradient_inside() -> None:
+    model = model_of("negative_binomial")
+    model.likelihood.log_theta.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        raise RuntimeError("inside")
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert any(before)

@@ -16,6 +16,7 @@ from scuvae.inference.importance import log_mean
 from scuvae.inference.local_steps import draw
 from scuvae.inference.refine import as_family
 from scuvae.model import VAE, Batch
+from scuvae.model.vae import frozen
 
 # Chains a cell: their spread is the standard error.
 _CHAINS = 16
@@ -41,7 +42,7 @@ def annealed_log_evidence(
 
     def look(u: Tensor) -> tuple[Tensor, Tensor]:
         """ln p(x, z) − ln q(z) at z = m + C u, (chains, cells), and its gradient in u."""
-        with torch.enable_grad():
+        with torch.enable_grad(), frozen(model):
             at = u.detach().requires_grad_()
             z = draw(q, at)
             likelihood = model.log_likelihood(batch, z)

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from scuvae.inference import natural
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.model import VAE, Batch, gaussian, raw_scale
+from scuvae.model.vae import frozen
 
 # Longest move of a cell's mean in one step, in prior standard deviations.
 LONGEST_STEP = 4.0
@@ -206,7 +207,7 @@ def _joint_and_gradient(
     model: VAE, batch: Batch, mean: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """log p(x | z)/β + log p(z) at the mean, but for a constant, and its gradient."""
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model):
         z = mean.detach().requires_grad_()
         value = model.log_likelihood(batch, z)
         (slope,) = torch.autograd.grad(value.sum(), z)
@@ -226,7 +227,7 @@ def _value_and_gradient(
     model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Each cell's ELBO over fixed draws, divided by β, and its gradient in the mean."""
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model):
         centre = mean.detach().requires_grad_()
         z = centre + (tril @ points.unsqueeze(-1)).squeeze(-1)
         expected = model.log_likelihood(batch, z).mean(0)
@@ -261,7 +262,7 @@ def refine_gradient(
     # A short memory of squared gradients: the first are orders of magnitude larger than the last.
     optimizer = torch.optim.Adam([mean, raw], lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model):
         for step in range(max_steps):
             current = gaussian(mean, raw)
             # New points at each step, the same for every cell: few fixed ones bias the scales.

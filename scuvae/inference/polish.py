@@ -27,6 +27,7 @@ from scuvae.inference.local_steps import (
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import as_family
 from scuvae.model import VAE, Batch
+from scuvae.model.vae import frozen
 
 # Natural steps at most to begin with: they find the optimum's neighbourhood.
 _FIRST = 5
@@ -123,7 +124,7 @@ def _evaluate(
     The first two divided by β, the weight of the KL term.
     """
     q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model):
         z = draw(q, points).requires_grad_()
         values = model.log_likelihood(batch, z) / kl_weight
         (gradient,) = torch.autograd.grad(values.sum(), z)

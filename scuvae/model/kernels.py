@@ -187,6 +187,15 @@ def _inflate(
     return value, total
 
 
+@_exact
+def _complement(logit: Any, kept: Any) -> None:
+    """The slope in the logit, 1 − π − P(no dropout | x), in place of the last."""
+    for g in range(len(kept)):
+        small = _exp(-abs(logit[g]))
+        inverse = _f(1.0) / (_f(1.0) + small)
+        kept[g] = (inverse if logit[g] < _f(0.0) else small * inverse) - kept[g]
+
+
 @_sums
 def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
     for g in range(len(slope)):
@@ -276,7 +285,7 @@ def _negative_binomial(
     slopes: Any,
     size_slopes: Any,
     theta_slopes: Any,
-    kept_all: Any,
+    logit_slopes: Any,
 ) -> None:
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = _bounded(log_theta)
@@ -291,25 +300,28 @@ def _negative_binomial(
         top, total, check = _exponentials(eta[r], share)
         scale = size[r] / total
         log_scale = math.log(size[r]) - math.log(total) - top
+        # From logits, which survive where a share of the softmax does not, and before slopes
+        # overwrite them.
+        at_nonzeros = check
+        for k in range(starts[cell], starts[cell + 1]):
+            at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, log1p)
         kept = kept_row
         if inflated:
-            kept = kept_all[r] if keep else kept_row
+            kept = logit_slopes[r] if keep else kept_row
             more, slope_sum = _inflate(logit, theta, log1p, slope, slope_theta, kept, excess)
             found += more
         for k in range(starts[cell], starts[cell + 1]):
             g = col[k]
-            # From logarithms, which survive where a share of the softmax does not.
-            log_mu = eta[r, g] + log_scale
             mu = share[g] * scale
             ratio = mu * inverse[g]
             rest = _f(1.0) / (_f(1.0) + ratio)
             log1p_at, part = log1p[g], ratio * rest
             if log_theta[g] < -_MOST_LOG_THETA:
-                log_ratio = log_mu - log_theta[g]
+                log_ratio = math.log(mu) - log_theta[g]
                 log1p_at = log_ratio if log_ratio > _f(15.0) else math.log1p(math.exp(log_ratio))
                 part = _f(1.0) / (_f(1.0) + math.exp(-log_ratio))
-            found += value[k] * (log_mu - log1p_at) + constant[k]
+            found -= value[k] * log1p_at
             if inflated:
                 found -= excess[g]
                 kept[g] = _f(1.0)
@@ -317,8 +329,10 @@ def _negative_binomial(
             slope_sum += new - slope[g]
             slope[g] = new
             slope_theta[g] = mu * rest - theta[g] * log1p[g] + constant_slope[k] + value[k] * part
-        out[r] = found + check
+        out[r] = found + at_nonzeros
         if keep:
+            if inflated:
+                _complement(logit, kept)
             size_slopes[r] = slope_sum
             _through_softmax(slope, share, slope_sum / total)
 
@@ -344,15 +358,14 @@ def _poisson(
         top, total, check = _exponentials(eta[r], share)
         log_scale = math.log(size[r]) - math.log(total) - top
         found, counts = check - size[r], _f(0.0)
-        if keep:
-            slopes[r] = _f(0.0)
         for k in range(starts[cell], starts[cell + 1]):
             found += value[k] * (eta[r, col[k]] + log_scale) - constant[k]
             counts += value[k]
-            if keep:
-                slopes[r, col[k]] = value[k]
         out[r] = found
         if keep:
+            slopes[r] = _f(0.0)
+            for k in range(starts[cell], starts[cell + 1]):
+                slopes[r, col[k]] = value[k]
             size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
 
@@ -418,14 +431,15 @@ def negative_binomial(
     logit: Tensor | None,
     *,
     keep: bool,
+    spare: bool,
 ) -> tuple[Tensor, ...]:
     """log p of every row of ``eta``, (rows, genes), and with ``keep`` its slopes.
 
     Row r is a draw for cell r modulo the cells; ``size`` is (rows,). Slopes are in η, (rows,
-    genes), in ln ℓ, (rows,), in ln θ and, zero-inflated, the probability that an entry is no
-    dropout, (rows, genes).
+    genes), in place of η with ``spare``; in ln ℓ, (rows,); in ln θ and, zero-inflated, in the
+    logit, (rows, genes).
     """
-    out, slopes = _results(eta, keep, 2 + (logit is not None))
+    out, slopes = _results(eta, keep, spare, 2 + (logit is not None))
     filled = [*slopes, *[eta.new_empty(0, 0)] * (4 - len(slopes))]
     if not keep:
         filled[1] = eta.new_empty(0)
@@ -444,21 +458,22 @@ def poisson(
     size: Tensor,
     *,
     keep: bool,
+    spare: bool,
 ) -> tuple[Tensor, ...]:
     """As :func:`negative_binomial`, with slopes in η and in ln ℓ alone."""
-    out, slopes = _results(eta, keep, 1)
+    out, slopes = _results(eta, keep, spare, 1)
     filled = slopes or [eta.new_empty(0, 0), eta.new_empty(0)]
     _run(_poisson, eta, starts, col, value, constant, size, keep, out, *filled)
     return out, *slopes
 
 
-def _results(eta: Tensor, keep: bool, n_dense: int) -> tuple[Tensor, list[Tensor]]:
+def _results(eta: Tensor, keep: bool, spare: bool, n_dense: int) -> tuple[Tensor, list[Tensor]]:
     """Room for log p of each row and its slopes: dense ones, that in ln ℓ second among them."""
     out = eta.new_empty(len(eta))
     if not keep:
         return out, []
-    first, *rest = (torch.empty_like(eta) for _ in range(n_dense))
-    return out, [first, torch.empty_like(out), *rest]
+    first = eta if spare else torch.empty_like(eta)
+    return out, [first, torch.empty_like(out), *(torch.empty_like(eta) for _ in range(n_dense - 1))]
 
 
 def gram(rows: Tensor, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from scuvae.model.least_squares import squared_residuals
 from scuvae.model.negative_binomial import inverse_theta
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
 from scuvae.model.poisson import log_prob as poisson_log_prob
+from scuvae.model.rows import Linear
 
 Genes = Tensor | slice
 """The observed genes: a boolean mask, or slice(None) for all."""
@@ -55,12 +56,17 @@ class Likelihood(nn.Module, ABC):
     def log_prob(
         self,
         x: Tensor | SparseRows,
-        eta: Tensor,
+        eta: Tensor | Linear,
         size_factor: Tensor | None = None,
         observed: Tensor | None = None,
     ) -> Tensor:
-        """log p(x | η) in nats, summed over observed genes: (..., cells)."""
-        x, eta, size_factor, genes = self._observed(x, eta, size_factor, observed)
+        """log p(x | η) in nats, summed over observed genes: (..., cells).
+
+        ``eta`` may also be a :class:`Linear`, the layer that makes it.
+        """
+        if observed is not None:
+            eta = eta.of(observed) if isinstance(eta, Linear) else eta[..., observed]
+        x, size_factor, genes = self._seen(x, size_factor, observed)
         return self._log_prob(x, eta, size_factor, genes)
 
     @torch.no_grad()
@@ -76,7 +82,8 @@ class Likelihood(nn.Module, ABC):
         −∇²_z log p ≈ J_cᵀ diag(w) J_c with J_c = J − 1 (πᵀJ) and J = ∂η/∂z. Both have the shape
         of ``eta`` and are zero at genes that are not observed.
         """
-        x, seen, size_factor, genes = self._observed(x, eta, size_factor, observed)
+        x, size_factor, genes = self._seen(x, size_factor, observed)
+        seen = eta[..., genes]
         if not self.counts:
             return _widen(self._weight(x, seen, genes), eta, genes), None
         pi = F.softmax(seen, -1)
@@ -122,26 +129,22 @@ class Likelihood(nn.Module, ABC):
             )
         return log_mean(eta[..., genes], size_factor).exp(), genes
 
-    def _observed(
-        self,
-        x: Tensor | SparseRows,
-        eta: Tensor,
-        size_factor: Tensor | None,
-        observed: Tensor | None,
-    ) -> tuple[SparseRows | Tensor, Tensor, Tensor, Genes]:
-        """Values and η at the observed genes, and a size factor that is no zero."""
+    def _seen(
+        self, x: Tensor | SparseRows, size_factor: Tensor | None, observed: Tensor | None
+    ) -> tuple[SparseRows | Tensor, Tensor, Genes]:
+        """Values at the observed genes, a size factor that is no zero, and these genes."""
         x = sparse(x) if self.counts else dense(x)
         genes: Genes = slice(None)
         if observed is not None:
-            genes, eta = observed, eta[..., observed]
+            genes = observed
             x = x.select(observed) if isinstance(x, SparseRows) else x[..., observed]
         if size_factor is None:
             size_factor = x.sum() if isinstance(x, SparseRows) else x.sum(-1)
-        return x, eta, size_factor.clamp_min(_TINY), genes
+        return x, size_factor.clamp_min(_TINY), genes
 
     @abstractmethod
     def _log_prob(
-        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+        self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor: ...
 
     @abstractmethod
@@ -192,30 +195,21 @@ class Gaussian(Likelihood):
         return F.softplus(self.scale_raw).expand(self.n_vars)
 
     def _log_prob(
-        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+        self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
         scale = self.scale[genes]
-        return -0.5 * ((dense(x) - eta) / scale).square().sum(-1) - _log_normaliser(scale)
+        if isinstance(eta, Linear) and eta.hidden.dim() > 2:
+            # Several draws, whose outputs need not be written out.
+            squares = squared_residuals(dense(x), *eta, scale)
+        else:
+            squares = ((dense(x) - written(eta)) / scale).square().sum(-1)
+        return -0.5 * squares - _log_normaliser(scale)
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return self.scale[genes].square().reciprocal().expand_as(mu)
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
-
-    def log_prob_linear(
-        self,
-        x: Tensor | SparseRows,
-        hidden: Tensor,
-        last: nn.Linear,
-        observed: Tensor | None = None,
-    ) -> Tensor:
-        """log p(x | η = last(hidden)) of several draws, which never writes out their η."""
-        genes: Genes = slice(None) if observed is None else observed
-        scale = self.scale[genes]
-        values = dense(x)[..., genes]
-        squares = squared_residuals(values, hidden, last.weight[genes], last.bias[genes], scale)
-        return -0.5 * squares - _log_normaliser(scale)
 
     def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
         return self.scale[genes].square().expand_as(mu)
@@ -225,6 +219,11 @@ class Gaussian(Likelihood):
 
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu + self.scale[genes] * torch.randn_like(mu)
+
+
+def written(eta: Tensor | Linear) -> Tensor:
+    """Logits, written out where they are not yet."""
+    return F.linear(*eta) if isinstance(eta, Linear) else eta
 
 
 def _log_normaliser(scale: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ class Poisson(Likelihood):
     counts = True
 
     def _log_prob(
-        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+        self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
         return poisson_log_prob(sparse(x), eta, size_factor)
 
@@ -272,7 +271,7 @@ class NegativeBinomial(Likelihood):
         self.log_theta = nn.Parameter(torch.zeros(n_vars))
 
     def _log_prob(
-        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+        self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
         return negative_binomial_log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
 
@@ -308,7 +307,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         self.logit_dropout = nn.Parameter(torch.full((n_vars,), -3.0))
 
     def _log_prob(
-        self, x: SparseRows | Tensor, eta: Tensor, size_factor: Tensor, genes: Genes
+        self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
         return negative_binomial_log_prob(
             sparse(x), eta, size_factor, self.log_theta[genes], self.logit_dropout[genes]

@@ -9,14 +9,14 @@ function, and values and slopes come from one softmax and one log1p. On a CPU a 
 (``kernels.py``) makes them in one pass.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
 from scuvae.model.rising import compiled, rising
+from scuvae.model.rows import Linear
+from scuvae.model.rows import log_prob as row_log_prob
 
 # Dispersions below e^-60 act as this one: their dense terms are zero, but must not overflow.
 _LEAST_LOG_THETA = -60.0
@@ -24,7 +24,7 @@ _LEAST_LOG_THETA = -60.0
 
 def log_prob(
     x: SparseRows,
-    eta: Tensor,
+    eta: Tensor | Linear,
     size_factor: Tensor,
     log_theta: Tensor,
     logit_dropout: Tensor | None = None,
@@ -36,7 +36,7 @@ def log_prob(
     x
         Counts, (cells, genes).
     eta
-        Logits of the means' shares, (..., cells, genes).
+        Logits of the means' shares, (..., cells, genes), or the linear layer that makes them.
     size_factor
         Expected totals ℓ > 0, (cells,) or (..., cells).
     log_theta
@@ -48,45 +48,23 @@ def log_prob(
     -------
     (..., cells), summed over genes.
     """
-    result: Tensor = _LogProb.apply(
-        eta, log_theta, logit_dropout, size_factor, x, torch.is_grad_enabled()
-    )
-    return result
+    parameters = (log_theta,) if logit_dropout is None else (log_theta, logit_dropout)
+    return row_log_prob(_passes, x, eta, size_factor, *parameters)
 
 
-class _LogProb(torch.autograd.Function):
-    """Values, and in the same pass each row's slopes: training always needs both."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        eta: Tensor,
-        log_theta: Tensor,
-        logit: Tensor | None,
-        size: Tensor,
-        x: SparseRows,
-        grad_enabled: bool,
-    ) -> Tensor:
-        keep = grad_enabled and any(ctx.needs_input_grad)
-        passes = _compiled if compiled(eta) else _dense_passes
-        out, *slopes = passes(eta.contiguous(), x, size, log_theta, logit, keep)
-        ctx.save_for_backward(logit, size, *slopes)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logit, size, slope, size_slope, theta_slope, *kept = ctx.saved_tensors
-        cells, n_genes = grad.flatten(), slope.shape[-1]
-        grad_eta = slope * grad.unsqueeze(-1)
-        grad_theta = grad_logit = grad_size = None
-        if ctx.needs_input_grad[1]:
-            grad_theta = cells @ theta_slope.view(-1, n_genes)
-        if kept and ctx.needs_input_grad[2]:
-            grad_logit = cells.sum() * torch.sigmoid(-logit) - cells @ kept[0].view(-1, n_genes)
-        if ctx.needs_input_grad[3]:
-            grad_size = (grad * size_slope / size).sum_to_size(size.shape)
-        return grad_eta, grad_theta, grad_logit, grad_size, None, None
+def _passes(
+    eta: Tensor,
+    x: SparseRows,
+    size: Tensor,
+    log_theta: Tensor,
+    logit: Tensor | None = None,
+    *,
+    keep: bool,
+    spare: bool,
+) -> tuple[Tensor, ...]:
+    if compiled(eta):
+        return _compiled(eta, x, size, log_theta, logit, keep, spare)
+    return _dense_passes(eta, x, size, log_theta, logit, keep)
 
 
 def _compiled(
@@ -96,11 +74,9 @@ def _compiled(
     log_theta: Tensor,
     logit: Tensor | None,
     keep: bool,
+    spare: bool,
 ) -> tuple[Tensor, ...]:
-    """log p, (..., cells), and with ``keep`` its slopes in η, (..., cells, genes), in ln ℓ, of the
-    shape of log p, in ln θ and, zero-inflated, the probability that an entry is no dropout, of the
-    shape of η: a row at a time.
-    """
+    """A row at a time."""
     from scuvae.model.kernels import negative_binomial
 
     constant, constant_slope = rising(x.value, x.col, log_theta)
@@ -109,6 +85,7 @@ def _compiled(
         *(x.starts, x.col, x.value, constant, constant_slope),
         *(size.expand(eta.shape[:-1]).reshape(-1), log_theta, logit),
         keep=keep,
+        spare=spare,
     )
     if logit is not None:
         out = out - F.softplus(logit).sum()
@@ -124,7 +101,7 @@ def _dense_passes(
     logit: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """The same by torch's operators: on a GPU, or in another precision."""
+    """By torch's operators: on a GPU, or in another precision."""
     theta, inverse = log_theta.exp(), inverse_theta(log_theta)
     pi, log_total = softmax(eta)
     mu = pi * size.unsqueeze(-1)
@@ -159,8 +136,10 @@ def _dense_passes(
         theta_slope.mul_(kept)
     share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
     add_at(theta_slope, flat, value * share_at + constant_slope)
-    slopes = through_softmax(slope, pi, flat, value * (1 - share_at))
-    return (out, *slopes, theta_slope) if kept is None else (out, *slopes, theta_slope, kept)
+    slopes = (*through_softmax(slope, pi, flat, value * (1 - share_at)), theta_slope)
+    if kept is None or logit is None:
+        return out, *slopes
+    return out, *slopes, torch.sigmoid(-logit) - kept
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """The model: p(x, z) = p(z) p(x | z), with an encoder beside it where there is one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from scuvae.model.batch import Batch, dense
-from scuvae.model.likelihoods import Gaussian, Likelihood
+from scuvae.model.likelihoods import Likelihood
 from scuvae.model.networks import Decoder, Encoder
 from scuvae.model.rising import compiled
+from scuvae.model.rows import Linear
 
 # Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
 JACOBIAN_NUMBERS = 2**18
@@ -50,13 +54,12 @@ class VAE(nn.Module):
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
         last = self.decoder.last
-        if z.dim() > 2 and last is not None and isinstance(self.likelihood, Gaussian):
-            hidden = self.decoder.hidden(z, batch.covariates)
-            return self.likelihood.log_prob_linear(batch.x, hidden, last, batch.observed)
+        if last is not None and not (batch.size_of_all and batch.observed is not None):
+            layer = Linear(self.decoder.hidden(z, batch.covariates), last.weight, last.bias)
+            return self.likelihood.log_prob(batch.x, layer, batch.size_factor, batch.observed)
         eta = self.decoder(z, batch.covariates)
         size = self.size_factor(batch, eta)
-        out: Tensor = self.likelihood.log_prob(batch.x, eta, size, batch.observed)
-        return out
+        return self.likelihood.log_prob(batch.x, eta, size, batch.observed)
 
     def size_factor(self, batch: Batch, eta: Tensor) -> Tensor:
         """Expected totals over the observed genes, (cells,) or (..., cells), for η of some draws.
@@ -101,6 +104,19 @@ class VAE(nn.Module):
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
         q: Distribution = self.encoder(dense(batch.x))
         return q
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient, whose products would cost as much as all else."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()
 
 
 def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
