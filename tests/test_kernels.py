@@ -195,8 +195,15 @@ def test_frozen_parameters_ask_for_no_gradient_inside() -> None:
     model = model_of("negative_binomial")
     model.likelihood.log_theta.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="inside"), frozen(model):
-        assert not any(p.requires_grad for p in model.parameters())
-        raise RuntimeError("inside")
+    inside = []
+
+    def fail() -> None:
+        with frozen(model):
+            inside.extend(p.requires_grad for p in model.parameters())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert not any(inside)
     assert [p.requires_grad for p in model.parameters()] == before
     assert any(before)
