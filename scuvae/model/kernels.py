@@ -188,6 +188,18 @@ def _inflate(
 
 
 @_sums
+def _spared(logit: Any, kept: Any) -> Any:
+    """A row's Σ ln(1−π), and in place of ``kept`` its slopes in the logits: 1 − kept − π."""
+    value = _f(0.0)
+    for g in range(len(logit)):
+        small = _exp(-abs(logit[g]))
+        inverse = _f(1.0) / (_f(1.0) + small)
+        value -= max(logit[g], _f(0.0)) + _log1p(small, inverse)
+        kept[g] = _f(1.0) - kept[g] - (inverse if logit[g] > _f(0.0) else small * inverse)
+    return value
+
+
+@_sums
 def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
     for g in range(len(slope)):
         slope[g] -= share[g] * scale
@@ -269,8 +281,9 @@ def _negative_binomial(
     constant_slope: Any,
     size: Any,
     log_theta: Any,
-    logit: Any,
+    logits: Any,
     inflated: bool,
+    per_row: bool,
     keep: bool,
     out: Any,
     slopes: Any,
@@ -278,6 +291,8 @@ def _negative_binomial(
     theta_slopes: Any,
     kept_all: Any,
 ) -> None:
+    # There is room for the slopes that are asked for.
+    keep_theta, keep_kept = len(theta_slopes) > 0, len(kept_all) > 0
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = _bounded(log_theta)
     inverse = _f(1.0) / theta
@@ -287,14 +302,14 @@ def _negative_binomial(
     for r in range(first, last):
         cell = r % n_cells
         slope = slopes[r] if keep else slope_row
-        slope_theta = theta_slopes[r] if keep else theta_row
+        slope_theta = theta_slopes[r] if keep_theta else theta_row
         top, total, check = _exponentials(eta[r], share)
         scale = size[r] / total
         log_scale = math.log(size[r]) - math.log(total) - top
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, log1p)
-        kept = kept_row
+        kept = kept_all[r] if keep_kept else kept_row
         if inflated:
-            kept = kept_all[r] if keep else kept_row
+            logit = logits[r if per_row else 0]
             more, slope_sum = _inflate(logit, theta, log1p, slope, slope_theta, kept, excess)
             found += more
         for k in range(starts[cell], starts[cell + 1]):
@@ -317,6 +332,8 @@ def _negative_binomial(
             slope_sum += new - slope[g]
             slope[g] = new
             slope_theta[g] = mu * rest - theta[g] * log1p[g] + constant_slope[k] + value[k] * part
+        if per_row:
+            found += _spared(logits[r], kept)
         out[r] = found + check
         if keep:
             size_slopes[r] = slope_sum
@@ -418,21 +435,30 @@ def negative_binomial(
     logit: Tensor | None,
     *,
     keep: bool,
-) -> tuple[Tensor, ...]:
+    keep_theta: bool = True,
+    keep_logit: bool = True,
+) -> tuple[Tensor | None, ...]:
     """log p of every row of ``eta``, (rows, genes), and with ``keep`` its slopes.
 
-    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). Slopes are in η, (rows,
-    genes), in ln ℓ, (rows,), in ln θ and, zero-inflated, the probability that an entry is no
-    dropout, (rows, genes).
+    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). ``logit`` is (genes,), or
+    (rows, genes). Slopes are in η, (rows, genes), in ln ℓ, (rows,), in ln θ and, zero-inflated,
+    the probability that an entry is no dropout, or where rows have their own logits the slopes in
+    those, (rows, genes); None for those that are not to be kept.
+
+    With logits that rows share Σ ln(1−π) is left to the caller.
     """
-    out, slopes = _results(eta, keep, 2 + (logit is not None))
-    filled = [*slopes, *[eta.new_empty(0, 0)] * (4 - len(slopes))]
+    wanted = keep, keep and keep_theta, keep and keep_logit and logit is not None
+    out, none = eta.new_empty(len(eta)), eta.new_empty(0, 0)
+    slope, theta_slope, kept = (torch.empty_like(eta) if want else none for want in wanted)
+    size_slope = eta.new_empty(len(eta) if keep else 0)
+    arrays = (starts, col, value, constant, constant_slope, size, log_theta)
+    room = (slope, size_slope, theta_slope, kept)
+    inflated, per_row = logit is not None, logit is not None and logit.dim() > 1
+    logits = none if logit is None else logit.view(-1, eta.shape[1])
+    _run(_negative_binomial, eta, *arrays, logits, inflated, per_row, keep, out, *room)
     if not keep:
-        filled[1] = eta.new_empty(0)
-    dropout = eta.new_empty(0) if logit is None else logit
-    arrays = (starts, col, value, constant, constant_slope, size, log_theta, dropout)
-    _run(_negative_binomial, eta, *arrays, logit is not None, keep, out, *filled)
-    return out, *slopes
+        return (out,)
+    return out, slope, size_slope, *(t if len(t) else None for t in (theta_slope, kept))
 
 
 def poisson(
@@ -446,19 +472,11 @@ def poisson(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """As :func:`negative_binomial`, with slopes in η and in ln ℓ alone."""
-    out, slopes = _results(eta, keep, 1)
-    filled = slopes or [eta.new_empty(0, 0), eta.new_empty(0)]
+    out = eta.new_empty(len(eta))
+    slopes = (torch.empty_like(eta), torch.empty_like(out)) if keep else ()
+    filled = slopes or (eta.new_empty(0, 0), eta.new_empty(0))
     _run(_poisson, eta, starts, col, value, constant, size, keep, out, *filled)
     return out, *slopes
-
-
-def _results(eta: Tensor, keep: bool, n_dense: int) -> tuple[Tensor, list[Tensor]]:
-    """Room for log p of each row and its slopes: dense ones, that in ln ℓ second among them."""
-    out = eta.new_empty(len(eta))
-    if not keep:
-        return out, []
-    first, *rest = (torch.empty_like(eta) for _ in range(n_dense))
-    return out, [first, torch.empty_like(out), *rest]
 
 
 def gram(rows: Tensor, weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def log_prob(
     log_theta
         Log inverse dispersions, (genes,).
     logit_dropout
-        Log odds of a zero that is no count, (genes,).
+        Log odds of a zero that is no count, (genes,), or for each cell and draw as ``eta``.
 
     Returns
     -------
@@ -67,23 +67,30 @@ class _LogProb(torch.autograd.Function):
         x: SparseRows,
         grad_enabled: bool,
     ) -> Tensor:
-        keep = grad_enabled and any(ctx.needs_input_grad)
-        passes = _compiled if compiled(eta) else _dense_passes
-        out, *slopes = passes(eta.contiguous(), x, size, log_theta, logit, keep)
+        needed = ctx.needs_input_grad
+        keep = grad_enabled and any(needed)
+        eta = eta.contiguous()
+        if compiled(eta):
+            out, *slopes = _compiled(eta, x, size, log_theta, logit, keep, needed[1], needed[2])
+        else:
+            out, *slopes = _dense_passes(eta, x, size, log_theta, logit, keep)
         ctx.save_for_backward(logit, size, *slopes)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logit, size, slope, size_slope, theta_slope, *kept = ctx.saved_tensors
+        logit, size, slope, size_slope, theta_slope, kept = ctx.saved_tensors
         cells, n_genes = grad.flatten(), slope.shape[-1]
         grad_eta = slope * grad.unsqueeze(-1)
         grad_theta = grad_logit = grad_size = None
         if ctx.needs_input_grad[1]:
             grad_theta = cells @ theta_slope.view(-1, n_genes)
-        if kept and ctx.needs_input_grad[2]:
-            grad_logit = cells.sum() * torch.sigmoid(-logit) - cells @ kept[0].view(-1, n_genes)
+        if ctx.needs_input_grad[2]:
+            if logit.dim() > 1:
+                grad_logit = kept * grad.unsqueeze(-1)
+            else:
+                grad_logit = cells.sum() * torch.sigmoid(-logit) - cells @ kept.view(-1, n_genes)
         if ctx.needs_input_grad[3]:
             grad_size = (grad * size_slope / size).sum_to_size(size.shape)
         return grad_eta, grad_theta, grad_logit, grad_size, None, None
@@ -96,24 +103,33 @@ def _compiled(
     log_theta: Tensor,
     logit: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, ...]:
+    keep_theta: bool,
+    keep_logit: bool,
+) -> tuple[Tensor | None, ...]:
     """log p, (..., cells), and with ``keep`` its slopes in η, (..., cells, genes), in ln ℓ, of the
-    shape of log p, in ln θ and, zero-inflated, the probability that an entry is no dropout, of the
-    shape of η: a row at a time.
+    shape of log p, in ln θ and, zero-inflated, the probability that an entry is no dropout (where
+    each entry has its own logit, the slope in that), of the shape of η: a row at a time.
     """
     from scuvae.model import kernels
 
     constant, constant_slope = rising(x.value, x.col, log_theta)
+    own = logit is not None and logit.dim() > 1
     out, *slopes = kernels.negative_binomial(
         eta.view(-1, eta.shape[-1]),
         *(x.starts, x.col, x.value, constant, constant_slope),
-        *(size.expand(eta.shape[:-1]).reshape(-1), log_theta, logit),
+        *(size.expand(eta.shape[:-1]).reshape(-1), log_theta),
+        logit.reshape(-1, eta.shape[-1]).contiguous() if logit is not None and own else logit,
         keep=keep,
+        keep_theta=keep_theta,
+        keep_logit=keep_logit,
     )
-    if logit is not None:
+    assert out is not None
+    if logit is not None and not own:
         out = out - F.softplus(logit).sum()
     shape = eta.shape[:-1]
-    return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
+    return out.view(shape), *(
+        None if slope is None else slope.view(*shape, *slope.shape[1:]) for slope in slopes
+    )
 
 
 def _dense_passes(
@@ -123,7 +139,7 @@ def _dense_passes(
     log_theta: Tensor,
     logit: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """The same by torch's operators: on a GPU, or in another precision."""
     theta, inverse = log_theta.exp(), inverse_theta(log_theta)
     pi, log_total = softmax(eta)
@@ -145,7 +161,7 @@ def _dense_passes(
         log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
         excess = F.softplus(log_odds_zero, threshold=30.0)
         at_nonzeros -= at(excess, flat)
-        out = out + excess.sum(-1) - F.softplus(logit).sum()
+        out = out + excess.sum(-1) - F.softplus(logit).sum(-1)
         kept = torch.sigmoid(log_odds_zero.neg_())
         kept.flatten(-2)[..., flat] = 1.0
     out = add_rows(out, row, at_nonzeros)
@@ -160,7 +176,9 @@ def _dense_passes(
     share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
     add_at(theta_slope, flat, value * share_at + constant_slope)
     slopes = through_softmax(slope, pi, flat, value * (1 - share_at))
-    return (out, *slopes, theta_slope) if kept is None else (out, *slopes, theta_slope, kept)
+    if kept is not None and logit is not None and logit.dim() > 1:
+        kept = torch.sigmoid(-logit) - kept
+    return out, *slopes, theta_slope, kept
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:
