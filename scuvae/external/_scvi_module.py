@@ -1,8 +1,9 @@
 """A trained module of scvi-tools as a model that refinement can work on.
 
 :class:`Bridge` has what :func:`scuvae.inference.refine.refine` asks of a VAE: ``log_likelihood``,
-``curvature``, ``prior`` and the widths. The networks stay scvi-tools' own, so that layers,
-norms, activations and covariates are what they were in training; Jacobians are forward mode.
+``curvature``, ``prior`` and the widths. The usual decoder is read as one of ours, which is faster.
+Others stay scvi-tools' own, so that layers, norms, activations and covariates are what they were
+in training; their Jacobians are forward mode.
 """
 
 import copy
@@ -14,6 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from scuvae.external._likelihoods import LIKELIHOODS, Heads
+from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Batch, SparseRows, negative_binomial
 from scuvae.model.batch import sparse
 from scuvae.model.vae import JACOBIAN_NUMBERS
@@ -41,6 +43,7 @@ class Bridge(nn.Module):
         self.n_latent, self.n_vars = int(module.n_latent), int(module.n_input)
         self.linear = not hasattr(module.decoder, "px_decoder")
         self.device = device
+        self.network = as_decoder(self.module.decoder, self.n_latent, self._n_conditions)
 
     def as_vae(self) -> VAE:
         """Itself, for functions that are typed for our own model and use only what is here."""
@@ -70,18 +73,21 @@ class Bridge(nn.Module):
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
         if self._is_ours:
-            eta = self._decode(z.flatten(0, -2), _repeat(cast(Tensor, batch.covariates), z))[0]
-            eta = eta.view(*z.shape[:-1], self.n_vars)
+            conditions = cast(Tensor, batch.covariates)
+            eta, logit, _ = self._decode(z.flatten(0, -2), _repeat(conditions, z))
+            shape = (*z.shape[:-1], self.n_vars)
+            logit = None if logit is None else logit.view(shape)
             size = batch.size_factor.clamp_min(_TINY)
-            return negative_binomial.log_prob(sparse(batch.x), eta, size, self.module.px_r)
+            px_r = self.module.px_r
+            return negative_binomial.log_prob(sparse(batch.x), eta.view(shape), size, px_r, logit)
         return self.likelihood.log_prob(batch.x, self.heads(batch, z))
 
     @property
     def _is_ours(self) -> bool:
         """Whether log p(x | η) is our negative binomial, which is faster than these."""
         module = self.module
-        kind = module.gene_likelihood, module.dispersion
-        return kind == ("nb", "gene") and not module.use_size_factor_key
+        counts = module.gene_likelihood in ("nb", "zinb")
+        return counts and module.dispersion == "gene" and not module.use_size_factor_key
 
     def heads(self, batch: Batch, z: Tensor) -> Heads:
         conditions = cast(Tensor, batch.covariates)
@@ -107,6 +113,31 @@ class Bridge(nn.Module):
     def curvature_root(self, batch: Batch, z: Tensor) -> Tensor:
         """R with R Rᵀ ≈ −∇²_z log p(x | z), (cells, latent, outputs)."""
         conditions = cast(Tensor, batch.covariates)
+        (eta, logit, log_theta), slopes = self._linearize(z, conditions)
+        slope = slopes[0]
+        if log_theta is None:
+            log_theta = self._dispersion(conditions)
+        if self.module.use_size_factor_key:  # μ = ℓ softplus(η)
+            slope = slope * (torch.sigmoid(eta) / F.softplus(eta)).unsqueeze(-2)
+        else:  # μ = ℓ softmax(η)
+            slope = slope - slope @ eta.softmax(-1).unsqueeze(-1)
+        log_mu = self._activation(eta) + _log(batch.size_factor).unsqueeze(-1)
+        heads = Heads(log_mu, logit, log_theta)
+        return self.likelihood.root(heads, Heads(slope, slopes[1], slopes[2]))
+
+    # --- the networks ----------------------------------------------------------------------------
+
+    def _linearize(self, z: Tensor, conditions: Tensor) -> tuple[Any, Any]:
+        """What :meth:`_decode` says, and its slopes in z, (cells, latent, genes), if any."""
+        if self.network is not None:
+            eta, tangent, weight = self.network.linearize(z, conditions)
+            logit, log_theta = self._rest(self.network.hidden(z, conditions))
+            layers = (self.module.decoder.px_dropout_decoder, self.module.decoder.px_r_decoder)
+            slopes = [
+                None if head is None else tangent @ layer.weight.T
+                for head, layer in zip((logit, log_theta), layers, strict=True)
+            ]
+            return (eta, logit, log_theta), (tangent @ weight.T, *slopes)
 
         def decode(z: Tensor) -> tuple[Tensor, ...]:
             return tuple(head for head in self._decode(z, conditions) if head is not None)
@@ -116,41 +147,34 @@ class Bridge(nn.Module):
 
         basis = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         outputs: Any = (None, 1)  # values once, slopes for each direction
-        values, slopes = torch.func.vmap(along, out_dims=outputs)(basis)
-        eta, slope = values[0], slopes[0]
-        rest, rest_slopes = list(values[1:]), list(slopes[1:])
-        logit = logit_slope = log_theta_slope = None
-        log_theta = self._dispersion(conditions)
-        if self.module.gene_likelihood == "zinb":
-            logit, logit_slope = rest.pop(0), rest_slopes.pop(0)
-        if rest:
-            log_theta, log_theta_slope = rest[0], rest_slopes[0]
-        if self.module.use_size_factor_key:  # μ = ℓ softplus(η)
-            slope = slope * (torch.sigmoid(eta) / F.softplus(eta)).unsqueeze(-2)
-        else:  # μ = ℓ softmax(η)
-            slope = slope - slope @ eta.softmax(-1).unsqueeze(-1)
-        log_mu = self._activation(eta) + _log(batch.size_factor).unsqueeze(-1)
-        return self.likelihood.root(
-            Heads(log_mu, logit, log_theta), Heads(slope, logit_slope, log_theta_slope)
-        )
-
-    # --- the module's own networks ---------------------------------------------------------------
+        values, found = torch.func.vmap(along, out_dims=outputs)(basis)
+        there = [head is not None for head in self._decode(z[:1], conditions[:1])]
+        left, left_slopes = iter(values), iter(found)
+        heads = tuple(next(left) if is_there else None for is_there in there)
+        return heads, tuple(next(left_slopes) if is_there else None for is_there in there)
 
     def _decode(self, z: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """η, logit and log θ as functions of z, (cells, genes); None where there is no such."""
-        module, decoder = self.module, self.module.decoder
+        decoder = self.module.decoder
+        if self.network is not None:
+            h = self.network.hidden(z, conditions)
+            return self.network.layers[-1](h), *self._rest(h)
         beside, categories = self._split(conditions)
         entered = torch.cat([z, beside], -1)
-        inflated = module.gene_likelihood == "zinb"
         if self.linear:
+            inflated = self.module.gene_likelihood == "zinb"
             eta = decoder.factor_regressor(entered, *categories)
             logit = decoder.px_dropout_decoder(entered, *categories) if inflated else None
             return eta, logit, None
         h = decoder.px_decoder(entered, *categories)
-        logit = decoder.px_dropout_decoder(h) if inflated else None
+        return decoder.px_scale_decoder[0](h), *self._rest(h)
+
+    def _rest(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logit and log θ of what is hidden."""
+        module, decoder = self.module, self.module.decoder
+        logit = decoder.px_dropout_decoder(h) if module.gene_likelihood == "zinb" else None
         per_cell = module.dispersion == "gene-cell" and module.gene_likelihood != "poisson"
-        log_theta = decoder.px_r_decoder(h) if per_cell else None
-        return decoder.px_scale_decoder[0](h), logit, log_theta
+        return logit, decoder.px_r_decoder(h) if per_cell else None
 
     def _activation(self, eta: Tensor) -> Tensor:
         if self.module.use_size_factor_key:
@@ -172,6 +196,13 @@ class Bridge(nn.Module):
         decoder = self.module.decoder
         layers = decoder.factor_regressor if self.linear else decoder.px_decoder
         return list(layers.n_cat_list)  # 0 for one that says nothing
+
+    @property
+    def _n_conditions(self) -> int:
+        """Columns of ``Batch.covariates``: what is beside z in the first layer, and one."""
+        decoder = self.module.decoder
+        layers = decoder.factor_regressor if self.linear else decoder.px_decoder
+        return int(layers.fc_layers[0][0].in_features) - self.n_latent + 1
 
     def _conditions(self, given: dict[str, Tensor]) -> Tensor:
         module, which = self.module, given[_BATCH]

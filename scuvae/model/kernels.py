@@ -187,13 +187,16 @@ def _inflate(
     return value, total
 
 
-@_exact
-def _complement(logit: Any, kept: Any) -> None:
-    """The slope in the logit, 1 − π − P(no dropout | x), in place of the last."""
-    for g in range(len(kept)):
+@_sums
+def _spared(logit: Any, kept: Any) -> Any:
+    """A row's Σ ln(1−π), and in place of ``kept`` its slopes in the logits: 1 − kept − π."""
+    value = _f(0.0)
+    for g in range(len(logit)):
         small = _exp(-abs(logit[g]))
         inverse = _f(1.0) / (_f(1.0) + small)
-        kept[g] = (inverse if logit[g] < _f(0.0) else small * inverse) - kept[g]
+        value -= max(logit[g], _f(0.0)) + _log1p(small, inverse)
+        kept[g] = _f(1.0) - kept[g] - (inverse if logit[g] > _f(0.0) else small * inverse)
+    return value
 
 
 @_sums
@@ -278,7 +281,7 @@ def _negative_binomial(
     constant_slope: Any,
     size: Any,
     log_theta: Any,
-    logit: Any,
+    logits: Any,
     inflated: bool,
     keep: bool,
     out: Any,
@@ -287,6 +290,8 @@ def _negative_binomial(
     theta_slopes: Any,
     logit_slopes: Any,
 ) -> None:
+    # There is room for the slopes that are asked for.
+    keep_theta, keep_logit = len(theta_slopes) > 0, len(logit_slopes) > 0
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = _bounded(log_theta)
     inverse = _f(1.0) / theta
@@ -296,7 +301,7 @@ def _negative_binomial(
     for r in range(first, last):
         cell = r % n_cells
         slope = slopes[r] if keep else slope_row
-        slope_theta = theta_slopes[r] if keep else theta_row
+        slope_theta = theta_slopes[r] if keep_theta else theta_row
         top, total, check = _exponentials(eta[r], share)
         scale = size[r] / total
         log_scale = math.log(size[r]) - math.log(total) - top
@@ -306,9 +311,9 @@ def _negative_binomial(
         for k in range(starts[cell], starts[cell + 1]):
             at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, log1p)
-        kept = kept_row
+        kept = logit_slopes[r] if keep_logit else kept_row
         if inflated:
-            kept = logit_slopes[r] if keep else kept_row
+            logit = logits[r % len(logits)]
             more, slope_sum = _inflate(logit, theta, log1p, slope, slope_theta, kept, excess)
             found += more
         for k in range(starts[cell], starts[cell + 1]):
@@ -329,10 +334,10 @@ def _negative_binomial(
             slope_sum += new - slope[g]
             slope[g] = new
             slope_theta[g] = mu * rest - theta[g] * log1p[g] + constant_slope[k] + value[k] * part
+        if inflated:
+            found += _spared(logits[r % len(logits)], kept)
         out[r] = found + at_nonzeros
         if keep:
-            if inflated:
-                _complement(logit, kept)
             size_slopes[r] = slope_sum
             _through_softmax(slope, share, slope_sum / total)
 
@@ -432,21 +437,27 @@ def negative_binomial(
     *,
     keep: bool,
     spare: bool,
-) -> tuple[Tensor, ...]:
+    keep_theta: bool = True,
+    keep_logit: bool = True,
+) -> tuple[Tensor | None, ...]:
     """log p of every row of ``eta``, (rows, genes), and with ``keep`` its slopes.
 
-    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). Slopes are in η, (rows,
-    genes), in place of η with ``spare``; in ln ℓ, (rows,); in ln θ and, zero-inflated, in the
-    logit, (rows, genes).
+    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). ``logit`` is (genes,), or
+    (rows, genes). Slopes are in η, (rows, genes), in place of η with ``spare``; in ln ℓ, (rows,);
+    in ln θ and, zero-inflated, in the logit, (rows, genes): None for those that are not to be kept.
     """
-    out, slopes = _results(eta, keep, spare, 2 + (logit is not None))
-    filled = [*slopes, *[eta.new_empty(0, 0)] * (4 - len(slopes))]
+    out, none = eta.new_empty(len(eta)), eta.new_empty(0, 0)
+    slope, size_slope = _room(eta, keep, spare)
+    wanted = keep and keep_theta, keep and keep_logit and logit is not None
+    own = [torch.empty_like(eta) if want else none for want in wanted]
+    arrays = (starts, col, value, constant, constant_slope, size, log_theta)
+    logits = none if logit is None else logit.view(-1, eta.shape[1])
+    room = (slope, size_slope, *own)
+    _run(_negative_binomial, eta, *arrays, logits, logit is not None, keep, out, *room)
     if not keep:
-        filled[1] = eta.new_empty(0)
-    dropout = eta.new_empty(0) if logit is None else logit
-    arrays = (starts, col, value, constant, constant_slope, size, log_theta, dropout)
-    _run(_negative_binomial, eta, *arrays, logit is not None, keep, out, *filled)
-    return out, *slopes
+        return (out,)
+    slopes = (part if want else None for part, want in zip(own, wanted, strict=True))
+    return out, slope, size_slope, *slopes
 
 
 def poisson(
@@ -461,19 +472,16 @@ def poisson(
     spare: bool,
 ) -> tuple[Tensor, ...]:
     """As :func:`negative_binomial`, with slopes in η and in ln ℓ alone."""
-    out, slopes = _results(eta, keep, spare, 1)
-    filled = slopes or [eta.new_empty(0, 0), eta.new_empty(0)]
-    _run(_poisson, eta, starts, col, value, constant, size, keep, out, *filled)
-    return out, *slopes
+    out, room = eta.new_empty(len(eta)), _room(eta, keep, spare)
+    _run(_poisson, eta, starts, col, value, constant, size, keep, out, *room)
+    return (out, *room) if keep else (out,)
 
 
-def _results(eta: Tensor, keep: bool, spare: bool, n_dense: int) -> tuple[Tensor, list[Tensor]]:
-    """Room for log p of each row and its slopes: dense ones, that in ln ℓ second among them."""
-    out = eta.new_empty(len(eta))
+def _room(eta: Tensor, keep: bool, spare: bool) -> tuple[Tensor, Tensor]:
+    """Room for the slopes of each row in η and in ln ℓ."""
     if not keep:
-        return out, []
-    first = eta if spare else torch.empty_like(eta)
-    return out, [first, torch.empty_like(out), *(torch.empty_like(eta) for _ in range(n_dense - 1))]
+        return eta.new_empty(0, 0), eta.new_empty(0)
+    return eta if spare else torch.empty_like(eta), eta.new_empty(len(eta))
 
 
 def gram(rows: Tensor, weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def log_prob(
     log_theta
         Log inverse dispersions, (genes,).
     logit_dropout
-        Log odds of a zero that is no count, (genes,).
+        Log odds of a zero that is no count, (genes,), or for each cell and draw as ``eta``.
 
     Returns
     -------
@@ -60,10 +60,11 @@ def _passes(
     logit: Tensor | None = None,
     *,
     keep: bool,
+    wanted: tuple[bool, ...],
     spare: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     if compiled(eta):
-        return _compiled(eta, x, size, log_theta, logit, keep, spare)
+        return _compiled(eta, x, size, log_theta, logit, keep, wanted, spare)
     return _dense_passes(eta, x, size, log_theta, logit, keep)
 
 
@@ -74,23 +75,28 @@ def _compiled(
     log_theta: Tensor,
     logit: Tensor | None,
     keep: bool,
+    wanted: tuple[bool, ...],
     spare: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """A row at a time."""
     from scuvae.model.kernels import negative_binomial
 
     constant, constant_slope = rising(x.value, x.col, log_theta)
+    n_genes, shape = eta.shape[-1], eta.shape[:-1]
+    if logit is not None and logit.dim() > 1:
+        logit = logit.reshape(-1, n_genes).contiguous()
     out, *slopes = negative_binomial(
-        eta.view(-1, eta.shape[-1]),
+        eta.view(-1, n_genes),
         *(x.starts, x.col, x.value, constant, constant_slope),
-        *(size.expand(eta.shape[:-1]).reshape(-1), log_theta, logit),
+        *(size.expand(shape).reshape(-1), log_theta, logit),
         keep=keep,
         spare=spare,
+        keep_theta=wanted[0],
+        keep_logit=wanted[-1],
     )
-    if logit is not None:
-        out = out - F.softplus(logit).sum()
-    shape = eta.shape[:-1]
-    return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
+    assert out is not None
+    found = [None if s is None else s.view(*shape, *s.shape[1:]) for s in slopes]
+    return out.view(shape), *(found if logit is not None else found[:3])
 
 
 def _dense_passes(
@@ -122,7 +128,7 @@ def _dense_passes(
         log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
         excess = F.softplus(log_odds_zero, threshold=30.0)
         at_nonzeros -= at(excess, flat)
-        out = out + excess.sum(-1) - F.softplus(logit).sum()
+        out = out + excess.sum(-1) - F.softplus(logit).sum(-1)
         kept = torch.sigmoid(log_odds_zero.neg_())
         kept.flatten(-2)[..., flat] = 1.0
     out = add_rows(out, row, at_nonzeros)

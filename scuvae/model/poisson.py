@@ -23,7 +23,7 @@ def log_prob(x: SparseRows, eta: Tensor | Linear, size_factor: Tensor) -> Tensor
 
 
 def _passes(
-    eta: Tensor, x: SparseRows, size: Tensor, *, keep: bool, spare: bool
+    eta: Tensor, x: SparseRows, size: Tensor, *, keep: bool, wanted: tuple[bool, ...], spare: bool
 ) -> tuple[Tensor, ...]:
     if compiled(eta):
         return _compiled(eta, x, size, keep, spare)

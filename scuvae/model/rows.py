@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
 
-Passes = Callable[..., tuple[Tensor, ...]]
-"""``(eta, x, size, *parameters, keep=, spare=)`` → log p, (..., cells), and with ``keep`` its
-slopes: in η, (..., cells, genes), in ln ℓ, (..., cells), and in each parameter, of the shape of η.
-With ``spare`` nobody else needs η, and the slopes may overwrite it."""
+Passes = Callable[..., tuple[Tensor | None, ...]]
+"""``(eta, x, size, *parameters, keep=, wanted=, spare=)`` → log p, (..., cells), and with ``keep``
+its slopes: in η, (..., cells, genes), in ln ℓ, (..., cells), and in each parameter, of the shape of
+η; or None for parameters that are not ``wanted``. With ``spare`` nobody else needs η, and the
+slopes may overwrite it."""
 
 
 class Linear(NamedTuple):
@@ -38,7 +39,7 @@ def log_prob(
 ) -> Tensor:
     """log p of each cell's counts, (..., cells), with gradients in all that has them.
 
-    ``parameters`` are (genes,); ``size`` is (cells,) or (..., cells).
+    ``parameters`` are (genes,), or of the shape of η; ``size`` is (cells,) or (..., cells).
     """
     layer = eta if isinstance(eta, Linear) else (eta, None, None)
     grad_enabled = torch.is_grad_enabled()
@@ -62,7 +63,12 @@ class _LogProb(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         eta = hidden if weight is None else F.linear(hidden, weight, bias)
         spare = weight is not None
-        out, *slopes = passes(eta.contiguous(), x, size, *parameters, keep=keep, spare=spare)
+        wanted = ctx.needs_input_grad[7:]
+        out, *slopes = passes(
+            eta.contiguous(), x, size, *parameters, keep=keep, wanted=wanted, spare=spare
+        )
+        assert out is not None
+        ctx.of_each = [parameter.dim() > 1 for parameter in parameters]
         ctx.save_for_backward(size, None if weight is None else hidden, weight, *slopes)
         return out
 
@@ -84,9 +90,10 @@ class _LogProb(torch.autograd.Function):
                 grad_weight = rows.T @ (hidden * weighed).view(-1, hidden.shape[-1])
             if needed[3]:
                 grad_bias = cells @ rows
-        grad_parameters = (
-            cells @ own.view(-1, n_genes) if need else None
-            for own, need in zip(parameter_slopes, needed[4:], strict=True)
-        )
+        grad_parameters: list[Tensor | None] = [None] * len(parameter_slopes)
+        for i, (own, need) in enumerate(zip(parameter_slopes, needed[4:], strict=True)):
+            if need:
+                each = ctx.of_each[i]
+                grad_parameters[i] = own * weighed if each else cells @ own.view(-1, n_genes)
         grads = (grad_size, grad_hidden, grad_weight, grad_bias, *grad_parameters)
         return None, None, None, *grads
