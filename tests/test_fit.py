@@ -433,7 +433,7 @@ def test_a_batch_shifts_the_decoder() -> None:
     adata = small_counts()
     adata.X[(adata.obs["batch"] == "b1").to_numpy(), : N_VARS // 2] *= 5
     # A KL weight that leaves nothing to z: the batch alone can tell the cells apart.
-    small_fit(adata, batch_key="batch", max_epochs=30, learning_rate=0.02, kl_weight=100.0)
+    small_fit(adata, batch_key="batch", max_epochs=60, learning_rate=0.02, kl_weight=100.0)
     decoder = get.model(adata).decoder
     with torch.no_grad():
         share = decoder(torch.zeros(2, N_LATENT), torch.eye(2)).softmax(-1)
@@ -445,7 +445,7 @@ def test_a_batch_shifts_the_decoder() -> None:
     ]
     assert counted[1] > counted[0] + 0.2
     assert second > first + 0.1
-    # The shares of 30 epochs are on their way from the initial half and half.
+    # The shares of 60 epochs are on their way from the initial half and half.
     np.testing.assert_allclose([first, second], counted, atol=0.15)
 
 
