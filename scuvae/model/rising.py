@@ -7,8 +7,8 @@ the cancellation that the difference of two lgamma suffers in float32.
 import torch
 from torch import Tensor
 
-# Stirling's series starts this far above θ, where three of its terms reach float32's precision.
-_SHIFT = 4
+# Stirling's series starts this far above θ, where three of its terms reach each precision.
+_SHIFT = {torch.float32: 4, torch.float64: 16}
 
 
 def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,23 +17,24 @@ def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     ``log_theta`` is (genes,). Where kernels are compiled, c = Σ_{j<x} log1p(j/θ) of small counts is
     looked up in a table.
 
-    lgamma is shifted to θ' = θ + 4 by its recurrence, then taken from Stirling's series S:
-    c = −Σ_{i<4} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(4/θ).
+    lgamma is shifted to θ' = θ + k by its recurrence, then taken from Stirling's series S:
+    c = −Σ_{i<k} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(k/θ).
     """
     if compiled(x):
         from scuvae.model.kernels import rising as compiled_rising
 
         return compiled_rising(x, col, log_theta)
     theta = log_theta.index_select(0, col).exp()
-    upper = theta + _SHIFT
+    shift = _SHIFT.get(x.dtype, 4)
+    upper = theta + shift
     top = upper + x
     log1p_top = torch.log1p(x / upper)
     s_top, s_top_slope = _stirling(top)
     s_upper, s_upper_slope = _stirling(upper)
-    c = (top - 0.5) * log1p_top - x + s_top - s_upper + x * torch.log1p(_SHIFT / theta)
+    c = (top - 0.5) * log1p_top - x + s_top - s_upper + x * torch.log1p(shift / theta)
     slope = log1p_top - (top - 0.5) * x / (upper * top) + s_top_slope - s_upper_slope
-    slope = slope - x * _SHIFT / (theta * upper)
-    for i in range(_SHIFT):
+    slope = slope - x * shift / (theta * upper)
+    for i in range(shift):
         c = c - torch.log1p(x / (theta + i))
         slope = slope + x / ((theta + i) * (theta + i + x))
     return c - torch.lgamma(x + 1), theta * slope
