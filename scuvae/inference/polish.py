@@ -43,6 +43,8 @@ _WIDEST = 2.0
 _NEAR, _AVERAGED = 0.5, 3
 # A step is taken back where the ELBO, over other points, falls by so many standard errors.
 _ERRORS = 4.0
+# The longest step in q's own standard deviations: its points know no more of p than that.
+_FARTHEST = 2.0
 # A cell whose steps had to be shortened to this part stands still.
 _SHORTEST = 1e-2
 
@@ -96,10 +98,12 @@ def polish(
         near = promise < _NEAR
         age = torch.where(near & (rate == 1), age + 1, torch.zeros_like(age))
         share = rate / age.clamp_min(1)
-        step = (factor @ ahead.unsqueeze(-1)).squeeze(-1)
+        step = _within(old.tril, (factor @ ahead.unsqueeze(-1)).squeeze(-1))
         new_mean = old.mean + share[:, None] * natural.cap_length(step, LONGEST_STEP)
         new_tril = (_stretched if full else _stretched_diagonal)(old.tril, precision, rate)
-        mean[rows], tril[rows] = new_mean, new_tril
+        # A long step counts once the ELBO has been seen after it.
+        mean[rows] = torch.where(near[:, None], new_mean, old.mean)
+        tril[rows] = torch.where(near[:, None, None], new_tril, old.tril)
         going = ((age < _AVERAGED) | (promise > tolerance)) & (rate > _SHORTEST)
         if step_number == max_steps or not going.any():
             break
@@ -110,7 +114,7 @@ def polish(
             rate, age, new_mean, new_tril = rate[kept], age[kept], new_mean[kept], new_tril[kept]
         found = _evaluate(model, batch, new_mean, new_tril, n_points, step_number, kl_weight)
         new = _State(new_mean, new_tril, *found)
-        better = new.value >= old.value - _ERRORS * (new.variance + old.variance).sqrt() - ROUNDING
+        better = new.value >= old.value - _ERRORS * old.variance.sqrt() - ROUNDING
         old = new.where(better, old)
         blended = torch.lerp(precision, new.precision, 1 / (age + 1).view(-1, 1, 1))
         precision = torch.where(better[:, None, None], blended, precision)
@@ -143,6 +147,12 @@ def _positive(precision: Tensor, expected: Tensor) -> Tensor:
     """Stein's precision; where its noise makes it no precision, halfway to the expected one."""
     failed = torch.linalg.cholesky_ex(precision).info > 0
     return torch.where(failed[:, None, None], 0.5 * (precision + expected), precision)
+
+
+def _within(tril: Tensor, step: Tensor) -> Tensor:
+    """Steps no longer than so many standard deviations of q."""
+    length = torch.linalg.solve_triangular(tril, step.unsqueeze(-1), upper=False).norm(dim=-2)
+    return step * (_FARTHEST / length.clamp_min(_FARTHEST))
 
 
 def _mismatch(tril: Tensor, precision: Tensor, full: bool) -> Tensor:
