@@ -138,9 +138,7 @@ class _State(NamedTuple):
     def where(self, better: Tensor, other: "_State") -> "_State":
         """This where ``better``, (cells,), else ``other``."""
         pairs = zip(self, other, strict=True)
-        return _State(
-            *(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs)
-        )
+        return _State(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 
 
 def _positive(precision: Tensor, expected: Tensor) -> Tensor:
