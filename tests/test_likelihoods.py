@@ -563,3 +563,32 @@ def test_table_of_small_counts_is_the_exact_ratio(theta: float, dtype: torch.dty
             remainder = series(theta) + 7 * theta / (theta + 4) * series(theta)
             assert abs(value[i].item() - exact) <= tolerance * size + series(theta)
             assert abs(slope[i].item() - exact_slope) <= tolerance * (number + 1) + remainder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel, torch's operators
+def test_dropout_logits_of_their_own_for_every_entry(dtype: torch.dtype) -> None:
+    """Against the formula in float64, its slopes by automatic differentiation."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.poisson(torch.full((4, 6), 1.0, dtype=torch.float64), generator=draws)
+    eta = torch.randn(3, 4, 6, dtype=torch.float64, generator=draws)
+    logit = 2 * torch.randn(3, 4, 6, dtype=torch.float64, generator=draws)
+    log_theta = torch.randn(6, dtype=torch.float64, generator=draws)
+    size = torch.tensor([1.0, 4.0, 7.0, 20.0], dtype=torch.float64)
+    weight = torch.randn(3, 4, dtype=torch.float64, generator=draws)
+    leaves = [t.requires_grad_() for t in (eta, logit, log_theta)]
+    mu = size[:, None] * eta.softmax(-1)
+    theta = log_theta.exp()
+    count = torch.distributions.NegativeBinomial(theta, logits=mu.log() - log_theta)
+    log_count = count.log_prob(x)
+    drop = torch.nn.functional.logsigmoid(logit)
+    kept = torch.nn.functional.logsigmoid(-logit) + log_count
+    expected = torch.where(x == 0, torch.logaddexp(drop, kept), kept).sum(-1)
+    slopes = torch.autograd.grad((expected * weight).sum(), leaves)
+
+    own = [t.detach().to(dtype).requires_grad_() for t in leaves]
+    rows = SparseRows.from_dense(x.to(dtype))
+    value = negative_binomial_log_prob(rows, own[0], size.to(dtype), own[2], own[1])
+    found = torch.autograd.grad((value * weight.to(dtype)).sum(), own)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5  # sums of some 20 terms
+    for a, b in zip((value, *found), (expected, *slopes), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)

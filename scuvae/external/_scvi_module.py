@@ -128,7 +128,7 @@ class Bridge(nn.Module):
     # --- the networks ----------------------------------------------------------------------------
 
     def _linearize(self, z: Tensor, conditions: Tensor) -> tuple[Any, Any]:
-        """What :meth:`_decode` says, and its slopes in z, (cells, latent, genes), if any."""
+        """What :meth:`_decode` says, and its slopes in z, (cells, latent, genes), or None."""
         if self.network is not None:
             eta, tangent, weight = self.network.linearize(z, conditions)
             logit, log_theta = self._rest(self.network.hidden(z, conditions))

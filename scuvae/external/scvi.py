@@ -25,8 +25,8 @@ from scuvae.tl._shared import random_state, resolve_device, show_progress, targe
 
 __all__ = ["hand_back", "refine"]
 
-# Numbers at once in draws × cells × genes: near a core's cache, or enough to fill a GPU.
-_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
+# Numbers at once in draws × cells × genes: calls must be worth their overhead.
+_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 
 
 @random_state_alias

@@ -96,7 +96,7 @@ def refine_natural(
     points = normal_points(n_samples, first_mean)
     directions = _alternating(normal_points(2 * _PAIRS, first_mean))
     start = _value(model, batch, first_mean, first_tril, points, kl_weight)
-    mean, target = _climb(model, batch, first_mean, max_steps, _CLIMB * tolerance, kl_weight)
+    mean, target = climb(model, batch, first_mean, max_steps, _CLIMB * tolerance, kl_weight)
     tril = natural.scale_tril(target) if full else _diagonal_tril(target)
     value, gradient = _value_and_gradient(model, batch, mean, tril, points, kl_weight)
     best = value.clone()
@@ -142,8 +142,13 @@ def _alternating(points: Tensor) -> Tensor:
     return torch.stack(points.chunk(2), 1).flatten(0, 1)
 
 
-def _climb(
-    model: VAE, batch: Batch, mean: Tensor, max_steps: int, tolerance: float, kl_weight: float
+def climb(
+    model: VAE,
+    batch: Batch,
+    mean: Tensor,
+    max_steps: int,
+    tolerance: float,
+    kl_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gauss–Newton steps up the joint density, and the precision where each cell's last began."""
     mean = mean.clone()

@@ -1,4 +1,4 @@
-"""q found closely, of either family: a few natural steps, then steps on its mean and scales.
+"""q found closely, of either family: its mean climbs, then come steps on its mean and scales.
 
 Natural steps take their precision from the expected curvature of the decoder's output, which is
 close to but not the ELBO's own, and few draws say little of L scales: their q is too narrow, and
@@ -10,7 +10,12 @@ identity, with C the factor of q's covariance and ε = C⁻¹ (z − m),
 which is exact at the optimum whatever the likelihood, over 2L points or more whose second moments
 are the normal's own; a diagonal q takes the diagonal, 1/s_k² ← Λ_kk. The gradients are those that
 the mean needs anyway.
+
+Every step has points of its own. Near the optimum each says where that is, m + Λ⁻¹ g and Λ, but
+for the noise of its points: q goes to the average of what the steps have said.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,34 +25,43 @@ from scuvae.inference import natural
 from scuvae.inference.local_steps import (
     LONGEST_STEP,
     ROUNDING,
+    climb,
     draw,
     normal_points,
-    refine_natural,
 )
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import as_family
 from scuvae.model import VAE, Batch
 from scuvae.model.vae import frozen
 
-# Natural steps at most to begin with: they find the optimum's neighbourhood.
-_FIRST = 5
+# The mean climbs until a step gains less, in nats, in so many steps at most.
+_CLIMB, _CLIMBS = 6.0, 5
 # Points that an expectation is taken over, where 2L are fewer.
 _FEWEST = 16
 # A scale at most doubles or halves in a step.
 _WIDEST = 2.0
+# Steps are averaged once they promise less than so many nats, and a cell stops after so many.
+_NEAR, _AVERAGED = 0.5, 3
+# A step is taken back where the ELBO, over other points, falls by so many standard errors.
+_ERRORS = 4.0
+# The longest step in q's own standard deviations: its points know no more of p than that.
+_FARTHEST = 2.0
+# A cell whose steps had to be shortened to this part stands still.
+_SHORTEST = 1e-2
 
 
 def refine_diagonal(
     model: VAE, batch: Batch, q: Distribution, *, max_steps: int = 20, tolerance: float = 0.05
 ) -> Distribution:
-    """A diagonal q from ``q``, at most ``max_steps`` steps in all; each step raises the ELBO.
+    """A diagonal q from ``q``, at most ``max_steps`` steps of either kind.
 
-    A cell stops by itself when a step has gained less than ``tolerance`` nats.
+    A cell stops by itself when a step promises less than ``tolerance`` nats.
     """
     start = as_family(q, "diagonal")
-    first = min(max_steps, _FIRST)
-    q = refine_natural(model, batch, start, max_steps=first)
-    return polish(model, batch, q, max_steps=max_steps - first, tolerance=tolerance)
+    mean, expected = climb(model, batch, start.mean.detach(), min(max_steps, _CLIMBS), _CLIMB)
+    scale = expected.diagonal(dim1=-2, dim2=-1).rsqrt()
+    q = Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    return polish(model, batch, q, max_steps=max_steps, tolerance=tolerance, expected=expected)
 
 
 def polish(
@@ -58,44 +72,97 @@ def polish(
     max_steps: int = 15,
     tolerance: float = 0.05,
     kl_weight: float = 1.0,
+    expected: Tensor | None = None,
 ) -> Distribution:
-    """Steps of mean and covariance over fixed points, from a q near its optimum, in its family."""
+    """Steps of mean and covariance from a q near its optimum, in its family.
+
+    ``expected`` is the precision that q's mean expects, (cells, latent, latent), where known: it
+    stands in where Stein's is not positive.
+    """
     full = isinstance(q, MultivariateNormal)
     tril = q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
     mean, tril = q.mean.detach().clone(), tril.detach().clone()
     if max_steps <= 0:
         return _of_family(mean, tril, full)
-    points = normal_points(max(2 * mean.shape[-1], _FEWEST), mean)
-    expected = natural.precision(model.curvature(batch, mean), kl_weight)
-    active = torch.arange(len(batch), device=mean.device)
-    rate = torch.ones_like(mean[:, 0])
-    value, slope, precision = _evaluate(model, batch, mean, tril, points, kl_weight)
-
-    for _ in range(max_steps):
-        old_mean, old_tril = mean[active], tril[active]
-        # Stein's precision is noisy and the expected one biased: halfway saves a step in three.
-        factor = natural.scale_tril(0.5 * (precision + expected))
-        step = (factor @ (factor.mT @ slope.unsqueeze(-1))).squeeze(-1)
-        new_mean = old_mean + rate[:, None] * natural.cap_length(step, LONGEST_STEP)
-        new_tril = (_stretched if full else _stretched_diagonal)(old_tril, precision, rate)
-        new = _evaluate(model, batch, new_mean, new_tril, points, kl_weight)
-
-        better = new[0] >= value - ROUNDING
-        mean[active] = torch.where(better[:, None], new_mean, old_mean)
-        tril[active] = torch.where(better[:, None, None], new_tril, old_tril)
-        gain = torch.where(better, new[0] - value, torch.inf)
-        value = torch.where(better, new[0], value)
-        slope = torch.where(better[:, None], new[1], slope)
-        precision = torch.where(better[:, None, None], new[2], precision)
-        rate = torch.where(better, (2 * rate).clamp_max(1.0), rate / 4)
-        going = (gain > tolerance) & (rate > 1e-2)
-        if not going.any():
+    n_points = max(2 * mean.shape[-1], _FEWEST)
+    if expected is None:
+        expected = natural.precision(model.curvature(batch, mean), kl_weight)
+    rows = torch.arange(len(batch), device=mean.device)
+    rate, age = torch.ones_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
+    old = _State(mean, tril, *_evaluate(model, batch, mean, tril, n_points, 0, kl_weight))
+    precision = old.precision
+    for step_number in range(1, max_steps + 1):
+        # A step that is noise by now moves q to the average of those before it and itself.
+        factor = natural.scale_tril(_positive(precision, expected))
+        ahead = (factor.mT @ old.slope.unsqueeze(-1)).squeeze(-1)
+        promise = 0.5 * ahead.square().sum(-1) + _mismatch(old.tril, precision, full)
+        near = promise < _NEAR
+        age = torch.where(near & (rate == 1), age + 1, torch.zeros_like(age))
+        share = rate / age.clamp_min(1)
+        step = _within(old.tril, (factor @ ahead.unsqueeze(-1)).squeeze(-1))
+        new_mean = old.mean + share[:, None] * natural.cap_length(step, LONGEST_STEP)
+        new_tril = (_stretched if full else _stretched_diagonal)(old.tril, precision, rate)
+        # A long step counts once the ELBO has been seen after it.
+        mean[rows] = torch.where(near[:, None], new_mean, old.mean)
+        tril[rows] = torch.where(near[:, None, None], new_tril, old.tril)
+        going = ((age < _AVERAGED) | (promise > tolerance)) & (rate > _SHORTEST)
+        if step_number == max_steps or not going.any():
             break
         if not going.all():
-            batch, active = batch.take(going.nonzero().squeeze(-1)), active[going]
-            expected, precision = expected[going], precision[going]
-            value, slope, rate = value[going], slope[going], rate[going]
+            kept = going.nonzero().squeeze(-1)
+            batch, rows, old = batch.take(kept), rows[kept], old.take(kept)
+            precision, expected = precision[kept], expected[kept]
+            rate, age, new_mean, new_tril = rate[kept], age[kept], new_mean[kept], new_tril[kept]
+        found = _evaluate(model, batch, new_mean, new_tril, n_points, step_number, kl_weight)
+        new = _State(new_mean, new_tril, *found)
+        better = new.value >= old.value - _ERRORS * old.variance.sqrt() - ROUNDING
+        old = new.where(better, old)
+        blended = torch.lerp(precision, new.precision, 1 / (age + 1).view(-1, 1, 1))
+        precision = torch.where(better[:, None, None], blended, precision)
+        rate = torch.where(better, (2 * rate).clamp_max(1.0), rate / 4)
     return _of_family(mean, tril, full)
+
+
+class _State(NamedTuple):
+    """q of some cells, and what the ELBO over some points is there (see :func:`_evaluate`)."""
+
+    mean: Tensor
+    tril: Tensor
+    value: Tensor
+    variance: Tensor
+    slope: Tensor
+    precision: Tensor
+
+    def take(self, rows: Tensor) -> "_State":
+        return _State(*(values[rows] for values in self))
+
+    def where(self, better: Tensor, other: "_State") -> "_State":
+        """This where ``better``, (cells,), else ``other``."""
+        pairs = zip(self, other, strict=True)
+        return _State(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+
+
+def _positive(precision: Tensor, expected: Tensor) -> Tensor:
+    """Stein's precision; where its noise makes it no precision, halfway to the expected one."""
+    failed = torch.linalg.cholesky_ex(precision).info > 0
+    return torch.where(failed[:, None, None], 0.5 * (precision + expected), precision)
+
+
+def _within(tril: Tensor, step: Tensor) -> Tensor:
+    """Steps no longer than so many standard deviations of q."""
+    length = torch.linalg.solve_triangular(tril, step.unsqueeze(-1), upper=False).norm(dim=-2)
+    return step * (_FARTHEST / length.clamp_min(_FARTHEST))
+
+
+def _mismatch(tril: Tensor, precision: Tensor, full: bool) -> Tensor:
+    """About what the ELBO gains by scales that fit a precision, in nats, (cells,)."""
+    if full:
+        fit = torch.linalg.eigvalsh(tril.mT @ precision @ tril)
+    else:
+        scale = tril.diagonal(dim1=-2, dim2=-1)
+        fit = scale.square() * precision.diagonal(dim1=-2, dim2=-1)
+    fit = fit.clamp(_WIDEST**-2, _WIDEST**2)
+    return 0.5 * (fit - 1 - fit.log()).sum(-1)
 
 
 def _stretched_diagonal(tril: Tensor, precision: Tensor, rate: Tensor) -> Tensor:
@@ -117,22 +184,32 @@ def _stretched(tril: Tensor, precision: Tensor, rate: Tensor) -> Tensor:
 
 
 def _evaluate(
-    model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each cell's ELBO over the points, its gradient in the mean, and the precision it asks for.
+    model: VAE,
+    batch: Batch,
+    mean: Tensor,
+    tril: Tensor,
+    n_points: int,
+    seed: int,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each cell's ELBO over some points, the variance of its error, its gradient in the mean, and
+    the precision it asks for.
 
-    The first two divided by β, the weight of the KL term.
+    All but the last divided by β, the weight of the KL term (the variance by its square).
     """
     q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    points = normal_points(n_points, mean, seed=seed)
     with torch.enable_grad(), frozen(model):
         z = draw(q, points).requires_grad_()
-        values = model.log_likelihood(batch, z) / kl_weight
+        values = model.log_likelihood(batch, z)
         (gradient,) = torch.autograd.grad(values.sum(), z)
-    slope = gradient.mean(0) - mean
-    curvature = torch.einsum("scj,sk->cjk", gradient, points.squeeze(1)) / len(points)
+    values, gradient = values.detach() / kl_weight, gradient / kl_weight
+    pairs = 0.5 * (values[: n_points // 2] + values[n_points // 2 :])
+    curvature = torch.einsum("scj,sk->cjk", gradient, points.squeeze(1)) / n_points
     curvature = torch.linalg.solve_triangular(tril, curvature, upper=False, left=False)
     precision = natural.precision(-0.5 * (curvature + curvature.mT))
-    return values.detach().mean(0) - kl_to_prior(q), slope, precision
+    value = values.mean(0) - kl_to_prior(q)
+    return value, pairs.var(0) / len(pairs), gradient.mean(0) - mean, precision
 
 
 def _of_family(mean: Tensor, tril: Tensor, full: bool) -> Distribution:

@@ -7,7 +7,6 @@ float32 and on rows of their own, so that no cell's result depends on the cells 
 
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -15,149 +14,46 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-_f = np.float32
-_i = np.int32
+from scuvae.model.rising_kernel import MOST_LOG_THETA, bounded
+from scuvae.model.vectors import exact, exp, f32, largest, log1p, sums
+
 # Rows that are worth a thread of their own: 2^17 logits take it .2 ms.
 _NUMBERS = 2**17
-# Dispersions beyond e^±60 act as these: all is Poisson there, or all zero, and nothing overflows.
-_MOST_LOG_THETA = _f(60.0)
-_TABLE = 16
-
-
 # numba can be told to interpret, as a debugger would have it.
 ENABLED = not numba.config.DISABLE_JIT
 
 
-# --- elementary functions, written so that LLVM makes vectors of them -----------------------------
-
-
-@intrinsic
-def _as_float(typing: Any, bits: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), code
-
-
-@intrinsic
-def _as_bits(typing: Any, number: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), code
-
-
-def _compiled(**options: Any) -> Callable[[Any], Any]:
-    """``numba.njit`` with a cache on disk where there is a place for one."""
-
-    def wrap(function: Any) -> Any:
-        settings = {"error_model": "numpy", "nogil": True, **options}
-        try:
-            return numba.njit(cache=True, **settings)(function)
-        except RuntimeError:  # neither this folder nor the user's own can be written to
-            return numba.njit(**settings)(function)
-
-    return wrap
-
-
-# Sums may be taken in any order, which vectors need. The elementary functions rely on the order of
-# theirs, and must say so: what a function leaves open it inherits from its caller.
-_sums = _compiled(fastmath={"reassoc", "contract", "nsz"})
-_exact = _compiled(fastmath={"contract"})
-
-
-@_exact
-def _exp(x: Any) -> Any:
-    """e^x for x ≤ 88, at least e^-87: to 1e-7 (Cephes' polynomial on [−½ ln 2, ½ ln 2])."""
-    x = max(x, _f(-87.0))
-    n = np.floor(x * _f(1.44269504) + _f(0.5))
-    whole = _i(n)
-    r = (x - n * _f(0.693359375)) + n * _f(2.12194440e-4)
-    y = _f(1.9875691500e-4)
-    y = y * r + _f(1.3981999507e-3)
-    y = y * r + _f(8.3334519073e-3)
-    y = y * r + _f(4.1665795894e-2)
-    y = y * r + _f(1.6666665459e-1)
-    y = y * r + _f(5.0000001201e-1)
-    y = y * r * r + r + _f(1.0)
-    return y * _as_float(_i(_i(whole + _i(127)) << _i(23)))
-
-
-@_exact
-def _log1p(x: Any, inverse: Any) -> Any:
-    """ln(1 + x) for x ≥ 0 to 1.3e-7, given 1/(1 + x); the rounding of 1 + x is put right."""
-    u = _f(1.0) + x
-    lost = (x - (u - _f(1.0))) * inverse
-    bits = _as_bits(u)
-    exponent = _i(_i(bits - _i(0x3F3504F3)) >> _i(23))
-    r = _as_float(_i(bits - _i(exponent << _i(23)))) - _f(1.0)  # in [√½ − 1, √2 − 1]
-    square = r * r
-    y = _f(7.0376836292e-2)
-    y = y * r + _f(-1.1514610310e-1)
-    y = y * r + _f(1.1676998740e-1)
-    y = y * r + _f(-1.2420140846e-1)
-    y = y * r + _f(1.4249322787e-1)
-    y = y * r + _f(-1.6668057665e-1)
-    y = y * r + _f(2.0000714765e-1)
-    y = y * r + _f(-2.4999993993e-1)
-    y = y * r + _f(3.3333331174e-1)
-    n = _f(exponent)
-    y = y * r * square + n * _f(-2.12194440e-4) - _f(0.5) * square
-    return r + y + n * _f(0.693359375) + lost
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-@_exact
-def _ordered(bits: Any) -> Any:
-    """A float's bits as an integer that sorts as the float does, and back again."""
-    return _i(bits ^ _i(_i(bits >> _i(31)) & _i(0x7FFFFFFF)))
-
-
-@_sums
-def _largest(row: Any) -> Any:
-    """max η by way of integers: LLVM makes no vectors of a maximum of floats."""
-    top = _ordered(_as_bits(row[0]))
-    for g in range(len(row)):
-        top = max(top, _ordered(_as_bits(row[g])))
-    return _as_float(_ordered(top))
-
-
-@_sums
+@sums
 def _exponentials(row: Any, out: Any) -> Any:
     """e^(η − max η) into ``out``; max η, the sum, and a zero that is NaN if any η is no number."""
-    total, check = _f(0.0), _f(0.0)
+    total, check = f32(0.0), f32(0.0)
     for g in range(len(row)):
-        check += row[g] * _f(0.0)
-    top = _largest(row)
+        check += row[g] * f32(0.0)
+    top = largest(row)
     for g in range(len(row)):
-        out[g] = _exp(row[g] - top)
+        out[g] = exp(row[g] - top)
         total += out[g]
     return top, total, check
 
 
-@_sums
+@sums
 def _zero_counts(
-    share: Any, scale: Any, theta: Any, inverse: Any, slope: Any, slope_theta: Any, log1p: Any
+    share: Any, scale: Any, theta: Any, inverse: Any, slope: Any, slope_theta: Any, logs: Any
 ) -> Any:
     """A negative binomial row as if all counts were zero: its log p and its slopes' sum.
 
     Fills ``slope`` with −θμ/(θ+μ), the slope in ln μ, ``slope_theta`` with that in ln θ, and
-    ``log1p`` with log1p(μ/θ).
+    ``logs`` with log1p(μ/θ).
     """
-    value, total = _f(0.0), _f(0.0)
+    value, total = f32(0.0), f32(0.0)
     for g in range(len(share)):
         mu = share[g] * scale
         ratio = mu * inverse[g]
-        rest = _f(1.0) / (_f(1.0) + ratio)
-        log1p[g] = _log1p(ratio, rest)
-        drop = theta[g] * log1p[g]
+        rest = f32(1.0) / (f32(1.0) + ratio)
+        logs[g] = log1p(ratio, rest)
+        drop = theta[g] * logs[g]
         slope[g] = -mu * rest
         slope_theta[g] = mu * rest - drop
         value -= drop
@@ -165,21 +61,21 @@ def _zero_counts(
     return value, total
 
 
-@_sums
+@sums
 def _inflate(
-    logit: Any, theta: Any, log1p: Any, slope: Any, slope_theta: Any, kept: Any, excess: Any
+    logit: Any, theta: Any, logs: Any, slope: Any, slope_theta: Any, kept: Any, excess: Any
 ) -> Any:
     """What zero inflation changes in such a row: its log p and its slopes' sum.
 
     ``kept`` is P(no dropout | zero), ``excess`` ln P(zero)/P(zero of the count), but for ln(1−π).
     """
-    value, total = _f(0.0), _f(0.0)
-    for g in range(len(log1p)):
-        odds = theta[g] * log1p[g] + logit[g]
-        small = _exp(-abs(odds))
-        inverse = _f(1.0) / (_f(1.0) + small)
-        excess[g] = max(odds, _f(0.0)) + _log1p(small, inverse)
-        kept[g] = small * inverse if odds > _f(0.0) else inverse
+    value, total = f32(0.0), f32(0.0)
+    for g in range(len(logs)):
+        odds = theta[g] * logs[g] + logit[g]
+        small = exp(-abs(odds))
+        inverse = f32(1.0) / (f32(1.0) + small)
+        excess[g] = max(odds, f32(0.0)) + log1p(small, inverse)
+        kept[g] = small * inverse if odds > f32(0.0) else inverse
         slope[g] *= kept[g]
         slope_theta[g] *= kept[g]
         value += excess[g]
@@ -187,89 +83,28 @@ def _inflate(
     return value, total
 
 
-@_sums
+@sums
 def _spared(logit: Any, kept: Any) -> Any:
     """A row's Σ ln(1−π), and in place of ``kept`` its slopes in the logits: 1 − kept − π."""
-    value = _f(0.0)
+    value = f32(0.0)
     for g in range(len(logit)):
-        small = _exp(-abs(logit[g]))
-        inverse = _f(1.0) / (_f(1.0) + small)
-        value -= max(logit[g], _f(0.0)) + _log1p(small, inverse)
-        kept[g] = _f(1.0) - kept[g] - (inverse if logit[g] > _f(0.0) else small * inverse)
+        small = exp(-abs(logit[g]))
+        inverse = f32(1.0) / (f32(1.0) + small)
+        value -= max(logit[g], f32(0.0)) + log1p(small, inverse)
+        kept[g] = f32(1.0) - kept[g] - (inverse if logit[g] > f32(0.0) else small * inverse)
     return value
 
 
-@_sums
+@sums
 def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
     for g in range(len(slope)):
         slope[g] -= share[g] * scale
 
 
-# --- Γ(x+θ) / (Γ(θ) θˣ x!), as in ``rising.py`` ---------------------------------------------------
-
-
-@_exact
-def _stirling(y: float) -> tuple[float, float]:
-    r = 1 / y
-    square = r * r
-    value = r * (1 / 12 - square * (1 / 360 - square / 1260))
-    return value, -square * (1 / 12 - square * (3 / 360 - square * (5 / 1260)))
-
-
-@_exact
-def _rising_at(x: float, theta: float) -> tuple[float, float]:
-    """Of any one count, in float64: shifted up by four, then Stirling's series."""
-    upper, top = theta + 4, theta + 4 + x
-    log1p_top = math.log1p(x / upper)
-    (s_top, slope_top), (s_upper, slope_upper) = _stirling(top), _stirling(upper)
-    c = (top - 0.5) * log1p_top - x + s_top - s_upper + x * math.log1p(4 / theta)
-    slope = log1p_top - (top - 0.5) * x / (upper * top) + slope_top - slope_upper
-    slope -= x * 4 / (theta * upper)
-    for i in range(4):
-        c -= math.log1p(x / (theta + i))
-        slope += x / ((theta + i) * (theta + i + x))
-    return c - math.lgamma(x + 1), theta * slope
-
-
-@_exact
-def _rising(value: Any, col: Any, log_theta: Any, out: Any, out_slope: Any) -> None:
-    n_genes = len(log_theta)
-    theta = _bounded(log_theta)
-    inverse = _f(1.0) / theta
-    # Counts are small whole numbers: row j has Σ_{i<j} log1p(i/θ) − ln j!, then come its slopes.
-    table, slopes = np.zeros((_TABLE, n_genes), _f), np.zeros((_TABLE, n_genes), _f)
-    for j in range(1, _TABLE):
-        _next(table[j - 1], slopes[j - 1], _f(j - 1), _f(math.log(j)), inverse, table[j], slopes[j])
-    for k in range(len(value)):
-        g, whole = col[k], int(value[k])
-        if whole < _TABLE and whole == value[k]:
-            out[k], out_slope[k] = table[whole, g], slopes[whole, g]
-        else:
-            c, slope = _rising_at(float(value[k]), float(theta[g]))
-            out[k], out_slope[k] = _f(c), _f(slope)
-
-
-@_exact
-def _next(
-    below: Any, below_slope: Any, i: Any, log_next: Any, inverse: Any, row: Any, slope: Any
-) -> None:
-    for g in range(len(row)):
-        ratio = i * inverse[g]
-        rest = _f(1.0) / (_f(1.0) + ratio)
-        row[g] = below[g] + (_log1p(ratio, rest) - log_next)
-        slope[g] = below_slope[g] - ratio * rest
-
-
-@_exact
-def _bounded(log_theta: Any) -> Any:
-    """θ, (genes,)."""
-    return np.exp(np.minimum(np.maximum(log_theta, -_MOST_LOG_THETA), _MOST_LOG_THETA))
-
-
 # --- likelihoods ----------------------------------------------------------------------------------
 
 
-@_exact
+@exact
 def _negative_binomial(
     first: int,
     last: int,
@@ -293,11 +128,11 @@ def _negative_binomial(
     # There is room for the slopes that are asked for.
     keep_theta, keep_logit = len(theta_slopes) > 0, len(logit_slopes) > 0
     n_genes, n_cells = eta.shape[1], len(starts) - 1
-    theta = _bounded(log_theta)
-    inverse = _f(1.0) / theta
-    share, log1p = np.empty(n_genes, _f), np.empty(n_genes, _f)
-    slope_row, theta_row = np.empty(n_genes, _f), np.empty(n_genes, _f)
-    kept_row, excess = np.empty(n_genes, _f), np.empty(n_genes, _f)
+    theta = bounded(log_theta)
+    inverse = f32(1.0) / theta
+    share, logs = np.empty(n_genes, f32), np.empty(n_genes, f32)
+    slope_row, theta_row = np.empty(n_genes, f32), np.empty(n_genes, f32)
+    kept_row, excess = np.empty(n_genes, f32), np.empty(n_genes, f32)
     for r in range(first, last):
         cell = r % n_cells
         slope = slopes[r] if keep else slope_row
@@ -310,30 +145,30 @@ def _negative_binomial(
         at_nonzeros = check
         for k in range(starts[cell], starts[cell + 1]):
             at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
-        found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, log1p)
+        found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, logs)
         kept = logit_slopes[r] if keep_logit else kept_row
         if inflated:
             logit = logits[r % len(logits)]
-            more, slope_sum = _inflate(logit, theta, log1p, slope, slope_theta, kept, excess)
+            more, slope_sum = _inflate(logit, theta, logs, slope, slope_theta, kept, excess)
             found += more
         for k in range(starts[cell], starts[cell + 1]):
             g = col[k]
             mu = share[g] * scale
             ratio = mu * inverse[g]
-            rest = _f(1.0) / (_f(1.0) + ratio)
-            log1p_at, part = log1p[g], ratio * rest
-            if log_theta[g] < -_MOST_LOG_THETA:
+            rest = f32(1.0) / (f32(1.0) + ratio)
+            log1p_at, part = logs[g], ratio * rest
+            if log_theta[g] < -MOST_LOG_THETA:
                 log_ratio = math.log(mu) - log_theta[g]
-                log1p_at = log_ratio if log_ratio > _f(15.0) else math.log1p(math.exp(log_ratio))
-                part = _f(1.0) / (_f(1.0) + math.exp(-log_ratio))
+                log1p_at = log_ratio if log_ratio > f32(15.0) else math.log1p(math.exp(log_ratio))
+                part = f32(1.0) / (f32(1.0) + math.exp(-log_ratio))
             found -= value[k] * log1p_at
             if inflated:
                 found -= excess[g]
-                kept[g] = _f(1.0)
-            new = value[k] * (_f(1.0) - part) - mu * rest
+                kept[g] = f32(1.0)
+            new = value[k] * (f32(1.0) - part) - mu * rest
             slope_sum += new - slope[g]
             slope[g] = new
-            slope_theta[g] = mu * rest - theta[g] * log1p[g] + constant_slope[k] + value[k] * part
+            slope_theta[g] = mu * rest - theta[g] * logs[g] + constant_slope[k] + value[k] * part
         if inflated:
             found += _spared(logits[r % len(logits)], kept)
         out[r] = found + at_nonzeros
@@ -342,7 +177,7 @@ def _negative_binomial(
             _through_softmax(slope, share, slope_sum / total)
 
 
-@_exact
+@exact
 def _poisson(
     first: int,
     last: int,
@@ -357,42 +192,42 @@ def _poisson(
     slopes: Any,
     size_slopes: Any,
 ) -> None:
-    share = np.empty(eta.shape[1], _f)
+    share = np.empty(eta.shape[1], f32)
     for r in range(first, last):
         cell = r % (len(starts) - 1)
         top, total, check = _exponentials(eta[r], share)
         log_scale = math.log(size[r]) - math.log(total) - top
-        found, counts = check - size[r], _f(0.0)
+        found, counts = check - size[r], f32(0.0)
         for k in range(starts[cell], starts[cell + 1]):
             found += value[k] * (eta[r, col[k]] + log_scale) - constant[k]
             counts += value[k]
         out[r] = found
         if keep:
-            slopes[r] = _f(0.0)
+            slopes[r] = f32(0.0)
             for k in range(starts[cell], starts[cell + 1]):
                 slopes[r, col[k]] = value[k]
             size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
 
 
-@_sums
+@sums
 def _dot(a: Any, b: Any) -> Any:
-    total = _f(0.0)
+    total = f32(0.0)
     for g in range(len(a)):
         total += a[g] * b[g]
     return total
 
 
-@_exact
+@exact
 def _times(a: Any, b: Any, out: Any) -> None:
     for g in range(len(a)):
         out[g] = a[g] * b[g]
 
 
-@_exact
+@exact
 def _gram(first: int, last: int, weight: Any, rows: Any, out: Any) -> None:
     n_rows = rows.shape[1]
-    weighted = np.empty(rows.shape[2], _f)
+    weighted = np.empty(rows.shape[2], f32)
     for i in range(first, last):
         for k in range(n_rows):
             _times(rows[i, k], weight[i], weighted)
@@ -400,7 +235,7 @@ def _gram(first: int, last: int, weight: Any, rows: Any, out: Any) -> None:
                 out[i, k, j] = out[i, j, k] = _dot(weighted, rows[i, j])
 
 
-@_exact
+@exact
 def _gather(starts: Any, col: Any, value: Any, rows: Any) -> tuple[Any, Any, Any]:
     new_starts = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
@@ -415,13 +250,6 @@ def _gather(starts: Any, col: Any, value: Any, rows: Any) -> tuple[Any, Any, Any
 
 
 # --- from torch -----------------------------------------------------------------------------------
-
-
-def rising(value: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`scuvae.model.rising.rising`."""
-    out, slope = torch.empty_like(value), torch.empty_like(value)
-    _rising(*map(_array, (value, col, log_theta, out, slope)))
-    return out, slope
 
 
 def negative_binomial(

@@ -21,7 +21,7 @@ def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     c = −Σ_{i<k} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(k/θ).
     """
     if compiled(x):
-        from scuvae.model.kernels import rising as compiled_rising
+        from scuvae.model.rising_kernel import rising as compiled_rising
 
         return compiled_rising(x, col, log_theta)
     theta = log_theta.index_select(0, col).exp()
