@@ -1,4 +1,4 @@
-"""Γ(x+θ) / (Γ(θ) θˣ x!) of counts, compiled: what ``rising.py`` says, by a table of small counts."""
+"""Γ(x+θ) / (Γ(θ) θˣ x!) of counts, compiled: ``rising.py`` with a table of small counts."""
 
 import math
 from typing import Any
