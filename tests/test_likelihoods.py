@@ -589,6 +589,7 @@ def test_dropout_logits_of_their_own_for_every_entry(dtype: torch.dtype) -> None
     rows = SparseRows.from_dense(x.to(dtype))
     value = negative_binomial_log_prob(rows, own[0], size.to(dtype), own[2], own[1])
     found = torch.autograd.grad((value * weight.to(dtype)).sum(), own)
-    tolerance = 1e-10 if dtype == torch.float64 else 2e-5  # sums of some 20 terms
+    # Stirling's series is good to 1e-8; float32 sums of some 20 terms.
+    tolerance = 1e-7 if dtype == torch.float64 else 2e-5
     for a, b in zip((value, *found), (expected, *slopes), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
