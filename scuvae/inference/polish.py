@@ -41,7 +41,7 @@ _FEWEST = 16
 # A scale at most doubles or halves in a step.
 _WIDEST = 2.0
 # Steps are averaged once they promise less than so many nats, and a cell stops after so many.
-_NEAR, _AVERAGED = 0.5, 3
+_NEAR, _AVERAGED = 0.5, 2
 # A step is taken back where the ELBO, over other points, falls by so many standard errors.
 _ERRORS = 4.0
 # The longest step in q's own standard deviations: its points know no more of p than that.
