@@ -18,7 +18,7 @@ from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Batch, SparseRows, negative_binomial
 from scuvae.model.batch import sparse
-from scuvae.model.vae import JACOBIAN_NUMBERS
+from scuvae.model.vae import JACOBIAN_NUMBERS, weighted_gram
 
 # Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
 _X, _BATCH, _LABELS = "X", "batch", "labels"
@@ -107,7 +107,7 @@ class Bridge(nn.Module):
         parts = []
         for rows in torch.arange(len(z), device=z.device).split(chunk):
             root = self.curvature_root(batch.take(rows), z[rows])
-            parts.append(root @ root.mT)
+            parts.append(weighted_gram(root, root.new_ones(len(root), root.shape[-1])))
         return torch.cat(parts)
 
     def curvature_root(self, batch: Batch, z: Tensor) -> Tensor:
