@@ -191,7 +191,7 @@ def test_local_steps_heed_the_weight_of_the_kl_term(kind: str) -> None:
         [batch],
         n_obs=6,
         optimizer=sgd(model, 0.0),
-        max_epochs=4,  # precisions are renewed at a cell's third visit
+        max_epochs=3,
         kl_weight=0.25,
     )
     w = model.decoder.layers[0].weight.detach()
