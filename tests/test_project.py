@@ -27,13 +27,16 @@ from helpers import (
 from scipy import stats
 from scipy.special import logsumexp, softmax
 from small_models import COUNTS, batch_of, model_of
+from torch.distributions import Independent, Normal
 
 from scuvae import get, tl
 from scuvae._keys import SCVI, Keys
+from scuvae.inference.calibration import simulate
 from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.refine import fixed_elbo, refine
+from scuvae.inference.surprise import surprise
 from scuvae.inference.validation import starts
-from scuvae.model import VAE, Batch
+from scuvae.model import VAE, Batch, SparseRows
 
 # Sums of float32 in another order, through some dozen turns of estimation.
 REORDERED = 5e-3
@@ -459,6 +462,50 @@ def test_given_totals_are_over_all_genes_in_log_and_denoised_means(
         eta = model.decoder(torch.as_tensor(adata.obsm["X_scuvae"])).numpy()
     truth = adata.obs["expected"].to_numpy()[:, None] * softmax(eta, 1)[:, 10:]
     np.testing.assert_allclose(adata.layers["scuvae_denoised"], truth, rtol=1e-4)  # float32
+
+
+def test_a_given_total_is_over_all_genes_whatever_is_drawn() -> None:
+    """Of half the genes draws and predictions have those genes' share of the total, not all."""
+    reference = fitted(likelihood="poisson", size_factor_key="expected")
+    adata = new_cells(n_obs=300)[:, : N_VARS // 2].copy()
+    tl.project(adata, reference)
+    tl.denoise(adata)
+    share = adata.layers["scuvae_denoised"].sum(1) / adata.obs["expected"].to_numpy()
+    assert share.max() < 0.9  # or the test could not tell
+
+    tl.sample(adata)
+    drawn, expected = adata.layers["scuvae_sample"].sum(), adata.layers["scuvae_denoised"].sum()
+    # five Poisson standard errors, and what z ~ q adds
+    assert abs(drawn - expected) < 5 * np.sqrt(expected) + 0.01 * expected
+    tl.predictive_check(adata)
+    check = adata.uns["scuvae_predictive_check"]["mean_predicted"].sum() * adata.n_obs
+    assert check == pytest.approx(expected, rel=1e-3)  # the same fixed draws of z
+
+
+def test_what_a_model_says_of_itself_heeds_a_given_total() -> None:
+    """Simulated cells, and those that novelty compares with, hold the observed genes' share."""
+    torch.manual_seed(0)
+    model = model_of("poisson", n_vars=12)
+    observed = torch.arange(12) < 4
+    x = torch.poisson(3 * torch.ones(2000, 12, dtype=torch.float64))
+    batch = batch_of(x, size_factor=torch.full((2000,), 60.0).double(), observed=observed)
+    batch = replace(batch, size_of_all=True)
+    z, drawn = simulate(model, batch)
+    with torch.no_grad():
+        share = model.decoder(z).softmax(-1)[:, observed].sum(-1)
+    total = drawn.x.sum() if isinstance(drawn.x, SparseRows) else drawn.x.sum(-1)
+    expected = (60 * share).sum()
+    assert abs(total.sum() - expected) < 5 * expected.sqrt()  # Poisson standard errors
+
+    # E log p(x̃ | z) of a Poisson model's own draws, by its entropy gene by gene.
+    q = Independent(Normal(z[:40], torch.full_like(z[:40], 1e-6)), 1)
+    some = batch.take(torch.arange(40))
+    found = surprise(model, some, q, 400).expected
+    with torch.no_grad():
+        mu = 60 * model.decoder(z[:40]).softmax(-1)[:, observed].numpy()
+    truth = -stats.poisson.entropy(mu).sum(1)
+    # a log p varies by about .7 nats a gene: five standard errors of 400 draws of four
+    np.testing.assert_allclose(found, truth, rtol=0, atol=5 * 1.5 / 20)
 
 
 # --- names --------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def simulate(model: VAE, batch: Batch) -> tuple[Tensor, Batch]:
         device=batch.size_factor.device,
     )
     eta = model.decoder(z, batch.covariates)
-    x = model.likelihood.sample(eta, batch.size_factor, batch.observed)
+    x = model.likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
     values = SparseRows.from_dense(x) if model.likelihood.counts else x
     return z, dataclasses.replace(batch, x=values)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from scuvae.inference.local_steps import normal_points
 from scuvae.model import VAE, Batch, SparseRows
-from scuvae.model.batch import dense
+from scuvae.model.batch import dense, select
 
 # Enough cells to find the leading components by; the others are projected on them.
 MOST_CELLS = 20_000
@@ -113,5 +113,5 @@ def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) ->
         return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T + log_prior
     if observed is not None:
         eta = eta[:, observed]
-        x = x.select(observed) if isinstance(x, SparseRows) else x[:, observed]
+        x = select(x, observed)
     return (_as_matrix(x) if isinstance(x, SparseRows) else x) @ eta.log_softmax(-1).T + log_prior

@@ -1,6 +1,6 @@
 """How surprising a cell is to a model: its ELBO's two parts, and what one of them should be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surpr
         covariates = None
         if batch.covariates is not None:
             covariates = batch.covariates[i].expand(n_samples, -1)
-        eta, size = model.decoder(z[:, i], covariates), total.expand(n_samples)
+        eta = model.decoder(z[:, i], covariates)
+        size = model.size_factor(replace(batch, size_factor=total.expand(n_samples)), eta)
         _restore(states, device)
         simulated = model.likelihood.sample(_unobserved_out(model, eta, batch.observed), size)
         log_p = model.likelihood.log_prob(simulated, eta, size, batch.observed)

@@ -82,6 +82,11 @@ def dense(x: Tensor | SparseRows) -> Tensor:
     return x.dense if isinstance(x, SparseRows) else x
 
 
+def select(x: Tensor | SparseRows, genes: Tensor) -> Tensor | SparseRows:
+    """The values of the genes where the boolean mask ``genes`` is true."""
+    return x.select(genes) if isinstance(x, SparseRows) else x[..., genes]
+
+
 def sparse(x: Tensor | SparseRows) -> SparseRows:
     return x if isinstance(x, SparseRows) else SparseRows.from_dense(x)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.model.batch import SparseRows, dense, select, sparse
 from scuvae.model.least_squares import squared_residuals
 from scuvae.model.negative_binomial import inverse_theta
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
@@ -137,7 +137,7 @@ class Likelihood(nn.Module, ABC):
         genes: Genes = slice(None)
         if observed is not None:
             genes = observed
-            x = x.select(observed) if isinstance(x, SparseRows) else x[..., observed]
+            x = select(x, observed)
         if size_factor is None:
             size_factor = x.sum() if isinstance(x, SparseRows) else x.sum(-1)
         return x, size_factor.clamp_min(_TINY), genes

@@ -2,7 +2,7 @@
 
 numba calls the C library for exponentials and logarithms, one number at a time: ten times as long.
 Everything is float32. numba's cache on disk knows the file of a kernel, not of what it calls: after
-an edit here, touch ``kernels.py``.
+an edit here, touch the files that import it.
 """
 
 from collections.abc import Callable

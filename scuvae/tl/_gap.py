@@ -150,17 +150,18 @@ def _gaps(
     own = "full" if isinstance(encoded, MultivariateNormal) else "diagonal"
     best: dict[str, Distribution] = {}
     if decompose or own == "diagonal":
-        best["diagonal"] = refine_diagonal(model, batch, encoded, max_steps=max_steps)
+        found = refine_diagonal(model, batch, encoded, max_steps=max_steps)
+        start = as_family(encoded, "diagonal")
+        best["diagonal"] = _better(model, batch, start, found, n_samples)
     if decompose or own == "full":
         # The wider family's best is no lower than the narrower's: it may start there.
-        found = [
-            refine(model, batch, [as_family(q, "full")], **(THOROUGH | {"max_steps": max_steps}))
+        options = THOROUGH | {"max_steps": max_steps}
+        best["full"], *others = [
+            refine(model, batch, [as_family(q, "full")], **options)
             for q in (encoded, *best.values())
         ]
-        best["full"] = found[0]
-        for other in found[1:]:
-            gain = elbo_gain(model, batch, other, best["full"], n_samples=n_samples)
-            best["full"] = select([best["full"], other], (gain > 0).long())
+        for other in others:
+            best["full"] = _better(model, batch, best["full"], other, n_samples)
     first, *rest = draw_weights(model, batch, [encoded, *best.values()], n_samples)
     draws = dict(zip(best, rest, strict=True))
     out = {"amortization_gap": gap(draws[own], first)}
@@ -169,3 +170,11 @@ def _gaps(
             out[f"amortization_gap_{kind}"] = gap(draws[kind], first)
             out[f"approximation_gap_{kind}"] = gap_to_evidence(draws["full"], draws[kind])
     return out
+
+
+def _better(
+    model: VAE, batch: Batch, q: Distribution, other: Distribution, n_samples: int
+) -> Distribution:
+    """For each cell the other q where its ELBO is higher, over draws that neither was fitted to."""
+    gain = elbo_gain(model, batch, other, q, n_samples=n_samples)
+    return select([q, other], (gain > 0).long())

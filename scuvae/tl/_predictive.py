@@ -12,6 +12,7 @@ from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import VAE, Batch, SparseRows, gaussian, raw_scale
+from scuvae.model.batch import select
 from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
 
 
@@ -87,7 +88,7 @@ def predictive_check(
     observed, predicted = _Sums(n_genes), _Sums(n_genes)
     with torch.no_grad():
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            x = batch.x if batch.observed is None else _select(batch.x, batch.observed)
+            x = batch.x if batch.observed is None else select(batch.x, batch.observed)
             observed.add_values(x)
             z = draw(gaussian(mean[batch.index], raw[batch.index]), points)
             predicted.add_moments(*_predictive(model, batch, z))
@@ -106,16 +107,12 @@ def _predictive(model: VAE, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor, Te
     mean = within = between = zero = torch.zeros(())
     for n, point in enumerate(z):
         eta = model.decoder(point, batch.covariates)
-        m = model.likelihood.moments(eta, batch.size_factor, batch.observed)
+        m = model.likelihood.moments(eta, model.size_factor(batch, eta), batch.observed)
         step = m.mean - mean.to(m.mean)
         mean = m.mean - step * n / (n + 1)
         between = between.to(step) + step.square() * n / (n + 1)
         within, zero = within.to(step) + m.variance, zero.to(step) + m.zero
     return mean, (within + between) / len(z), zero / len(z)
-
-
-def _select(x: Tensor | SparseRows, genes: Tensor) -> Tensor | SparseRows:
-    return x.select(genes) if isinstance(x, SparseRows) else x[:, genes]
 
 
 class _Sums:

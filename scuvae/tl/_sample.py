@@ -10,7 +10,7 @@ from scuvae._keys import Keys
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, spread, target
 
 
 @random_state_alias
@@ -88,10 +88,10 @@ def sample(
             q = gaussian(mean[batch.index], raw[batch.index])
             for part in parts:
                 eta = model.decoder(q.sample(), batch.covariates)
-                values = model.likelihood.sample(eta, batch.size_factor, batch.observed)
+                size = model.size_factor(batch, eta)
+                values = model.likelihood.sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)
-                make = _sparse if model.likelihood.counts else _dense
-                part.append(make(drawn, columns, adata.n_vars))
+                part.append(_widened(drawn, columns, adata.n_vars, model.likelihood.counts))
 
     out = target(adata, copy)
     keys.clear_samples(out)
@@ -102,14 +102,12 @@ def sample(
     return out if copy else None
 
 
-def _sparse(values: np.ndarray, columns: np.ndarray, n_vars: int) -> sp.csr_matrix:
-    """``values`` at ``columns``, which ascend."""
-    some = sp.csr_matrix(values)
-    wide = (some.data, columns[some.indices].astype(some.indices.dtype), some.indptr)
-    return sp.csr_matrix(wide, shape=(len(values), n_vars))
-
-
-def _dense(values: np.ndarray, columns: np.ndarray, n_vars: int) -> np.ndarray:
+def _widened(
+    values: np.ndarray, columns: np.ndarray, n_vars: int, counts: bool
+) -> sp.csr_matrix | np.ndarray:
+    """``values`` at ``columns``, which ascend, among zeros that are not stored, or NaN."""
+    if counts:
+        return spread(sp.csr_matrix(values), columns, n_vars)
     wide = np.full((len(values), n_vars), np.nan, np.float32)
     wide[:, columns] = values
     return wide

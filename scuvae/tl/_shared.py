@@ -167,7 +167,7 @@ def match(
                 "adata.obs[%r] is taken for each cell's total over all of the fit's genes",
                 fit.size_factor_key,
             )
-        matrix = _spread(matrix, np.flatnonzero(found), len(found))
+        matrix = spread(matrix, np.flatnonzero(found), len(found))
         observed = torch.as_tensor(found, device=device)
     cells = Cells(
         source_of(matrix, device),
@@ -179,7 +179,7 @@ def match(
     return Matched(cells, found, n_unused, names)
 
 
-def _spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
+def spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
     """``matrix`` with its columns at the places ``columns`` among ``n_vars``; the others unused."""
     if isinstance(matrix, np.ndarray):
         wide = np.zeros((matrix.shape[0], n_vars), np.float32)
