@@ -85,7 +85,8 @@ def calibration(
         centred = np.sort(np.abs(2 * np.asarray(pit[family], dtype=float) - 1).ravel())
         curve = 100 * np.searchsorted(centred, LEVELS, side="right") / len(centred)
         covered, error = 100 * table[family], 200 * table[f"{family}_se"]
-        line: dict[str, Any] = {"color": colour, "linewidth": 1.2}
+        # Wider where others may lie on top: with moments both families have the same margins.
+        line: dict[str, Any] = {"color": colour, "linewidth": 2.6 if family == "full" else 1.2}
         left.plot(nominal, curve, **line)
         left.plot(points, covered, color=colour, marker="o", markersize=4, linestyle="")
         right.plot(nominal, curve - nominal, label=family, **line)
