@@ -7,6 +7,7 @@ float32 and on rows of their own, so that no cell's result depends on the cells 
 
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from scuvae.model.rising_kernel import MOST_LOG_THETA, bounded
+from scuvae.model.rows import Slopes
 from scuvae.model.vectors import exact, exp, f32, largest, log1p, sums
 
 # Rows that are worth a thread of their own: 2^17 logits take it .2 ms.
 _NUMBERS = 2**17
+# Rows whose slopes are summed by one thread: sums are then the same for any number of threads.
+_BLOCK = 64
 # numba can be told to interpret, as a debugger would have it.
 ENABLED = not numba.config.DISABLE_JIT
 
@@ -101,6 +105,12 @@ def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
         slope[g] -= share[g] * scale
 
 
+@exact
+def _add(total: Any, weight: Any, row: Any) -> None:
+    for g in range(len(row)):
+        total[g] += weight * row[g]
+
+
 # --- likelihoods ----------------------------------------------------------------------------------
 
 
@@ -115,6 +125,7 @@ def _negative_binomial(
     constant: Any,
     constant_slope: Any,
     size: Any,
+    weight: Any,
     log_theta: Any,
     logits: Any,
     inflated: bool,
@@ -122,11 +133,12 @@ def _negative_binomial(
     out: Any,
     slopes: Any,
     size_slopes: Any,
-    theta_slopes: Any,
+    eta_sums: Any,
+    theta_sums: Any,
+    logit_sums: Any,
     logit_slopes: Any,
 ) -> None:
-    # There is room for the slopes that are asked for.
-    keep_theta, keep_logit = len(theta_slopes) > 0, len(logit_slopes) > 0
+    # There is room for the slopes and sums that are asked for.
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = bounded(log_theta)
     inverse = f32(1.0) / theta
@@ -135,8 +147,7 @@ def _negative_binomial(
     kept_row, excess = np.empty(n_genes, f32), np.empty(n_genes, f32)
     for r in range(first, last):
         cell = r % n_cells
-        slope = slopes[r] if keep else slope_row
-        slope_theta = theta_slopes[r] if keep_theta else theta_row
+        slope, slope_theta = slopes[r] if keep else slope_row, theta_row
         top, total, check = _exponentials(eta[r], share)
         scale = size[r] / total
         log_scale = math.log(size[r]) - math.log(total) - top
@@ -146,7 +157,7 @@ def _negative_binomial(
         for k in range(starts[cell], starts[cell + 1]):
             at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, logs)
-        kept = logit_slopes[r] if keep_logit else kept_row
+        kept = logit_slopes[r] if len(logit_slopes) else kept_row
         if inflated:
             logit = logits[r % len(logits)]
             more, slope_sum = _inflate(logit, theta, logs, slope, slope_theta, kept, excess)
@@ -175,6 +186,12 @@ def _negative_binomial(
         if keep:
             size_slopes[r] = slope_sum
             _through_softmax(slope, share, slope_sum / total)
+        if len(eta_sums):
+            _add(eta_sums[r // _BLOCK], weight[r], slope)
+        if len(theta_sums):
+            _add(theta_sums[r // _BLOCK], weight[r], slope_theta)
+        if len(logit_sums):
+            _add(logit_sums[r // _BLOCK], weight[r], kept)
 
 
 @exact
@@ -187,10 +204,12 @@ def _poisson(
     value: Any,
     constant: Any,
     size: Any,
+    weight: Any,
     keep: bool,
     out: Any,
     slopes: Any,
     size_slopes: Any,
+    eta_sums: Any,
 ) -> None:
     share = np.empty(eta.shape[1], f32)
     for r in range(first, last):
@@ -208,6 +227,8 @@ def _poisson(
                 slopes[r, col[k]] = value[k]
             size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
+        if len(eta_sums):
+            _add(eta_sums[r // _BLOCK], weight[r], slopes[r])
 
 
 @sums
@@ -260,32 +281,36 @@ def negative_binomial(
     constant: Tensor,
     constant_slope: Tensor,
     size: Tensor,
+    weight: Tensor,
     log_theta: Tensor,
     logit: Tensor | None,
     *,
     keep: bool,
     spare: bool,
-    keep_theta: bool = True,
-    keep_logit: bool = True,
-) -> tuple[Tensor | None, ...]:
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Slopes | None]:
     """log p of every row of ``eta``, (rows, genes), and with ``keep`` its slopes.
 
-    Row r is a draw for cell r modulo the cells; ``size`` is (rows,). ``logit`` is (genes,), or
-    (rows, genes). Slopes are in η, (rows, genes), in place of η with ``spare``; in ln ℓ, (rows,);
-    in ln θ and, zero-inflated, in the logit, (rows, genes): None for those that are not to be kept.
+    Row r is a draw for cell r modulo the cells; ``size`` and ``weight`` are (rows,). ``logit`` is
+    (genes,), or (rows, genes). Slopes in η take its place with ``spare``. ``wanted`` or not are the
+    sum of slopes in η, and those in ln θ and the logit.
     """
     out, none = eta.new_empty(len(eta)), eta.new_empty(0, 0)
     slope, size_slope = _room(eta, keep, spare)
-    wanted = keep and keep_theta, keep and keep_logit and logit is not None
-    own = [torch.empty_like(eta) if want else none for want in wanted]
-    arrays = (starts, col, value, constant, constant_slope, size, log_theta)
+    of_each = logit is not None and logit.dim() > 1
+    sums = [_sums(eta, keep and want) for want in wanted[:2]]
+    of_logit = keep and logit is not None and wanted[2]
+    logit_sum = _sums(eta, of_logit and not of_each)
+    each_logit = torch.empty_like(eta) if of_logit and of_each else none
+    arrays = (starts, col, value, constant, constant_slope, size, weight, log_theta)
     logits = none if logit is None else logit.view(-1, eta.shape[1])
-    room = (slope, size_slope, *own)
+    room = (slope, size_slope, *sums, logit_sum, each_logit)
     _run(_negative_binomial, eta, *arrays, logits, logit is not None, keep, out, *room)
     if not keep:
-        return (out,)
-    slopes = (part if want else None for part, want in zip(own, wanted, strict=True))
-    return out, slope, size_slope, *slopes
+        return out, None
+    eta_sum, theta_sum = map(_added, sums)
+    own_logit = each_logit if of_each else _added(logit_sum)
+    return out, Slopes(slope, size_slope, eta_sum, (theta_sum, own_logit)[: len(wanted) - 1])
 
 
 def poisson(
@@ -295,14 +320,17 @@ def poisson(
     value: Tensor,
     constant: Tensor,
     size: Tensor,
+    weight: Tensor,
     *,
     keep: bool,
     spare: bool,
-) -> tuple[Tensor, ...]:
-    """As :func:`negative_binomial`, with slopes in η and in ln ℓ alone."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Slopes | None]:
+    """As :func:`negative_binomial`, without parameters of its own."""
     out, room = eta.new_empty(len(eta)), _room(eta, keep, spare)
-    _run(_poisson, eta, starts, col, value, constant, size, keep, out, *room)
-    return (out, *room) if keep else (out,)
+    eta_sum = _sums(eta, keep and wanted[0])
+    _run(_poisson, eta, starts, col, value, constant, size, weight, keep, out, *room, eta_sum)
+    return out, Slopes(*room, _added(eta_sum)) if keep else None
 
 
 def _room(eta: Tensor, keep: bool, spare: bool) -> tuple[Tensor, Tensor]:
@@ -310,6 +338,15 @@ def _room(eta: Tensor, keep: bool, spare: bool) -> tuple[Tensor, Tensor]:
     if not keep:
         return eta.new_empty(0, 0), eta.new_empty(0)
     return eta if spare else torch.empty_like(eta), eta.new_empty(len(eta))
+
+
+def _sums(eta: Tensor, wanted: bool) -> Tensor:
+    """Room for sums over each block of rows."""
+    return eta.new_zeros(-(-len(eta) // _BLOCK) if wanted else 0, eta.shape[1])
+
+
+def _added(sums: Tensor) -> Tensor | None:
+    return sums.sum(0) if len(sums) else None
 
 
 def gram(rows: Tensor, weight: Tensor) -> Tensor:
@@ -335,11 +372,12 @@ def _run(kernel: Any, eta: Tensor, *arguments: Any) -> None:
     """A kernel over all rows, by as many threads as torch may use where there is work for them."""
     n_rows = len(eta)
     arrays = [_array(argument) for argument in (eta, *arguments)]
-    n_threads = min(torch.get_num_threads(), eta.numel() // _NUMBERS, n_rows)
+    n_blocks = -(-n_rows // _BLOCK)
+    n_threads = min(torch.get_num_threads(), eta.numel() // _NUMBERS, n_blocks)
     if n_threads < 2:
         kernel(0, n_rows, *arrays)
         return
-    ends = [n_rows * i // n_threads for i in range(n_threads + 1)]
+    ends = [min(n_rows, n_blocks * i // n_threads * _BLOCK) for i in range(n_threads + 1)]
     list(_pool(n_threads).map(lambda a, b: kernel(a, b, *arrays), ends[:-1], ends[1:]))
 
 

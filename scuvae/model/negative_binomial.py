@@ -9,13 +9,15 @@ function, and values and slopes come from one softmax and one log1p. On a CPU a 
 (``kernels.py``) makes them in one pass.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
 from scuvae.model.rising import compiled, rising
-from scuvae.model.rows import Linear
+from scuvae.model.rows import Linear, Slopes, rows_of
 from scuvae.model.rows import log_prob as row_log_prob
 
 # Dispersions below e^-60 act as this one: their dense terms are zero, but must not overflow.
@@ -56,47 +58,32 @@ def _passes(
     eta: Tensor,
     x: SparseRows,
     size: Tensor,
+    weight: Tensor | None,
     log_theta: Tensor,
     logit: Tensor | None = None,
     *,
     keep: bool,
-    wanted: tuple[bool, ...],
     spare: bool,
-) -> tuple[Tensor | None, ...]:
-    if compiled(eta):
-        return _compiled(eta, x, size, log_theta, logit, keep, wanted, spare)
-    return _dense_passes(eta, x, size, log_theta, logit, keep)
-
-
-def _compiled(
-    eta: Tensor,
-    x: SparseRows,
-    size: Tensor,
-    log_theta: Tensor,
-    logit: Tensor | None,
-    keep: bool,
-    wanted: tuple[bool, ...],
-    spare: bool,
-) -> tuple[Tensor | None, ...]:
-    """A row at a time."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Slopes | None]:
+    if not compiled(eta):
+        return _dense_passes(eta, x, size, log_theta, logit, keep)
     from scuvae.model.kernels import negative_binomial
 
-    constant, constant_slope = rising(x.value, x.col, log_theta)
     n_genes, shape = eta.shape[-1], eta.shape[:-1]
     if logit is not None and logit.dim() > 1:
         logit = logit.reshape(-1, n_genes).contiguous()
-    out, *slopes = negative_binomial(
+    out, slopes = negative_binomial(
         eta.view(-1, n_genes),
-        *(x.starts, x.col, x.value, constant, constant_slope),
-        *(size.expand(shape).reshape(-1), log_theta, logit),
+        *(x.starts, x.col, x.value),
+        *rising(x.value, x.col, log_theta),
+        *rows_of(size, weight, shape),
+        *(log_theta, logit),
         keep=keep,
         spare=spare,
-        keep_theta=wanted[0],
-        keep_logit=wanted[-1],
+        wanted=wanted,
     )
-    assert out is not None
-    found = [None if s is None else s.view(*shape, *s.shape[1:]) for s in slopes]
-    return out.view(shape), *(found if logit is not None else found[:3])
+    return out.view(shape), slopes and slopes.view(shape)
 
 
 def _dense_passes(
@@ -106,7 +93,7 @@ def _dense_passes(
     log_theta: Tensor,
     logit: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Slopes | None]:
     """By torch's operators: on a GPU, or in another precision."""
     theta, inverse = log_theta.exp(), inverse_theta(log_theta)
     pi, log_total = softmax(eta)
@@ -133,7 +120,7 @@ def _dense_passes(
         kept.flatten(-2)[..., flat] = 1.0
     out = add_rows(out, row, at_nonzeros)
     if not keep:
-        return (out,)
+        return out, None
 
     slope = mu.div_(ratio.add_(1.0)).neg_()  # of −θ log1p(μ/θ) in ln μ
     theta_slope = (log1p_ratio * theta).add_(slope).neg_()
@@ -142,10 +129,11 @@ def _dense_passes(
         theta_slope.mul_(kept)
     share_at = torch.sigmoid(log_ratio_at)  # μ/(θ+μ)
     add_at(theta_slope, flat, value * share_at + constant_slope)
-    slopes = (*through_softmax(slope, pi, flat, value * (1 - share_at)), theta_slope)
-    if kept is None or logit is None:
-        return out, *slopes
-    return out, *slopes, torch.sigmoid(-logit) - kept
+    eta_slope, size_slope = through_softmax(slope, pi, flat, value * (1 - share_at))
+    own = [theta_slope]
+    if kept is not None and logit is not None:
+        own.append(torch.sigmoid(-logit) - kept)
+    return out, Slopes(eta_slope, size_slope, None, tuple(own))
 
 
 def inverse_theta(log_theta: Tensor) -> Tensor:

@@ -4,13 +4,15 @@
 log p = Σ_{x>0} (x ln μ − lgamma(x+1)) − ℓ.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from scuvae.model.batch import SparseRows
 from scuvae.model.negative_binomial import add_rows, at, softmax, through_softmax
 from scuvae.model.rising import compiled
-from scuvae.model.rows import Linear
+from scuvae.model.rows import Linear, Slopes, rows_of
 from scuvae.model.rows import log_prob as row_log_prob
 
 
@@ -23,43 +25,41 @@ def log_prob(x: SparseRows, eta: Tensor | Linear, size_factor: Tensor) -> Tensor
 
 
 def _passes(
-    eta: Tensor, x: SparseRows, size: Tensor, *, keep: bool, wanted: tuple[bool, ...], spare: bool
-) -> tuple[Tensor, ...]:
-    if compiled(eta):
-        return _compiled(eta, x, size, keep, spare)
-    return _dense_passes(eta, x, size, keep)
-
-
-def _compiled(
-    eta: Tensor, x: SparseRows, size: Tensor, keep: bool, spare: bool
-) -> tuple[Tensor, ...]:
-    """A row at a time."""
+    eta: Tensor,
+    x: SparseRows,
+    size: Tensor,
+    weight: Tensor | None,
+    *,
+    keep: bool,
+    spare: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Slopes | None]:
+    if not compiled(eta):
+        return _dense_passes(eta, x, size, keep)
     from scuvae.model.kernels import poisson
 
-    constant = torch.lgamma(x.value + 1)
     shape = eta.shape[:-1]
-    sizes = size.expand(shape).reshape(-1)
-    out, *slopes = poisson(
+    out, slopes = poisson(
         eta.view(-1, eta.shape[-1]),
-        x.starts,
-        x.col,
-        x.value,
-        constant,
-        sizes,
+        *(x.starts, x.col, x.value, torch.lgamma(x.value + 1)),
+        *rows_of(size, weight, shape),
         keep=keep,
         spare=spare,
+        wanted=wanted,
     )
-    return out.view(shape), *(slope.view(*shape, *slope.shape[1:]) for slope in slopes)
+    return out.view(shape), slopes and slopes.view(shape)
 
 
-def _dense_passes(eta: Tensor, x: SparseRows, size: Tensor, keep: bool) -> tuple[Tensor, ...]:
+def _dense_passes(
+    eta: Tensor, x: SparseRows, size: Tensor, keep: bool
+) -> tuple[Tensor, Slopes | None]:
     """By torch's operators: on a GPU, or in another precision."""
     pi, log_total = softmax(eta)
     log_mu_at = at(eta, x.flat) + (size.log() - log_total).index_select(-1, x.row)
     terms = log_mu_at.mul_(x.value).sub_(torch.lgamma(x.value + 1))
     out = add_rows((-size).expand_as(log_total), x.row, terms)
     if not keep:
-        return (out,)
+        return out, None
     slope_at = x.value.expand_as(log_mu_at)
     slope, total = through_softmax(torch.zeros_like(pi), pi, x.flat, slope_at)
-    return out, slope, total - size
+    return out, Slopes(slope, total - size)

@@ -7,6 +7,7 @@ hidden units instead of to all its genes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,36 @@ from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows
 
-Passes = Callable[..., tuple[Tensor | None, ...]]
-"""``(eta, x, size, *parameters, keep=, wanted=, spare=)`` → log p, (..., cells), and with ``keep``
-its slopes: in η, (..., cells, genes), in ln ℓ, (..., cells), and in each parameter, of the shape of
-η; or None for parameters that are not ``wanted``. With ``spare`` nobody else needs η, and the
-slopes may overwrite it."""
+Passes = Callable[..., "tuple[Tensor, Slopes | None]"]
+"""``(eta, x, size, weight, *parameters, keep=, spare=, wanted=)`` → log p, (..., cells), and with
+``keep`` its slopes. With ``spare`` nobody else needs η, and slopes may overwrite it. ``wanted`` or
+not are the sum of the slopes in η and those in each parameter; in sums a row counts by its
+``weight``, (..., cells), or as one."""
+
+
+class Slopes(NamedTuple):
+    """How each row's log p moves: in η, (..., cells, genes), and in ln ℓ, (..., cells).
+
+    ``parameters`` has the slopes in each parameter, of the shape of η, or for parameters that all
+    rows share their sum over rows, (genes,), where the passes take it: then ``eta_sum`` is that of
+    η. What is not wanted is None.
+    """
+
+    eta: Tensor
+    size: Tensor
+    eta_sum: Tensor | None = None
+    parameters: tuple[Tensor | None, ...] = ()
+
+    def view(self, shape: tuple[int, ...]) -> "Slopes":
+        """With rows in the shape (..., cells)."""
+        own = (p if p is None or p.dim() == 1 else p.view(*shape, -1) for p in self.parameters)
+        return Slopes(self.eta.view(*shape, -1), self.size.view(shape), self.eta_sum, tuple(own))
+
+
+def rows_of(size: Tensor, weight: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Size factors and weights, one for every row of logits of so many draws and cells."""
+    sizes = size.expand(shape).reshape(-1)
+    return sizes, torch.ones_like(sizes) if weight is None else weight.reshape(-1)
 
 
 class Linear(NamedTuple):
@@ -61,39 +87,56 @@ class _LogProb(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         keep = grad_enabled and any(ctx.needs_input_grad)
-        eta = hidden if weight is None else F.linear(hidden, weight, bias)
         spare = weight is not None
-        wanted = ctx.needs_input_grad[7:]
-        out, *slopes = passes(
-            eta.contiguous(), x, size, *parameters, keep=keep, wanted=wanted, spare=spare
-        )
-        assert out is not None
-        ctx.of_each = [parameter.dim() > 1 for parameter in parameters]
-        ctx.save_for_backward(size, None if weight is None else hidden, weight, *slopes)
+        eta = hidden if weight is None else F.linear(hidden, weight, bias)
+        ctx.x, wanted = x, ctx.needs_input_grad[6:]
+        ctx.passes = partial(passes, keep=True, spare=spare, wanted=wanted)
+        out, slopes = ctx.passes(eta.contiguous(), x, size, None, *parameters, keep=keep)
+        if slopes is not None:
+            ctx.n_slopes = len(slopes.parameters)
+            ctx.save_for_backward(
+                *(hidden, weight, bias, size, *parameters),
+                *(slopes.eta, slopes.size, slopes.eta_sum, *slopes.parameters),
+            )
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        size, hidden, weight, slope, size_slope, *parameter_slopes = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
-        cells, weighed, n_genes = grad.flatten(), grad.unsqueeze(-1), slope.shape[-1]
-        rows = slope.view(-1, n_genes)
-        grad_size = grad_weight = grad_bias = None
-        if needed[0]:
+        saved = ctx.saved_tensors
+        hidden, weight, bias, size = saved[:4]
+        parameters, own = saved[4 : 4 + ctx.n_slopes], saved[7 + ctx.n_slopes :]
+        eta_slope, size_slope, eta_sum = saved[4 + ctx.n_slopes : 7 + ctx.n_slopes]
+        _, _, _, need_size, need_hidden, need_weight, need_bias, *need_own = ctx.needs_input_grad
+        cells, weighed = grad.flatten(), grad.unsqueeze(-1)
+        rows = eta_slope.view(len(cells), -1)
+
+        # Sums are those of rows that weigh alike, as rows do in training.
+        factor: Tensor | float = cells[0]
+        if any(_is_sum(part) for part in (eta_sum, *own)) and not (cells == factor).all():
+            eta = hidden if weight is None else F.linear(hidden, weight, bias)
+            _, again = ctx.passes(eta.contiguous(), ctx.x, size, grad, *parameters)
+            eta_sum, own, factor = again.eta_sum, again.parameters, 1.0
+
+        def summed(part: Tensor) -> Tensor:
+            return part * factor if _is_sum(part) else cells @ part.view(len(cells), -1)
+
+        grad_size = grad_hidden = grad_weight = grad_bias = None
+        if need_size:
             grad_size = (grad * size_slope / size).sum_to_size(size.shape)
-        if weight is None:
-            grad_hidden = slope * weighed
-        else:
-            grad_hidden = (slope @ weight).mul_(weighed)
-            if needed[2]:
-                grad_weight = rows.T @ (hidden * weighed).view(-1, hidden.shape[-1])
-            if needed[3]:
-                grad_bias = cells @ rows
-        grad_parameters: list[Tensor | None] = [None] * len(parameter_slopes)
-        for i, (own, need) in enumerate(zip(parameter_slopes, needed[4:], strict=True)):
-            if need:
-                each = ctx.of_each[i]
-                grad_parameters[i] = own * weighed if each else cells @ own.view(-1, n_genes)
-        grads = (grad_size, grad_hidden, grad_weight, grad_bias, *grad_parameters)
-        return None, None, None, *grads
+        if need_hidden:
+            product = eta_slope if weight is None else eta_slope @ weight
+            grad_hidden = product * weighed
+        if need_weight:
+            grad_weight = rows.T @ (hidden * weighed).view(len(cells), -1)
+        if need_bias:
+            grad_bias = summed(rows if eta_sum is None else eta_sum)
+        grad_own = [
+            (part * weighed if parameter.dim() > 1 else summed(part)) if need else None
+            for parameter, part, need in zip(parameters, own, need_own, strict=True)
+        ]
+        return None, None, None, grad_size, grad_hidden, grad_weight, grad_bias, *grad_own
+
+
+def _is_sum(slopes: Tensor | None) -> bool:
+    return slopes is not None and slopes.dim() == 1
