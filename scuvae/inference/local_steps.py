@@ -114,7 +114,7 @@ def refine_natural(
             target[rows], natural.precision(curvature, kl_weight), share.view(-1, 1, 1)
         )
         factor = natural.scale_tril(blended)
-        direction = (factor @ (factor.mT @ cells.gradient.unsqueeze(-1))).squeeze(-1)
+        direction = natural.precondition(factor, cells.gradient)
         new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
         new_tril = factor if full else _diagonal_tril(blended)
         new_value, new_gradient = _value_and_gradient(
@@ -161,7 +161,7 @@ def climb(
         precision = natural.precision(model.curvature(cells.batch, old_mean), kl_weight)
         target[rows] = precision
         factor = natural.scale_tril(precision)
-        direction = (factor @ (factor.mT @ cells.gradient.unsqueeze(-1))).squeeze(-1)
+        direction = natural.precondition(factor, cells.gradient)
         new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
         better = cells.update(*_joint_and_gradient(model, cells.batch, new_mean, kl_weight), factor)
         mean[rows] = torch.where(better[:, None], new_mean, old_mean)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from scuvae.model.rising import compiled
+
 
 def precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:
     """A = curvature / β + I."""
@@ -51,6 +53,15 @@ def posterior(mean: Tensor, precision: Tensor, *, full: bool) -> Distribution:
         return MultivariateNormal(mean, scale_tril=scale_tril(precision), validate_args=False)
     scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
+    """Λ⁻¹ g = C (Cᵀ g) of each cell, (cells, latent)."""
+    if compiled(gradient):
+        from scuvae.model.gaussian_kernels import precondition as compiled_precondition
+
+        return compiled_precondition(tril.contiguous(), gradient.contiguous())
+    return (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
 
 
 def cap_length(step: Tensor, longest: float) -> Tensor:

@@ -128,7 +128,7 @@ def train(
             weight = n_obs / len(batch)
             optimizer.zero_grad(set_to_none=True)
             (weight * loss).backward()
-            posterior.step(model, batch, scale=weight, kl_weight=kl_weight, rate=rate)
+            posterior.step(model, batch, terms.draws, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
             visited.append(batch.index)
             parts.append(torch.stack([loss, reconstruction, kl]).detach())

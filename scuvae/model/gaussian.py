@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from torch.nn import functional as F
 
+from scuvae.model.rising import asks_gradient, compiled
+
 COVARIANCES = ("full", "diagonal")
 
 # The smallest scale: KL and log q stay finite in float32.
@@ -28,10 +30,18 @@ def gaussian(mean: Tensor, raw: Tensor) -> Distribution:
     if raw.shape[-1] == n_latent:
         scale = F.softplus(raw).clamp_min(_MIN_SCALE)
         return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    return MultivariateNormal(mean, scale_tril=_factor(raw, n_latent), validate_args=False)
+
+
+def _factor(raw: Tensor, n_latent: int) -> Tensor:
+    """C of a full covariance."""
+    if raw.dim() == 2 and compiled(raw) and not asks_gradient(raw):
+        from scuvae.model.gaussian_kernels import unpack as compiled_unpack
+
+        return compiled_unpack(raw.contiguous(), n_latent, _MIN_SCALE)
     _, on_diagonal = _layout(n_latent, raw.device)
     positive = F.softplus(raw).clamp_min(_MIN_SCALE)
-    tril = unpack(torch.where(on_diagonal, positive, raw), n_latent)
-    return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    return unpack(torch.where(on_diagonal, positive, raw), n_latent)
 
 
 def raw_scale(q: Distribution) -> Tensor:

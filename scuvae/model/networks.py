@@ -55,8 +55,7 @@ class Decoder(nn.Module):
             out = layer(out) if i else self._shift(layer(out), covariates)
             out = F.relu(out)
             if self.training and self.dropout:
-                # F.dropout draws its mask from a Bernoulli, which on a CPU takes thrice as long.
-                out = out * ((torch.rand_like(out) >= self.dropout) * (1 / (1 - self.dropout)))
+                out = out * _dropout_mask(out, self.dropout)
         return out
 
     @property
@@ -98,6 +97,17 @@ class Decoder(nn.Module):
             raise TypeError("this decoder was fitted with batches: pass covariates=, one-hot rows")
         shifted: Tensor = values + self.offset(covariates)
         return shifted
+
+
+def _dropout_mask(like: Tensor, p: float) -> Tensor:
+    """1/(1−p) where a unit is kept, else 0; p to 2⁻¹⁶.
+
+    From 16 bits a unit: F.dropout draws from a Bernoulli, which on a CPU takes eight times as long.
+    """
+    n, dropped = like.numel(), min(round(p * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[:n].view(like.shape) >= dropped - 2**15
+    return kept * (2**16 / (2**16 - dropped))
 
 
 def _linear(layer: nn.Module) -> nn.Linear:

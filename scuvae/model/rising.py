@@ -56,3 +56,8 @@ def compiled(x: Tensor) -> bool:
     from scuvae.model.kernels import ENABLED  # with numba, when it is needed
 
     return ENABLED
+
+
+def asks_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd has to see what is done with these: kernels work behind its back."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

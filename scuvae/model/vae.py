@@ -73,10 +73,12 @@ class VAE(nn.Module):
         return batch.size_factor * share.exp()
 
     @torch.no_grad()
-    def curvature(self, batch: Batch, z: Tensor) -> Tensor:
+    def curvature(self, batch: Batch, z: Tensor, n_genes: int | None = None) -> Tensor:
         """J_cᵀ diag(w) J_c ≈ −∇²_z log p(x | z), (cells, latent, latent).
 
         The Jacobians of a few cells at a time are written out, whatever the number of cells.
+        With ``n_genes`` of more, an unbiased estimate from so many, the same for all cells, drawn
+        with the chances that they matter by.
         """
         eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
         size = self.size_factor(batch, eta)
@@ -88,6 +90,10 @@ class VAE(nn.Module):
         shift = tangent.new_zeros(n_cells, n_latent, 1)
         if centre is not None:
             shift = -(tangent @ (centre @ weight).unsqueeze(-1))
+        if n_genes is not None and n_genes < len(weight):
+            matters = fisher.mean(0) * weight.square().sum(1)
+            genes, chance = systematic_sample(matters, n_genes)
+            weight, fisher = weight[genes], fisher[:, genes] / chance
         chunk = max(1, JACOBIAN_NUMBERS // (len(weight) * n_latent))
         parts = []
         for first in range(0, n_cells, chunk):
@@ -117,6 +123,25 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_()
+
+
+def systematic_sample(size: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``n`` distinct items, drawn by torch's random state, and the chances that these had, (n,).
+
+    Chances are proportional to ``size`` ≥ 0, (items,), but none above 1; what is added up over the
+    items drawn, each divided by its chance, is on average the sum over all (Horvitz & Thompson,
+    JASA 1952; systematic sampling: Madow, Annals of Mathematical Statistics 1949).
+    """
+    exact = size.double() + torch.finfo(torch.float32).tiny  # for the case that all are zero
+    ordered = exact.sort(descending=True).values
+    # Where the k largest are certain, the others share n − k.
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    shared = (n - torch.arange(len(size), device=size.device)) / rest
+    n_certain = (shared * ordered > 1).sum(0, keepdim=True)
+    chance = (exact * shared.gather(0, n_certain)).clamp_max(1.0)
+    at = torch.rand((), device=size.device) + torch.arange(n, device=size.device)
+    drawn = torch.searchsorted(chance.cumsum(0), at).clamp_max(len(size) - 1)
+    return drawn, chance[drawn].to(size)
 
 
 def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
