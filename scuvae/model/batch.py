@@ -53,7 +53,7 @@ class SparseRows:
     def take(self, rows: Tensor, n_nonzeros: int | None = None) -> "SparseRows":
         """Some rows, in the order asked for; their nonzeros' number, where known, spares a wait."""
         if self.value.device.type == "cpu":
-            from scuvae.model.kernels import gather  # with numba, when it is needed
+            from scuvae.model.gather_kernel import gather  # with numba, when it is needed
 
             return SparseRows(*gather(self.starts, self.col, self.value, rows), self.n_vars)
         first = self.starts.index_select(0, rows)

@@ -256,20 +256,6 @@ def _gram(first: int, last: int, weight: Any, rows: Any, out: Any) -> None:
                 out[i, k, j] = out[i, j, k] = _dot(weighted, rows[i, j])
 
 
-@exact
-def _gather(starts: Any, col: Any, value: Any, rows: Any) -> tuple[Any, Any, Any]:
-    new_starts = np.zeros(len(rows) + 1, np.int64)
-    for i in range(len(rows)):
-        new_starts[i + 1] = new_starts[i] + starts[rows[i] + 1] - starts[rows[i]]
-    new_col, new_value = np.empty(new_starts[-1], col.dtype), np.empty(new_starts[-1], value.dtype)
-    for i in range(len(rows)):
-        first, last = new_starts[i], new_starts[i + 1]
-        at = starts[rows[i]]
-        new_col[first:last] = col[at : at + last - first]
-        new_value[first:last] = value[at : at + last - first]
-    return new_starts, new_col, new_value
-
-
 # --- from torch -----------------------------------------------------------------------------------
 
 
@@ -354,14 +340,6 @@ def gram(rows: Tensor, weight: Tensor) -> Tensor:
     out = rows.new_empty(*rows.shape[:2], rows.shape[1])
     _run(_gram, weight, rows, out)
     return out
-
-
-def gather(
-    starts: Tensor, col: Tensor, value: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of a CSR matrix, as its three arrays."""
-    first, second, third = _gather(*map(_array, (starts, col, value, rows)))
-    return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
 
 
 def _array(argument: Any) -> Any:

@@ -1,0 +1,31 @@
+"""Rows of a CSR matrix, gathered by a compiled loop."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scuvae.model.vectors import exact
+
+
+@exact
+def _gather(starts: Any, col: Any, value: Any, rows: Any) -> tuple[Any, Any, Any]:
+    new_starts = np.zeros(len(rows) + 1, np.int64)
+    for i in range(len(rows)):
+        new_starts[i + 1] = new_starts[i] + starts[rows[i] + 1] - starts[rows[i]]
+    new_col, new_value = np.empty(new_starts[-1], col.dtype), np.empty(new_starts[-1], value.dtype)
+    for i in range(len(rows)):
+        first, last = new_starts[i], new_starts[i + 1]
+        at = starts[rows[i]]
+        new_col[first:last] = col[at : at + last - first]
+        new_value[first:last] = value[at : at + last - first]
+    return new_starts, new_col, new_value
+
+
+def gather(
+    starts: Tensor, col: Tensor, value: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows of a CSR matrix, as its three arrays."""
+    first, second, third = _gather(*(array.numpy() for array in (starts, col, value, rows)))
+    return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
