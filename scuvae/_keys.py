@@ -37,6 +37,7 @@ OBS_NAMES = (
     "novelty",
     "novelty_counts",
     "novelty_latent",
+    "novelty_distance",
     "split",
 )
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from anndata import AnnData, read_h5ad
 from helpers import SCHEMES, fingerprint, small_data, small_fit, unchanged
 from scipy import sparse as sp
 from scipy import stats
+from scipy.spatial.distance import mahalanobis
 from small_models import batch_of, cells_of, model_of
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae import get, tl
 from scuvae._keys import Keys
+from scuvae.inference.neighbours import distance_to_posteriors
 from scuvae.inference.surprise import surprise
 from scuvae.inference.tails import Residual, combine, log_tail
+from scuvae.inference.thinning import thinned
+from scuvae.model.batch import dense, sparse
 
 N_GENES = 60
 
@@ -92,10 +97,11 @@ def test_cells_of_the_model_are_usual_and_a_programme_is_not(amortized: bool | s
         # Both the new cells and those that the tail was read from are random.
         error = math.sqrt(2 * share * (1 - share) / 300)
         assert abs((found > -math.log10(share)).mean() - share) < 3.3 * error
-    for part in ("counts", "latent"):
+    for part in ("counts", "latent", "distance"):
         z = new.obs[f"scuvae_novelty_{part}"]
         assert abs(z.mean()) < 3.3 * math.sqrt(2 / 300)
-        assert 0.8 < z.std() < 1.25
+        # A distance's tail is long, and its standard deviation uncertain.
+        assert part == "distance" or 0.8 < z.std() < 1.25
     # 10-fold differences in depth say nothing: the correlation's error is 1/√300.
     depth = np.log(new.X.sum(1))
     assert abs(stats.spearmanr(found, depth).statistic) < 3.3 / math.sqrt(300)
@@ -146,7 +152,8 @@ def test_slots_seed_and_a_second_projection() -> None:
     with unchanged(new, reference):
         result = tl.novelty(new, reference, copy=True, key_added="k", rng=3)
     assert result is not None
-    names = {"k_novelty", "k_novelty_counts", "k_novelty_latent"}
+    parts = ("", "_counts", "_latent", "_distance")
+    names = {f"k_novelty{part}" for part in parts}
     assert set(result.obs) - set(new.obs) == names
     again = tl.novelty(new, reference, copy=True, key_added="k", random_state=3)
     assert fingerprint(again) == fingerprint(result)
@@ -243,9 +250,56 @@ def test_residuals_are_those_of_leaving_each_cell_out() -> None:
 
 
 def test_fishers_combination() -> None:
-    z = np.array([[-8.0, 0.0, 1.5, 9.0], [0.3, 0.0, -2.0, 12.0]])
-    truth = [stats.combine_pvalues(stats.norm.sf(pair)).statistic / 2 for pair in z.T]
-    np.testing.assert_allclose(combine(*torch.tensor(z)).numpy(), truth, rtol=1e-10)
+    # Where a score's tail is known to be exponential, its ln P is minus the score.
+    n = 4000
+    usual = torch.tensor(stats.expon.ppf((np.arange(n) + 0.5) / n))
+    scores = torch.tensor([[0.2, 1.0, 5.0, 9.0], [3.0, 0.1, 0.0, 7.0]], dtype=torch.float64)
+    p = stats.expon.sf(scores.numpy())
+    truth = [stats.combine_pvalues(pair).statistic / 2 for pair in p.T]
+    found = combine((score, usual) for score in scores)
+    np.testing.assert_allclose(found.numpy(), truth, rtol=0.02)  # as that of tails, below
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_distances_are_scipys(full: bool) -> None:
+    rng = np.random.default_rng(0)
+    mean, root = rng.normal(size=(9, 3)), rng.normal(size=(9, 3, 3)) + 2 * np.eye(3)
+    covariance = root @ root.transpose(0, 2, 1)
+    if full:
+        q = MultivariateNormal(torch.tensor(mean), torch.tensor(covariance))
+    else:
+        scale = np.sqrt(np.einsum("nii->ni", covariance))
+        q = Independent(Normal(torch.tensor(mean), torch.tensor(scale)), 1)
+        covariance = np.stack([np.diag(s**2) for s in scale])
+    points = np.vstack([rng.normal(size=(600, 3)), mean[4]])  # more than are taken at once
+    inverse = np.linalg.inv(covariance)
+    every = np.array(
+        [[mahalanobis(z, m, v) for m, v in zip(mean, inverse, strict=True)] for z in points]
+    )
+    every[-1, 4] = np.inf  # itself
+    truth = np.sort(every, 1)[:, :4].mean(1)
+    found = distance_to_posteriors(torch.tensor(points), q, 4)
+    np.testing.assert_allclose(found.numpy(), truth, rtol=1e-9)
+
+
+def test_thinned_counts_are_binomial() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(3, 4000)
+    x[0], x[1, ::2] = 6.0, 1.0
+    batch = thinned(batch_of(x))
+    found = dense(batch.x)
+    assert (
+        stats.chisquare(
+            np.bincount(found[0].int(), minlength=7), 4000 * stats.binom.pmf(range(7), 6, 0.5)
+        ).pvalue
+        > 1e-3
+    )
+    assert set(found[1].unique().tolist()) == {0.0, 1.0}
+    assert not found[1, 1::2].any()
+    assert (sparse(batch.x).value > 0).all()  # likelihoods take every entry for a count
+    torch.testing.assert_close(batch.size_factor, found.sum(1))
+    given = thinned(replace(batch_of(x), size_factor=torch.ones(3), size_of_all=True))
+    torch.testing.assert_close(given.size_factor, torch.full((3,), 0.5))
 
 
 def test_tails_of_an_exponential() -> None:
@@ -256,3 +310,13 @@ def test_tails_of_an_exponential() -> None:
     # Exact but for half a cell, and for the mean excess of a hundred quantiles.
     np.testing.assert_allclose(found.numpy(), -score.numpy(), rtol=0.02, atol=2e-3)
     assert (found.diff() < 0).all()
+
+
+def test_tails_of_scores_of_either_sign() -> None:
+    n = 1000
+    reference = torch.tensor(stats.norm.ppf((np.arange(n) + 0.5) / n))
+    score = torch.linspace(-6, 1.2, 200, dtype=torch.float64)
+    found = log_tail(score, reference)
+    np.testing.assert_allclose(found.numpy(), stats.norm.logsf(score.numpy()), atol=2e-3)
+    assert (found.diff() <= 0).all()
+    assert found[0] <= 0

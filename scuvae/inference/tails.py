@@ -1,5 +1,6 @@
 """A score against its distribution over reference cells: residuals, and tail probabilities."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,9 +74,14 @@ class Residual:
         return torch.cat([torch.ones_like(scaled[:, :1]), scaled], 1)
 
 
-def combine(*residuals: Tensor) -> Tensor:
-    """−Σ ln P(N(0, 1) > z), Fisher's combination of upper tails (1925), in nats."""
-    return -sum(torch.special.log_ndtr(-z) for z in residuals)
+def standardised(score: Tensor, reference: Tensor) -> Tensor:
+    """Distance from the reference cells' mean, in their standard deviations."""
+    return (score - reference.mean()) / reference.std().clamp_min(_TINY)
+
+
+def combine(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """−Σ ln P(score at least so high) over scores and their references, in nats (Fisher 1925)."""
+    return -torch.stack([log_tail(score, reference) for score, reference in parts]).sum(0)
 
 
 def log_tail(score: Tensor, reference: Tensor) -> Tensor:
@@ -97,6 +103,6 @@ def log_tail(score: Tensor, reference: Tensor) -> Tensor:
     part = ((score - low) / (high - low).clamp_min(_TINY)).clamp(0, 1)
     body = torch.lerp(share[right - 1], share[right], part).log()
     tail = share[n - n_tail - 1].log() - (score - threshold) / excess
-    below = score < ordered[0]
-    body = torch.where(below, share[0].log() * (score / ordered[0].clamp_min(_TINY)), body)
+    under = (score - ordered[0]) / reference.std().clamp_min(_TINY)
+    body = torch.where(under < 0, share[0].log() * under.exp(), body)  # towards certainty
     return torch.where(score > threshold, tail, body)

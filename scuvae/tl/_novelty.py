@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -9,21 +11,32 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
+from torch.distributions import Distribution
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
+from scuvae.inference.neighbours import distance_to_posteriors
+from scuvae.inference.objectives import kl_to_prior
+from scuvae.inference.refine import concatenate
 from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Residual, combine, log_tail
+from scuvae.inference.tails import Residual, combine, log_tail, standardised
+from scuvae.inference.thinning import thinned
+from scuvae.inference.unseen import infer
 from scuvae.io import inputs
 from scuvae.io.sources import Cells
 from scuvae.io.state import Fit, read_fit
-from scuvae.tl._project import projected, read_reference
+from scuvae.model.batch import sparse
+from scuvae.tl._project import CHUNK, projected, read_reference
 from scuvae.tl._shared import cells_of, random_state, resolve_device, step_options, target
 
 logger = logging.getLogger("scuvae")
 
 # Below this, neither a regression on three numbers nor a tail says much.
 _FEWEST = 20
+# Reference cells that one is measured by.
+_NEIGHBOURS = 5
+# A change of log totals that says nothing.
+_NO_DEPTH = 1e-3
 
 
 @random_state_alias
@@ -40,15 +53,17 @@ def novelty(
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
-    """How surprising each cell is under a fit, against reference cells of the same depth.
+    """How surprising each cell is under a fit, against the reference's own cells.
 
-    A cell type that the reference lacks surprises a model in two ways. Its z has to lie where few
-    cells do, which costs KL(q ‖ prior); and whatever its z, its counts are less likely than counts
-    that the model itself would draw there, E_q[log p(x | z)] below E_q E_x̃[log p(x̃ | z)]. Both
-    depend on a cell's total counts far more than on its type: each is taken less its regression on
-    log total (and that of E_q[log p(x | z)] on its expectation too) over the reference's held-out
-    cells, in standard deviations that may change with depth. The two are combined and compared
-    with the reference cells' own.
+    A cell type that the reference lacks surprises a model in three ways. Its z has to lie where the
+    prior expects few cells, which costs KL(q ‖ prior); it lies far from the reference's cells; and
+    whatever its z, its counts are less likely than counts that the model itself would draw there,
+    E_q[log p(x | z)] below E_q E_x̃[log p(x̃ | z)]. How deeply a cell was sequenced must not count:
+    the KL is taken less what depth does to it, found by drawing half of the reference cells' counts
+    and looking again; the distance, to the five nearest of the reference's posteriors, is in units
+    of their scales; and E_q[log p(x | z)] is taken less its regression on its expectation and on
+    log total, in standard deviations that may change with depth. The three are calibrated on the
+    reference's held-out cells, combined, and compared with those cells' own.
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
     :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
@@ -90,9 +105,10 @@ def novelty(
         1 is one in ten, 2 one in a hundred. Beyond the reference's highest tenth by an exponential
         tail (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so values far
         above log10 of the number of reference cells rank cells, but are no probabilities.
-    ``obs["scuvae_novelty_counts"]``, ``obs["scuvae_novelty_latent"]``
-        What it combines (Fisher's method, on the upper normal tails): the counts' and the KL's
-        residual, in standard deviations, near N(0, 1) on reference cells.
+    ``obs["scuvae_novelty_counts"]``, ``obs["scuvae_novelty_latent"]``,
+    ``obs["scuvae_novelty_distance"]``
+        What it combines (Fisher's method, on the same tails): what is left of the counts' and of
+        the KL's part, and the distance, in standard deviations of the reference cells.
 
     Raises
     ------
@@ -108,7 +124,7 @@ def novelty(
     >>> old, new = adata[~b].copy(), adata[b].copy()
     >>> scuvae.tl.fit(old, max_epochs=5)
     >>> scuvae.tl.novelty(new, old)
-    >>> bool(new.obs["scuvae_novelty"].median() > 1)
+    >>> bool((new.obs["scuvae_novelty"] > 1).mean() > 0.5)
     True
     """
     inputs.check_anndata(adata)
@@ -126,16 +142,26 @@ def novelty(
         chosen = reference[rows]
         chosen = chosen.to_memory() if chosen.isbacked else chosen
         old = cells_of(chosen[:, genes].copy(), fit, device=where)
-        covariates, scores = _scores(fit, old, n_samples)
-        new_covariates, new_scores = _scores(fit, new, n_samples)
+        usual, found = _scores(fit, old, n_samples), _scores(fit, new, n_samples)
+        effect = _effect_of_depth(fit, old, usual)
 
-    residuals: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, score in scores.items():
-        line, usual = Residual.of(score, covariates[name])
-        residuals[name] = usual, line(new_scores[name], new_covariates[name])
-    usual, found = (combine(*parts) for parts in zip(*residuals.values(), strict=True))
-    columns = {"novelty": -log_tail(found, usual) / math.log(10)}
-    columns |= {f"novelty_{name}": z for name, (_, z) in residuals.items()}
+    def against_usual(score: Callable[[_Scores], Tensor]) -> tuple[Tensor, Tensor]:
+        reference_scores = score(usual)
+        new_scores = standardised(score(found), reference_scores)
+        return new_scores, standardised(reference_scores, reference_scores)
+
+    line, counts = Residual.of(-usual.reconstruction, usual.covariates)
+    near = min(_NEIGHBOURS, len(rows) - 1)
+    pairs = {
+        "counts": (line(-found.reconstruction, found.covariates), counts),
+        "latent": against_usual(lambda cells: cells.kl - effect * cells.depth),
+        "distance": against_usual(
+            lambda cells: distance_to_posteriors(cells.q.mean, usual.q, near).cpu()
+        ),
+    }
+    own = combine((scores, scores) for _, scores in pairs.values())
+    columns = {"novelty": -log_tail(combine(pairs.values()), own) / math.log(10)}
+    columns |= {f"novelty_{name}": scores for name, (scores, _) in pairs.items()}
 
     out = target(adata, copy)
     for name, values in columns.items():
@@ -172,24 +198,57 @@ def _usual(
     return rows
 
 
-def _scores(fit: Fit, cells: Cells, n_samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Covariates, (cells, covariates), and scores, (cells,), of each part; higher is stranger."""
+@dataclass(frozen=True)
+class _Scores:
+    """Of each cell, (cells,), float64, on the host; and q, where the model is."""
+
+    q: Distribution
+    depth: Tensor
+    reconstruction: Tensor
+    expected: Tensor
+    kl: Tensor
+
+    @property
+    def covariates(self) -> Tensor:
+        return torch.stack([self.depth, self.expected], 1)
+
+
+def _scores(fit: Fit, cells: Cells, n_samples: int) -> _Scores:
     model = fit.model.to(cells.size_factor.device)
-    params: dict[str, Any] = fit.params
-    options = step_options(str(params["local_step"]), None, params)
-    parts = [
-        surprise(model, batch, q, n_samples)
-        for batch, q in projected(model, cells, str(params["covariance"]), **options)
-    ]
+    found, parts = [], []
+    for batch, q in projected(model, cells, str(fit.params["covariance"]), **_steps(fit)):
+        found.append(q)
+        parts.append(surprise(model, batch, q, n_samples))
     kl, reconstruction, expected = (
         torch.cat([getattr(part, name) for part in parts]).cpu()
         for name in ("kl", "reconstruction", "expected")
     )
     depth = torch.zeros_like(kl)
     if model.likelihood.counts:
-        depth = cells.source.totals().cpu().double().clamp_min(1).log()
-    covariates = {
-        "counts": torch.stack([depth, expected], 1),
-        "latent": depth[:, None],
-    }
-    return covariates, {"counts": -reconstruction, "latent": kl}
+        depth = _log_total(cells.source.totals())
+    return _Scores(concatenate(found), depth, reconstruction, expected, kl)
+
+
+def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
+    """What the KL changes by in a unit of log total, where nothing else changes; 0 if no counts."""
+    if not fit.model.likelihood.counts:
+        return 0.0
+    everyone = torch.arange(len(cells), device=cells.size_factor.device)
+    kl, depth = [], []
+    for batch in cells.loader(everyone, CHUNK):
+        fewer = thinned(batch)
+        q = infer(fit.model, fewer, str(fit.params["covariance"]), **_steps(fit))
+        kl.append(kl_to_prior(q).double().cpu())
+        depth.append(_log_total(sparse(fewer.x).sum()))
+    change = (usual.depth - torch.cat(depth)).mean()
+    if change < _NO_DEPTH:  # empty cells alone
+        return 0.0
+    return float((usual.kl - torch.cat(kl)).mean() / change)
+
+
+def _log_total(totals: Tensor) -> Tensor:
+    return totals.cpu().double().clamp_min(1).log()
+
+
+def _steps(fit: Fit) -> dict[str, Any]:
+    return step_options(str(fit.params["local_step"]), None, fit.params)
