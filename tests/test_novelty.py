@@ -317,6 +317,7 @@ def test_tails_of_scores_of_either_sign() -> None:
     reference = torch.tensor(stats.norm.ppf((np.arange(n) + 0.5) / n))
     score = torch.linspace(-6, 1.2, 200, dtype=torch.float64)
     found = log_tail(score, reference)
-    np.testing.assert_allclose(found.numpy(), stats.norm.logsf(score.numpy()), atol=2e-3)
+    # Half a cell of the hundred that are left there.
+    np.testing.assert_allclose(found.numpy(), stats.norm.logsf(score.numpy()), atol=6e-3)
     assert (found.diff() <= 0).all()
     assert found[0] <= 0
