@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
@@ -191,7 +192,7 @@ class _NaturalRule:
 
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
-        self.visits = torch.zeros(len(table.mean), dtype=torch.int32)
+        self.visits = np.zeros(len(table.mean), np.int32)
 
     def step(
         self,
@@ -208,7 +209,7 @@ class _NaturalRule:
         if due.all():
             q = self._renew(table, model, batch, mean, kl_weight)
         elif due.any():
-            some = due.nonzero().squeeze(-1).to(rows.device)
+            some = torch.from_numpy(due.nonzero()[0]).to(rows.device)
             self._renew(table, model, batch.take(some), mean[some], kl_weight)
             q = gaussian(mean, table.raw[rows])
         (of_draws,) = gradients
@@ -223,8 +224,9 @@ class _NaturalRule:
         step = natural.cap_length(self.rate * kept**3 * direction, self.longest)
         table.mean.index_copy_(0, rows, torch.add(mean, step, alpha=rate))
 
-    def _visit(self, rows: Tensor) -> Tensor:
+    def _visit(self, on_host: Tensor) -> np.ndarray:
         """Count a visit of each row; whether its precision is due."""
+        rows = on_host.numpy()
         visits = self.visits[rows]
         self.visits[rows] = visits + 1
         return (visits % self.period == 0) | (visits == self.early)

@@ -104,6 +104,7 @@ def train(
     a cell, each cell judged when its batch was visited.
     """
     _keep_freed_memory()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     base_rates = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
     last_good: dict[str, Any] = {}
@@ -115,7 +116,7 @@ def train(
         before = _snapshot(model, posterior)
         model.train()
         visited: list[Tensor] = []
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor, ...]] = []
 
         for batch in cells:
             q = posterior(model, batch, kl_weight)
@@ -126,15 +127,16 @@ def train(
             if extra is not None:
                 loss = loss + extra
             weight = n_obs / len(batch)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:  # as zero_grad does, without its hooks
+                parameter.grad = None
             (weight * loss).backward()
             posterior.step(model, batch, terms.draws, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
             visited.append(batch.index)
-            parts.append(torch.stack([loss, reconstruction, kl]).detach())
+            parts.append((loss.detach(), reconstruction.detach(), kl.detach()))
 
         # Looked at once an epoch: a look at every batch would make a GPU wait for the host.
-        sums = torch.stack(parts).cpu()
+        sums = torch.stack([torch.stack(part) for part in zip(*parts, strict=True)], 1).cpu()
         values = sums[:, 0]
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])

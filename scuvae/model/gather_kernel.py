@@ -27,5 +27,7 @@ def gather(
     starts: Tensor, col: Tensor, value: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows of a CSR matrix, as its three arrays."""
-    first, second, third = _gather(*(array.numpy() for array in (starts, col, value, rows)))
+    first, second, third = _gather(
+        *(array.detach().numpy() for array in (starts, col, value, rows))
+    )
     return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)

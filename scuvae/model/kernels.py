@@ -343,7 +343,7 @@ def gram(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _array(argument: Any) -> Any:
-    return argument.detach().numpy() if isinstance(argument, Tensor) else argument
+    return argument.numpy() if isinstance(argument, Tensor) else argument
 
 
 def _run(kernel: Any, eta: Tensor, *arguments: Any) -> None:

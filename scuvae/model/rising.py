@@ -4,6 +4,8 @@ c(x, θ) = lgamma(x+θ) − lgamma(θ) − x ln θ tends to 0 as θ → ∞ (Poi
 the cancellation that the difference of two lgamma suffers in float32.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,11 @@ def _stirling(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def compiled(x: Tensor) -> bool:
     """Whether the compiled kernels take a tensor: float32 on a CPU."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
+    return x.dtype is torch.float32 and x.is_cpu and _enabled()
+
+
+@cache
+def _enabled() -> bool:
     from scuvae.model.kernels import ENABLED  # with numba, when it is needed
 
     return ENABLED

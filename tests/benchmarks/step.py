@@ -61,7 +61,7 @@ def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
     def turn() -> int:
         epochs = args.epochs or settings.max_epochs
         if scheme == "unamortized":
-            posterior.rule.visits.zero_()  # renewals as in a fit that begins
+            posterior.rule.visits[:] = 0  # renewals as in a fit that begins
         train(model, posterior, loader, n_obs=len(cells), optimizer=optimizer, max_epochs=epochs)
         return epochs * -(-len(cells) // args.batch_size)
 
