@@ -10,7 +10,17 @@ from scipy import sparse as sp
 from small_models import COUNTS, EPS, likelihood_of, model_of
 from torch import Tensor
 
-from scuvae.model import Likelihood, SparseRows, kernels, negative_binomial, poisson, vectors
+from scuvae.inference import natural
+from scuvae.inference.objectives import kl_to_prior
+from scuvae.model import (
+    Likelihood,
+    SparseRows,
+    gaussian,
+    kernels,
+    negative_binomial,
+    poisson,
+    vectors,
+)
 from scuvae.model.rows import Linear
 from scuvae.model.vae import frozen
 
@@ -119,7 +129,7 @@ def test_a_logit_that_is_no_number_shows(name: str, bad: float) -> None:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    likelihood, x, eta = problem(name, n_cells=11)
+    likelihood, x, eta = problem(name, n_cells=75)  # three blocks of rows
     expected = values_and_slopes(likelihood, x, eta, x.sum(1) + 1)
     monkeypatch.setattr(kernels, "_NUMBERS", 100)  # work for every thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -144,6 +154,30 @@ def test_gram_matrices_are_numpys() -> None:
     assert torch.equal(found, found.mT)
 
 
+def test_small_gaussians_are_torchs() -> None:
+    mean, raw = torch.randn(50, 4), 2 * torch.randn(50, 10)
+    raw[0], raw[1, 5] = -40.0, torch.nan  # scales at their least, and one that is no number
+    q, exact = gaussian(mean, raw), gaussian(mean.double(), raw.double())
+    least = q.scale_tril[0].diagonal()
+    assert (least == least[0]).all()
+    sound = torch.arange(50) != 1
+    assert q.scale_tril[1].isnan().any()
+    for found, truth in [
+        (q.scale_tril, exact.scale_tril),
+        (kl_to_prior(q), kl_to_prior(exact)),
+        (
+            natural.precondition(q.scale_tril, mean),
+            (exact.covariance_matrix @ mean.double().unsqueeze(-1)).squeeze(-1),
+        ),
+    ]:
+        error = (found.double() - truth)[sound].abs().max()
+        assert error < 50 * EPS * truth[sound].abs().max()  # sums of some ten products
+    # Behind autograd's back nothing would be learnt.
+    leaf = raw[sound].clone().requires_grad_()
+    kl_to_prior(gaussian(mean[sound], leaf)).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
 @pytest.mark.slow
 def test_numba_may_be_told_to_interpret() -> None:
     """Then torch's operators do the work: interpreted kernels would take minutes."""
@@ -163,9 +197,12 @@ def test_numba_may_be_told_to_interpret() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alike", [False, True])  # sums are taken at once where rows weigh alike
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_layer_gives_what_its_outputs_give(name: str, masked: bool, dtype: torch.dtype) -> None:
+def test_a_layer_gives_what_its_outputs_give(
+    name: str, masked: bool, alike: bool, dtype: torch.dtype
+) -> None:
     """Values and all gradients, of a linear layer's weights too, in float64 and in kernels."""
     likelihood, x, _ = problem(name)
     likelihood, x = likelihood.to(dtype), x.to(dtype)
@@ -180,6 +217,8 @@ def test_a_layer_gives_what_its_outputs_give(name: str, masked: bool, dtype: tor
         eta = Linear(*leaves) if layer else torch.nn.functional.linear(*leaves)
         value = own.log_prob(x.to(kind), eta, x.to(kind).sum(1) + 1, observed)
         weights = torch.linspace(0.5, 2.0, value.numel(), dtype=kind).view_as(value)
+        if alike:
+            weights = torch.full_like(value, 1.5)
         (value * weights).sum().backward()
         parts = [value.detach(), *(leaf.grad for leaf in leaves)]
         return [part.double() for part in [*parts, *(p.grad for p in own.parameters())]]
