@@ -45,6 +45,7 @@ def main() -> int:
         os.environ["SCUVAE_TUTORIAL"] = "short"  # the kernels inherit it
     else:
         os.environ.pop("SCUVAE_TUTORIAL", None)
+        os.environ.pop("MPLBACKEND", None)  # another than the notebook's shows no picture
 
     failed = 0
     for path in args.notebooks or sorted(FOLDER.glob("*.ipynb")):

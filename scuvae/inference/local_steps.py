@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.inference import natural
+from scuvae.inference.memory import keep_freed_memory
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 from scuvae.model.vae import frozen
@@ -91,6 +92,7 @@ def refine_natural(
     -------
     A distribution of q's own family: full covariance stays full, diagonal stays diagonal.
     """
+    keep_freed_memory()
     full = isinstance(q, MultivariateNormal)
     first_mean, first_tril = q.mean.detach(), _scale_tril(q).detach()
     points = normal_points(n_samples, first_mean)

@@ -29,6 +29,7 @@ from scuvae.inference.local_steps import (
     draw,
     normal_points,
 )
+from scuvae.inference.memory import keep_freed_memory
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import as_family
 from scuvae.model import VAE, Batch
@@ -79,6 +80,7 @@ def polish(
     ``expected`` is the precision that q's mean expects, (cells, latent, latent), where known: it
     stands in where Stein's is not positive.
     """
+    keep_freed_memory()
     full = isinstance(q, MultivariateNormal)
     tril = q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
     mean, tril = q.mean.detach().clone(), tril.detach().clone()

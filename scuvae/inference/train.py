@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scuvae.inference.memory import keep_freed_memory
 from scuvae.inference.objectives import elbo
 from scuvae.inference.posteriors import Posterior
 from scuvae.model import VAE, Batch
@@ -103,7 +104,7 @@ def train(
     One row an epoch: ``loss``, ``elbo``, ``reconstruction``, ``kl``, ``validation_elbo`` in nats
     a cell, each cell judged when its batch was visited.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     base_rates = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
@@ -182,17 +183,11 @@ def train(
     return history
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next: it gives back what exceeds twice the largest
-    block ever freed, and pages taken anew cost a step as much as its elementwise work. Up to 32 MB
-    count; the block here is never touched. Elsewhere this does nothing.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
 def _all_finite(model: VAE, posterior: Posterior) -> bool:
     tensors = [*model.state_dict().values(), *posterior.state_dict().values()]
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+    # Extremes are no numbers where any entry is none, and need no room of the table's size.
+    ends = [torch.stack(torch.aminmax(tensor)).float() for tensor in tensors if tensor.numel()]
+    return bool(torch.stack(ends).isfinite().all())
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:

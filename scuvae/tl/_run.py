@@ -123,18 +123,19 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     shape = len(cells), settings.n_latent
     like = cells.size_factor
     mean = like.new_zeros(shape)
-    raw = like.new_zeros(shape[0], n_scale_parameters(settings.n_latent, settings.covariance))
+    n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
+    raw_of_each = like.new_zeros(1, n_raw)
     if settings.local_step == "natural":
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = training[torch.randperm(len(training))[:MOST_CELLS].sort().values]
         pca = WhitenedPCA(cells.batch(some), settings.n_latent, counts=model.likelihood.counts)
         for batch in cells.loader(training, 8192):
             mean[batch.index] = pca(batch)
-        diagonal = torch.full(shape, -1.0)  # a standard deviation of .3
-        raw = _raw_from_diagonal(diagonal, settings.covariance).to(like)
+        diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3
+        raw_of_each = _raw_from_diagonal(diagonal, settings.covariance).to(like)
     return UnamortizedPosterior(
         mean,
-        raw,
+        raw_of_each.repeat(len(cells), 1),
         local_step=settings.local_step,
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
