@@ -26,7 +26,7 @@ from scuvae.tl._shared import random_state, resolve_device, show_progress, targe
 __all__ = ["hand_back", "refine"]
 
 # Numbers at once in draws × cells × genes: calls must be worth their overhead.
-_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
+_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 
 @random_state_alias
