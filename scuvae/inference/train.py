@@ -23,6 +23,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+# Steps whose losses lie together: small blocks that outlive a step, one by one between its large
+# ones, keep these from being used again, and a long epoch would grow by gigabytes.
+_ROWS = 1024
+
+
 class TrainingError(FloatingPointError):
     """The loss became infinite or NaN. The model and posterior are as after the last good epoch.
 
@@ -117,7 +122,7 @@ def train(
         before = _snapshot(model, posterior)
         model.train()
         visited: list[Tensor] = []
-        parts: list[tuple[Tensor, ...]] = []
+        blocks: list[Tensor] = []
 
         for batch in cells:
             q = posterior(model, batch, kl_weight)
@@ -133,11 +138,15 @@ def train(
             (weight * loss).backward()
             posterior.step(model, batch, terms.draws, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
+            row_number = len(visited) % _ROWS
+            if not row_number:
+                blocks.append(loss.detach().new_empty(_ROWS, 3))
+            parts = [part.detach() for part in (loss, reconstruction, kl)]
+            torch.stack(parts, out=blocks[-1][row_number])
             visited.append(batch.index)
-            parts.append((loss.detach(), reconstruction.detach(), kl.detach()))
 
         # Looked at once an epoch: a look at every batch would make a GPU wait for the host.
-        sums = torch.stack([torch.stack(part) for part in zip(*parts, strict=True)], 1).cpu()
+        sums = torch.cat(blocks)[: len(visited)].cpu()
         values = sums[:, 0]
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])
@@ -149,7 +158,7 @@ def train(
         # The last step of an epoch has no loss after it that would show what it did.
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
-            raise TrainingError(math.nan, epoch, len(parts) - 1, visited[-1].tolist())
+            raise TrainingError(math.nan, epoch, len(visited) - 1, visited[-1].tolist())
         fit, divergence = (sums[:, 1:].double().sum(0) / n_obs).tolist()
         row = {
             "loss": kl_weight * divergence - fit,
@@ -166,7 +175,7 @@ def train(
             if not math.isfinite(row["validation_elbo"]):
                 _restore(last_good, model, posterior)
                 raise TrainingError(
-                    row["validation_elbo"], epoch, len(parts) - 1, visited[-1].tolist()
+                    row["validation_elbo"], epoch, len(visited) - 1, visited[-1].tolist()
                 )
             if early_stopping is not None:
                 stop = early_stopping.update(
