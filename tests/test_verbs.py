@@ -121,8 +121,10 @@ def test_project_finds_what_the_fit_found(amortized: bool | str) -> None:
         assert_same_posterior(again, reference)  # the same encoder on the same cells
     else:
         difference = scores(again)["elbo"] - scores(reference.copy())["elbo"]
-        # Two optima of 8 fixed draws each: a tenth of a nat of nearly a hundred.
-        assert abs(difference.mean()) < 0.1
+        # Two optima of 8 fixed draws each, and a few cells with two modes: tenths of a nat of
+        # nearly a hundred.
+        assert abs(difference.mean()) < 0.2
+        assert abs(np.median(difference)) < 0.1
 
 
 @pytest.mark.parametrize("container", [np.asarray, sp.csr_matrix])
