@@ -68,10 +68,15 @@ class SparseRows:
 
     def select(self, genes: Tensor) -> "SparseRows":
         """The block restricted to the genes where the boolean mask ``genes`` is true."""
-        keep = genes[self.col]
-        renumbered = genes.cumsum(0) - 1
-        starts = F.pad(keep.cumsum(0), (1, 0))[self.starts]
-        return SparseRows(starts, renumbered[self.col[keep]], self.value[keep], int(genes.sum()))
+        found = self.entries(genes[self.col], self.value)
+        return SparseRows(
+            found.starts, (genes.cumsum(0) - 1)[found.col], found.value, int(genes.sum())
+        )
+
+    def entries(self, kept: Tensor, value: Tensor) -> "SparseRows":
+        """The entries where the mask ``kept`` is true, with values of theirs, (nonzeros,)."""
+        starts = F.pad(kept.cumsum(0), (1, 0))[self.starts]
+        return SparseRows(starts, self.col[kept], value[kept], self.n_vars)
 
 
 def _starts(lengths: Tensor) -> Tensor:

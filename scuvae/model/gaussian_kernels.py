@@ -7,6 +7,7 @@ cell is on its own.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def _kl(mean: Any, tril: Any, out: Any) -> None:
 @exact
 def _precondition(tril: Any, gradient: Any, out: Any) -> None:
     n_latent = gradient.shape[1]
-    inner = gradient[0].copy()
+    inner = np.empty(n_latent, f32)
     for i in range(len(gradient)):
         for a in range(n_latent):
             inner[a] = f32(0.0)
