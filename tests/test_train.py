@@ -70,13 +70,13 @@ class SameDraws(Posterior):
         self,
         model: VAE,
         batch: Batch,
-        draws: Tensor,
+        slope: Tensor,
         *,
         scale: float,
         kl_weight: float,
         rate: float = 1.0,
     ) -> None:
-        self.inner.step(model, batch, draws, scale=scale, kl_weight=kl_weight, rate=rate)
+        self.inner.step(model, batch, slope, scale=scale, kl_weight=kl_weight, rate=rate)
 
     def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
         return self.inner.extra_loss(model, batch, kl_weight)

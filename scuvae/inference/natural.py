@@ -64,6 +64,21 @@ def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
     return (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
 
 
+def mean_step(q: Distribution, slope: Tensor, factor: float, rate: float, longest: float) -> Tensor:
+    """ρ Λ⁻¹ g of each cell, g = ``factor`` · ``slope`` − m, none longer than ``longest``."""
+    if isinstance(q, MultivariateNormal):
+        tril = q.scale_tril
+        if compiled(slope):
+            from scuvae.model.gaussian_kernels import mean_step as compiled_step
+
+            mean, slope = q.mean.contiguous(), slope.contiguous()
+            return compiled_step(mean, tril.contiguous(), slope, factor, rate, longest)
+        direction = precondition(tril, torch.add(factor * slope, q.mean, alpha=-1))
+    else:
+        direction = q.variance * torch.add(factor * slope, q.mean, alpha=-1)
+    return cap_length(rate * direction, longest)
+
+
 def cap_length(step: Tensor, longest: float) -> Tensor:
     """Steps (cells, latent) no longer than ``longest``, their direction kept."""
     length = step.norm(dim=-1, keepdim=True)

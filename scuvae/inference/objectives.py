@@ -29,27 +29,55 @@ def kl_to_prior(q: Distribution) -> Tensor:
 
 @dataclass(frozen=True)
 class Elbo:
-    """The evidence lower bound of each cell and its two parts, in nats, (cells,).
-
-    ``draws`` of z are what the reconstruction is a mean over, (cells, latent) or (draws, cells,
-    latent); those of a q that asks for no gradient are leaves that ask for their own.
-    """
+    """The evidence lower bound of each cell and its two parts, in nats, (cells,)."""
 
     reconstruction: Tensor
     kl: Tensor
-    draws: Tensor
 
     @property
     def elbo(self) -> Tensor:
         return self.reconstruction - self.kl
 
+    def sums(self) -> Tensor:
+        """Reconstruction and KL over all cells, (2,)."""
+        return torch.stack([self.reconstruction, self.kl]).sum(1)
+
 
 def elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 1) -> Elbo:
     """E_q[log p(x | z)] − KL(q ‖ prior), the expectation over ``n_samples`` draws, KL analytic."""
-    z = q.rsample((n_samples,)) if n_samples > 1 else q.rsample()
-    if torch.is_grad_enabled():
-        z.requires_grad_()
-    reconstruction = model.log_likelihood(batch, z)
-    if n_samples > 1:
-        reconstruction = reconstruction.mean(0)
-    return Elbo(reconstruction, kl_to_prior(q), z)
+    reconstruction = model.log_likelihood(batch, _draws(q, n_samples))
+    return Elbo(_mean(reconstruction, n_samples), kl_to_prior(q))
+
+
+def descend(
+    model: VAE, batch: Batch, q: Distribution, n_samples: int, *, weight: float, kl_weight: float
+) -> tuple[Elbo, Tensor]:
+    """The ELBO as above, and the backward pass of ``weight`` Σ (β KL − reconstruction).
+
+    Gradients are added to the ``grad`` of all that ask for one: the model's parameters, and what q
+    comes from. Returned beside the ELBO is that of the reconstruction's part in the draws of z,
+    (cells, latent) or (draws, cells, latent).
+    """
+    z = _draws(q, n_samples)
+    reconstruction, slope = model.reverse(batch, z.detach(), -weight / n_samples)
+    kl = kl_to_prior(q)
+    if z.requires_grad:
+        torch.autograd.backward([z, kl], [slope, torch.full_like(kl, weight * kl_weight)])
+    return Elbo(_mean(reconstruction, n_samples), kl.detach()), slope
+
+
+def _draws(q: Distribution, n_samples: int) -> Tensor:
+    shape = (n_samples,) if n_samples > 1 else ()
+    if isinstance(q, MultivariateNormal):
+        mean, tril = q.loc, q.scale_tril
+        if mean.dim() == 2 and compiled(mean) and not asks_gradient(mean, tril):
+            from scuvae.model.gaussian_kernels import draw
+
+            return draw(
+                mean.contiguous(), tril.contiguous(), mean.new_empty(*shape, *mean.shape).normal_()
+            )
+    return q.rsample(shape)
+
+
+def _mean(values: Tensor, n_samples: int) -> Tensor:
+    return values.mean(0) if n_samples > 1 else values

@@ -4,20 +4,19 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from scuvae.inference.adam import adam
 from scuvae.inference.memory import keep_freed_memory
-from scuvae.inference.objectives import elbo
+from scuvae.inference.objectives import descend
 from scuvae.inference.posteriors import Posterior
 from scuvae.model import VAE, Batch
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    # One pass over parameters, gradients and moments in place of ten.
-    "adam": partial(torch.optim.Adam, fused=True),
+    "adam": adam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
@@ -126,28 +125,25 @@ def train(
 
         for batch in cells:
             q = posterior(model, batch, kl_weight)
-            terms = elbo(model, batch, q, n_samples)
-            reconstruction, kl = terms.reconstruction.sum(), terms.kl.sum()
-            loss = kl_weight * kl - reconstruction
-            extra = posterior.extra_loss(model, batch, kl_weight)
-            if extra is not None:
-                loss = loss + extra
             weight = n_obs / len(batch)
             for parameter in parameters:  # as zero_grad does, without its hooks
                 parameter.grad = None
-            (weight * loss).backward()
-            posterior.step(model, batch, terms.draws, scale=weight, kl_weight=kl_weight, rate=rate)
-            optimizer.step()
+            terms, slope = descend(model, batch, q, n_samples, weight=weight, kl_weight=kl_weight)
             row_number = len(visited) % _ROWS
             if not row_number:
-                blocks.append(loss.detach().new_empty(_ROWS, 3))
-            parts = [part.detach() for part in (loss, reconstruction, kl)]
-            torch.stack(parts, out=blocks[-1][row_number])
+                blocks.append(terms.kl.new_zeros(3, _ROWS))
+            blocks[-1][:2, row_number] = terms.sums()
+            extra = posterior.extra_loss(model, batch, kl_weight)
+            if extra is not None:
+                (weight * extra).backward()
+                blocks[-1][2, row_number] = extra.detach()
+            posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=rate)
+            optimizer.step()
             visited.append(batch.index)
 
         # Looked at once an epoch: a look at every batch would make a GPU wait for the host.
-        sums = torch.cat(blocks)[: len(visited)].cpu()
-        values = sums[:, 0]
+        fits, divergences, extras = torch.cat(blocks, 1)[:, : len(visited)].cpu()
+        values = kl_weight * divergences - fits + extras
         if not values.isfinite().all():
             first = int((~values.isfinite()).nonzero()[0])
             # A last step can ruin what only the next loss shows: a first loss that is no number
@@ -159,7 +155,7 @@ def train(
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
             raise TrainingError(math.nan, epoch, len(visited) - 1, visited[-1].tolist())
-        fit, divergence = (sums[:, 1:].double().sum(0) / n_obs).tolist()
+        fit, divergence = (float(part.double().sum()) / n_obs for part in (fits, divergences))
         row = {
             "loss": kl_weight * divergence - fit,
             "elbo": fit - divergence,

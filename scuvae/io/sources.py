@@ -175,7 +175,7 @@ class Cells:
         return Batch(
             self.source.rows(index, on_host),
             index,
-            self.size_factor[index],
+            self.size_factor.index_select(0, index),
             covariates,
             self.observed,
             on_host,

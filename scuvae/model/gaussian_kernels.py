@@ -45,18 +45,54 @@ def _kl(mean: Any, tril: Any, out: Any) -> None:
 
 
 @exact
-def _precondition(tril: Any, gradient: Any, out: Any) -> None:
-    n_latent = gradient.shape[1]
-    inner = np.empty(n_latent, f32)
-    for i in range(len(gradient)):
+def _through_covariance(tril: Any, vector: Any, inner: Any, out: Any) -> None:
+    """C Cᵀ v of one cell; ``inner`` is room."""
+    inner[:] = f32(0.0)
+    for b in range(len(vector)):
+        for a in range(b + 1):
+            inner[a] += tril[b, a] * vector[b]
+    for a in range(len(vector)):
+        out[a] = f32(0.0)
+        for b in range(a + 1):
+            out[a] += tril[a, b] * inner[b]
+
+
+@exact
+def _draw(mean: Any, tril: Any, points: Any, out: Any) -> None:
+    n_cells, n_latent = mean.shape
+    for r in range(len(points)):
+        i = r % n_cells
         for a in range(n_latent):
-            inner[a] = f32(0.0)
-            for b in range(a, n_latent):
-                inner[a] += tril[i, b, a] * gradient[i, b]
-        for a in range(n_latent):
-            out[i, a] = f32(0.0)
+            z = mean[i, a]
             for b in range(a + 1):
-                out[i, a] += tril[i, a, b] * inner[b]
+                z += tril[i, a, b] * points[r, b]
+            out[r, a] = z
+
+
+@exact
+def _precondition(tril: Any, gradient: Any, out: Any) -> None:
+    inner = np.empty(gradient.shape[1], f32)
+    for i in range(len(gradient)):
+        _through_covariance(tril[i], gradient[i], inner, out[i])
+
+
+@exact
+def _mean_step(
+    mean: Any, tril: Any, slope: Any, factor: Any, rate: Any, longest: Any, out: Any
+) -> None:
+    n_latent = mean.shape[1]
+    ascent, inner = np.empty(n_latent, f32), np.empty(n_latent, f32)
+    for i in range(len(mean)):
+        for a in range(n_latent):
+            ascent[a] = rate * (factor * slope[i, a] - mean[i, a])
+        _through_covariance(tril[i], ascent, inner, out[i])
+        squares = f32(0.0)
+        for a in range(n_latent):
+            squares += out[i, a] * out[i, a]
+        length = math.sqrt(squares)
+        if length > longest:
+            for a in range(n_latent):
+                out[i, a] *= longest / length
 
 
 def unpack(raw: Tensor, n_latent: int, least: float) -> Tensor:
@@ -73,8 +109,26 @@ def kl(mean: Tensor, tril: Tensor) -> Tensor:
     return out
 
 
+def draw(mean: Tensor, tril: Tensor, points: Tensor) -> Tensor:
+    """m + C ε of each cell for ε, (..., cells, latent)."""
+    out = torch.empty_like(points)
+    rows = (part.view(-1, mean.shape[1]).numpy() for part in (points, out))
+    _draw(mean.numpy(), tril.numpy(), *rows)
+    return out
+
+
 def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
     """C Cᵀ g of each cell, (cells, latent)."""
     out = torch.empty_like(gradient)
     _precondition(tril.numpy(), gradient.numpy(), out.numpy())
+    return out
+
+
+def mean_step(
+    mean: Tensor, tril: Tensor, slope: Tensor, factor: float, rate: float, longest: float
+) -> Tensor:
+    """ρ C Cᵀ (``factor`` · ``slope`` − m) of each cell, no longer than so, (cells, latent)."""
+    out = torch.empty_like(mean)
+    arrays = (part.numpy() for part in (mean, tril, slope))
+    _mean_step(*arrays, f32(factor), f32(rate), f32(longest), out.numpy())
     return out

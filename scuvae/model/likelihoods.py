@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scuvae.model import negative_binomial, poisson, rows
 from scuvae.model.batch import SparseRows, dense, select, sparse
 from scuvae.model.least_squares import squared_residuals
 from scuvae.model.negative_binomial import inverse_theta
-from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
-from scuvae.model.poisson import log_prob as poisson_log_prob
 from scuvae.model.rows import Linear
 
 Genes = Tensor | slice
@@ -48,6 +47,9 @@ class Likelihood(nn.Module, ABC):
     name: ClassVar[str]
     counts: ClassVar[bool]
     """Whether values must be whole and non-negative; means are then ℓ softmax(η), else η."""
+    passes: ClassVar[rows.Passes | None] = None
+    """log p and its slopes in closed form, those in its parameters in their order; None where
+    autograd is asked."""
 
     def __init__(self, n_vars: int) -> None:
         super().__init__()
@@ -68,6 +70,15 @@ class Likelihood(nn.Module, ABC):
             eta = eta.of(observed) if isinstance(eta, Linear) else eta[..., observed]
         x, size_factor, genes = self._seen(x, size_factor, observed)
         return self._log_prob(x, eta, size_factor, genes)
+
+    def reverse(
+        self, x: Tensor | SparseRows, layer: Linear, size_factor: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """As :func:`scuvae.model.rows.reverse`, where there are :attr:`passes`; all genes seen."""
+        assert self.passes is not None
+        x, size_factor, _ = self._seen(x, size_factor, None)
+        own = list(self.parameters())
+        return rows.reverse(self.passes, sparse(x), layer, size_factor, factor, own)
 
     @torch.no_grad()
     def fisher(
@@ -235,11 +246,12 @@ class Poisson(Likelihood):
 
     name = "poisson"
     counts = True
+    passes = staticmethod(poisson.passes)
 
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return poisson_log_prob(sparse(x), eta, size_factor)
+        return poisson.log_prob(sparse(x), eta, size_factor)
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -265,6 +277,7 @@ class NegativeBinomial(Likelihood):
 
     name = "negative_binomial"
     counts = True
+    passes = staticmethod(negative_binomial.passes)
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
@@ -273,7 +286,7 @@ class NegativeBinomial(Likelihood):
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return negative_binomial_log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
+        return negative_binomial.log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return mu.div_(1 + mu * inverse_theta(self.log_theta[genes]))
@@ -299,6 +312,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     name = "zero_inflated_negative_binomial"
     counts = True
+    passes = staticmethod(negative_binomial.passes)
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
@@ -309,7 +323,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return negative_binomial_log_prob(
+        return negative_binomial.log_prob(
             sparse(x), eta, size_factor, self.log_theta[genes], self.logit_dropout[genes]
         )
 

@@ -9,6 +9,8 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from scuvae.model.gaussian import gaussian, n_scale_parameters
+from scuvae.model.rising import compiled
+from scuvae.model.rows import accumulate
 
 
 class Decoder(nn.Module):
@@ -50,18 +52,57 @@ class Decoder(nn.Module):
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """What enters the last layer, (..., cells, width)."""
+        return self._pass(z, covariates, None)
+
+    def traced(
+        self, z: Tensor, covariates: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As :meth:`hidden`, and of each hidden layer what entered it, and its gate."""
+        trace: list[tuple[Tensor, Tensor]] = []
+        return self._pass(z, covariates, trace), trace
+
+    def reverse(
+        self, slope: Tensor, trace: list[tuple[Tensor, Tensor]], covariates: Tensor | None = None
+    ) -> Tensor:
+        """Slopes in z of those in what :meth:`traced` gave; those of parameters become ``grad``."""
+        layers = [_linear(layer) for layer in self.layers][:-1]
+        for i, (entered, gate) in reversed(list(enumerate(trace))):
+            slope = slope * gate
+            rows = slope.flatten(0, -2)
+            accumulate(layers[i].weight, rows.T @ entered.flatten(0, -2))
+            accumulate(layers[i].bias, rows.sum(0))
+            if i == 0 and self.offset is not None and covariates is not None:
+                accumulate(
+                    self.offset.weight, slope.view(-1, *slope.shape[-2:]).sum(0).T @ covariates
+                )
+            slope = slope @ layers[i].weight
+        return slope
+
+    def _pass(
+        self,
+        z: Tensor,
+        covariates: Tensor | None,
+        trace: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         out = z
-        for i, layer in enumerate(self.layers[:-1]):
-            out = layer(out) if i else self._shift(layer(out), covariates)
-            out = F.relu(out)
-            if self.training and self.dropout:
-                out = out * _dropout_mask(out, self.dropout)
+        for i, layer in enumerate(list(self.layers)[:-1]):
+            entered, out = out, layer(out)
+            if i == 0:
+                out = self._shift(out, covariates)
+            if trace is None and not dropout:
+                out = F.relu(out)
+                continue
+            gate = _gate(out.detach(), dropout)
+            out = out * gate
+            if trace is not None:
+                trace.append((entered, gate))
         return out
 
     @property
     def last(self) -> nn.Linear | None:
         """The layer that takes what is hidden to η; None where batches shift that too."""
-        return None if len(self.layers) == 1 and self.offset else _linear(self.layers[-1])
+        return None if len(self.layers) == 1 and self.offset else _linear(list(self.layers)[-1])
 
     def jacobian(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """η, (cells, genes), and ∂η/∂z transposed, (cells, latent, genes), for z (cells, latent).
@@ -99,15 +140,23 @@ class Decoder(nn.Module):
         return shifted
 
 
-def _dropout_mask(like: Tensor, p: float) -> Tensor:
-    """1/(1−p) where a unit is kept, else 0; p to 2⁻¹⁶.
+def _gate(entered: Tensor, p: float) -> Tensor:
+    """ReLU and dropout as what a unit is multiplied by: 0, or 1/(1−p) where it is positive and
+    kept; p to 2⁻¹⁶.
 
     From 16 bits a unit: F.dropout draws from a Bernoulli, which on a CPU takes eight times as long.
     """
-    n, dropped = like.numel(), min(round(p * 2**16), 2**16 - 1)
-    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[:n].view(like.shape) >= dropped - 2**15
-    return kept * (2**16 / (2**16 - dropped))
+    if not p:
+        return (entered > 0).to(entered.dtype)
+    n, dropped = entered.numel(), min(round(p * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=entered.device)
+    draws = bits.random_(-(2**63), None).view(torch.int16)[:n].view(entered.shape)
+    least, gain = dropped - 2**15, 2**16 / (2**16 - dropped)
+    if compiled(entered):
+        from scuvae.model.gate_kernel import gate
+
+        return gate(entered.contiguous(), draws, least, gain)
+    return ((draws >= least) & (entered > 0)) * gain
 
 
 def _linear(layer: nn.Module) -> nn.Linear:

@@ -21,10 +21,10 @@ def log_prob(x: SparseRows, eta: Tensor | Linear, size_factor: Tensor) -> Tensor
 
     ``eta`` is (..., cells, genes); ``size_factor`` ℓ > 0 is (cells,) or (..., cells).
     """
-    return row_log_prob(_passes, x, eta, size_factor)
+    return row_log_prob(passes, x, eta, size_factor)
 
 
-def _passes(
+def passes(
     eta: Tensor,
     x: SparseRows,
     size: Tensor,

@@ -6,7 +6,7 @@ part of the function: slopes take the place of the logits, and what weighs a cel
 hidden units instead of to all its genes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,6 +71,39 @@ def log_prob(
     grad_enabled = torch.is_grad_enabled()
     result: Tensor = _LogProb.apply(passes, x, grad_enabled, size, *layer, *parameters)
     return result
+
+
+def reverse(
+    passes: Passes,
+    x: SparseRows,
+    layer: Linear,
+    size: Tensor,
+    factor: float,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """log p as above, and ``factor`` times its slopes in what is hidden, without autograd.
+
+    ``factor`` times those of the sum over all rows in the layer and the parameters, (genes,) each,
+    are added to their ``grad``.
+    """
+    hidden, weight, bias = layer
+    eta = F.linear(hidden, weight, bias)
+    wanted = [True] * (1 + len(parameters))
+    out, slopes = passes(eta, x, size, None, *parameters, keep=True, spare=True, wanted=wanted)
+    assert slopes is not None
+    rows = slopes.eta.flatten(0, -2)
+    accumulate(weight, rows.T @ (hidden.flatten(0, -2) * factor))
+    of_bias = rows if slopes.eta_sum is None else slopes.eta_sum
+    for parameter, part in zip((bias, *parameters), (of_bias, *slopes.parameters), strict=True):
+        if part is not None:
+            accumulate(parameter, (part if _is_sum(part) else part.flatten(0, -2).sum(0)) * factor)
+    return out, (slopes.eta @ weight).mul_(factor)
+
+
+def accumulate(parameter: Tensor, slopes: Tensor) -> None:
+    """Add to a parameter's gradient, as autograd does."""
+    if parameter.requires_grad:
+        parameter.grad = slopes if parameter.grad is None else parameter.grad + slopes
 
 
 class _LogProb(torch.autograd.Function):
