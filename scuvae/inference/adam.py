@@ -1,7 +1,8 @@
 """Adam, compiled where parameters are float32 on a CPU: torch's own takes twice as long."""
 
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ _BETAS = 0.9, 0.999
 _EPS = 1e-8
 
 
-def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> torch.optim.Optimizer:
+class Optimizer(Protocol):
+    """What training asks of an optimiser: torch's have more."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any:
+        """Move every parameter that has a gradient."""
+
+
+def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> Optimizer:
     """Adam with PyTorch's defaults (Kingma & Ba, ICLR 2015), by the kernel that suits it best."""
     parameters = list(parameters)
     if all(compiled(parameter) and parameter.is_contiguous() for parameter in parameters):
@@ -21,27 +31,28 @@ def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> torch.optim.Optimize
     return torch.optim.Adam(parameters, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
 
 
-class CompiledAdam(torch.optim.Optimizer):
-    """The steps of :class:`torch.optim.Adam` to rounding, for float32 on a CPU."""
+class CompiledAdam:
+    """The steps of :class:`torch.optim.Adam` to rounding, for float32 on a CPU.
+
+    None of torch's optimisers, whose hooks take as long as the smaller parameters' steps.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
+        self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         from scuvae.inference.adam_kernel import step  # with numba, when it is needed
 
-        if closure is not None:
-            raise ValueError("this Adam takes no closure: call backward() before step()")
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = 0
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(parameter)
+                    first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state.update(step=0, exp_avg=first, exp_avg_sq=second)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                step(parameter, parameter.grad, *moments, state["step"], group["lr"], _BETAS, _EPS)
+                step(parameter, gradient, *moments, state["step"], group["lr"], _BETAS, _EPS)

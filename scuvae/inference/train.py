@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scuvae.inference.adam import adam
+from scuvae.inference.adam import Optimizer, adam
 from scuvae.inference.memory import keep_freed_memory
 from scuvae.inference.objectives import descend
 from scuvae.inference.posteriors import Posterior
 from scuvae.model import VAE, Batch
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
@@ -76,7 +76,7 @@ def train(
     cells: Iterable[Batch],
     *,
     n_obs: int,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     max_epochs: int,
     n_samples: int = 1,
     kl_weight: float = 1.0,
