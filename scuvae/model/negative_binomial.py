@@ -51,10 +51,10 @@ def log_prob(
     (..., cells), summed over genes.
     """
     parameters = (log_theta,) if logit_dropout is None else (log_theta, logit_dropout)
-    return row_log_prob(_passes, x, eta, size_factor, *parameters)
+    return row_log_prob(passes, x, eta, size_factor, *parameters)
 
 
-def _passes(
+def passes(
     eta: Tensor,
     x: SparseRows,
     size: Tensor,
