@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
+from scuvae.external._last_layer import LastLayer
 from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Batch, SparseRows, negative_binomial
@@ -74,13 +75,22 @@ class Bridge(nn.Module):
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
         if self._is_ours:
             conditions = cast(Tensor, batch.covariates)
+            size = batch.size_factor.clamp_min(_TINY)
+            if self.network is not None:
+                hidden = self.network.hidden(z, conditions)
+                return self._last_layer.log_prob(sparse(batch.x), hidden, size)
             eta, logit, _ = self._decode(z.flatten(0, -2), _repeat(conditions, z))
             shape = (*z.shape[:-1], self.n_vars)
             logit = None if logit is None else logit.view(shape)
-            size = batch.size_factor.clamp_min(_TINY)
             px_r = self.module.px_r
             return negative_binomial.log_prob(sparse(batch.x), eta.view(shape), size, px_r, logit)
         return self.likelihood.log_prob(batch.x, self.heads(batch, z))
+
+    @property
+    def _last_layer(self) -> LastLayer:
+        inflated = self.module.gene_likelihood == "zinb"
+        head = self.module.decoder.px_dropout_decoder if inflated else None
+        return LastLayer(self.network.layers[-1], head, self.module.px_r)
 
     @property
     def _is_ours(self) -> bool:

@@ -67,36 +67,48 @@ def _zero_counts(
 
 @sums
 def _inflate(
-    logit: Any, theta: Any, logs: Any, slope: Any, slope_theta: Any, kept: Any, excess: Any
+    logit: Any, theta: Any, logs: Any, slope: Any, slope_logit: Any, pi: Any, factor: Any
 ) -> Any:
-    """What zero inflation changes in such a row: its log p and its slopes' sum.
+    """Such a row inflated: its log p but for :func:`_logarithms`, and its slopes' sum.
 
-    ``kept`` is P(no dropout | zero), ``excess`` ln P(zero)/P(zero of the count), but for ln(1−π).
+    With o the log odds of a dropout against a zero of the count, ln p is max(logit, −θ log1p(μ/θ))
+    − max(logit, 0) and the logarithm of ``factor``, (1 + e^-|o|) / (1 + e^-|logit|). Fills also
+    ``slope_logit``, P(dropout | zero) − π, and ``pi``.
     """
     value, total = f32(0.0), f32(0.0)
     for g in range(len(logs)):
-        odds = theta[g] * logs[g] + logit[g]
-        small = exp(-abs(odds))
-        inverse = f32(1.0) / (f32(1.0) + small)
-        excess[g] = max(odds, f32(0.0)) + log1p(small, inverse)
-        kept[g] = small * inverse if odds > f32(0.0) else inverse
-        slope[g] *= kept[g]
-        slope_theta[g] *= kept[g]
-        value += excess[g]
+        drop = theta[g] * logs[g]
+        odds = drop + logit[g]
+        given, prior = exp(-abs(odds)), exp(-abs(logit[g]))
+        above, below = f32(1.0) + given, f32(1.0) + prior
+        inverse = f32(1.0) / (above * below)
+        kept = below * inverse * (given if odds > f32(0.0) else f32(1.0))
+        pi[g] = above * inverse * (f32(1.0) if logit[g] > f32(0.0) else prior)
+        factor[g] = above * above * inverse
+        slope_logit[g] = f32(1.0) - kept - pi[g]
+        slope[g] *= kept
+        value += max(logit[g], -drop) - max(logit[g], f32(0.0))
         total += slope[g]
     return value, total
 
 
 @sums
-def _spared(logit: Any, kept: Any) -> Any:
-    """A row's Σ ln(1−π), and in place of ``kept`` its slopes in the logits: 1 − kept − π."""
-    value = f32(0.0)
-    for g in range(len(logit)):
-        small = exp(-abs(logit[g]))
-        inverse = f32(1.0) / (f32(1.0) + small)
-        value -= max(logit[g], f32(0.0)) + log1p(small, inverse)
-        kept[g] = f32(1.0) - kept[g] - (inverse if logit[g] > f32(0.0) else small * inverse)
+def _logarithms(factor: Any) -> Any:
+    """Σ ln of numbers in [½, 2], four at a time."""
+    value, n = f32(0.0), len(factor) // 4
+    for g in range(n):
+        product = factor[g] * factor[g + n] * factor[g + 2 * n] * factor[g + 3 * n]
+        value += log1p(product - f32(1.0), f32(1.0) / product)
+    for g in range(4 * n, len(factor)):
+        value += log1p(factor[g] - f32(1.0), f32(1.0) / factor[g])
     return value
+
+
+@sums
+def _thin(slope: Any, slope_logit: Any, pi: Any) -> None:
+    """Slopes of a zero of the count, times the chance that it is one."""
+    for g in range(len(slope)):
+        slope[g] *= f32(1.0) - slope_logit[g] - pi[g]
 
 
 @sums
@@ -144,7 +156,7 @@ def _negative_binomial(
     inverse = f32(1.0) / theta
     share, logs = np.empty(n_genes, f32), np.empty(n_genes, f32)
     slope_row, theta_row = np.empty(n_genes, f32), np.empty(n_genes, f32)
-    kept_row, excess = np.empty(n_genes, f32), np.empty(n_genes, f32)
+    logit_row, pi, factor = np.empty(n_genes, f32), np.empty(n_genes, f32), np.empty(n_genes, f32)
     for r in range(first, last):
         cell = r % n_cells
         slope, slope_theta = slopes[r] if keep else slope_row, theta_row
@@ -157,11 +169,12 @@ def _negative_binomial(
         for k in range(starts[cell], starts[cell + 1]):
             at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
         found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, logs)
-        kept = logit_slopes[r] if len(logit_slopes) else kept_row
+        slope_logit = logit_slopes[r] if len(logit_slopes) else logit_row
+        logit = logits[r % len(logits)] if inflated else eta[r]
         if inflated:
-            logit = logits[r % len(logits)]
-            more, slope_sum = _inflate(logit, theta, logs, slope, slope_theta, kept, excess)
-            found += more
+            found, slope_sum = _inflate(logit, theta, logs, slope, slope_logit, pi, factor)
+            if len(theta_sums):
+                _thin(slope_theta, slope_logit, pi)
         for k in range(starts[cell], starts[cell + 1]):
             g = col[k]
             mu = share[g] * scale
@@ -174,14 +187,15 @@ def _negative_binomial(
                 part = f32(1.0) / (f32(1.0) + math.exp(-log_ratio))
             found -= value[k] * log1p_at
             if inflated:
-                found -= excess[g]
-                kept[g] = f32(1.0)
+                found -= max(theta[g] * logs[g] + logit[g], f32(0.0))
+                factor[g] = max(pi[g], f32(1.0) - pi[g])
+                slope_logit[g] = -pi[g]
             new = value[k] * (f32(1.0) - part) - mu * rest
             slope_sum += new - slope[g]
             slope[g] = new
             slope_theta[g] = mu * rest - theta[g] * logs[g] + constant_slope[k] + value[k] * part
         if inflated:
-            found += _spared(logits[r % len(logits)], kept)
+            found += _logarithms(factor)
         out[r] = found + at_nonzeros
         if keep:
             size_slopes[r] = slope_sum
@@ -191,7 +205,7 @@ def _negative_binomial(
         if len(theta_sums):
             _add(theta_sums[r // _BLOCK], weight[r], slope_theta)
         if len(logit_sums):
-            _add(logit_sums[r // _BLOCK], weight[r], kept)
+            _add(logit_sums[r // _BLOCK], weight[r], slope_logit)
 
 
 @exact

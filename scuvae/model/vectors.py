@@ -72,7 +72,7 @@ def exp(x: Any) -> Any:
 
 @exact
 def log1p(x: Any, inverse: Any) -> Any:
-    """ln(1 + x) for x ≥ 0 to 1.3e-7, given 1/(1 + x); the rounding of 1 + x is put right."""
+    """ln(1 + x) for x > −1 to 1.3e-7, given 1/(1 + x); the rounding of 1 + x is put right."""
     u = f32(1.0) + x
     lost = (x - (u - f32(1.0))) * inverse
     bits = _as_bits(u)
