@@ -68,7 +68,10 @@ def _values(
         parameters.append(F.linear(hidden, head.weight, head.bias))
     value, slopes = passes(
         F.linear(hidden, eta.weight, eta.bias),
-        *(x, size, None, *parameters),
+        x,
+        size,
+        None,
+        *parameters,
         keep=keep,
         spare=True,
         wanted=(False, False, True)[: len(parameters) + 1],

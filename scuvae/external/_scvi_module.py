@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from scuvae.external._last_layer import LastLayer
 from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
-from scuvae.model import VAE, Batch, SparseRows, negative_binomial
+from scuvae.model import VAE, Batch, Decoder, SparseRows, negative_binomial
 from scuvae.model.batch import sparse
 from scuvae.model.vae import JACOBIAN_NUMBERS, weighted_gram
 
@@ -78,7 +78,7 @@ class Bridge(nn.Module):
             size = batch.size_factor.clamp_min(_TINY)
             if self.network is not None:
                 hidden = self.network.hidden(z, conditions)
-                return self._last_layer.log_prob(sparse(batch.x), hidden, size)
+                return self._last_layer(self.network).log_prob(sparse(batch.x), hidden, size)
             eta, logit, _ = self._decode(z.flatten(0, -2), _repeat(conditions, z))
             shape = (*z.shape[:-1], self.n_vars)
             logit = None if logit is None else logit.view(shape)
@@ -86,11 +86,10 @@ class Bridge(nn.Module):
             return negative_binomial.log_prob(sparse(batch.x), eta.view(shape), size, px_r, logit)
         return self.likelihood.log_prob(batch.x, self.heads(batch, z))
 
-    @property
-    def _last_layer(self) -> LastLayer:
+    def _last_layer(self, network: Decoder) -> LastLayer:
         inflated = self.module.gene_likelihood == "zinb"
         head = self.module.decoder.px_dropout_decoder if inflated else None
-        return LastLayer(self.network.layers[-1], head, self.module.px_r)
+        return LastLayer(cast(nn.Linear, network.layers[-1]), head, self.module.px_r)
 
     @property
     def _is_ours(self) -> bool:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scuvae.model import negative_binomial, poisson, rows
 from scuvae.model.batch import SparseRows, dense, select, sparse
 from scuvae.model.least_squares import squared_residuals
 from scuvae.model.negative_binomial import inverse_theta
-from scuvae.model.rows import Linear
+from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
+from scuvae.model.negative_binomial import passes as negative_binomial_passes
+from scuvae.model.poisson import log_prob as poisson_log_prob
+from scuvae.model.poisson import passes as poisson_passes
+from scuvae.model.rows import Linear, Passes
+from scuvae.model.rows import reverse as reverse_rows
 
 Genes = Tensor | slice
 """The observed genes: a boolean mask, or slice(None) for all."""
@@ -47,7 +51,7 @@ class Likelihood(nn.Module, ABC):
     name: ClassVar[str]
     counts: ClassVar[bool]
     """Whether values must be whole and non-negative; means are then ℓ softmax(η), else η."""
-    passes: ClassVar[rows.Passes | None] = None
+    passes: ClassVar[Passes | None] = None
     """log p and its slopes in closed form, those in its parameters in their order; None where
     autograd is asked."""
 
@@ -78,7 +82,7 @@ class Likelihood(nn.Module, ABC):
         assert self.passes is not None
         x, size_factor, _ = self._seen(x, size_factor, None)
         own = list(self.parameters())
-        return rows.reverse(self.passes, sparse(x), layer, size_factor, factor, own)
+        return reverse_rows(self.passes, sparse(x), layer, size_factor, factor, own)
 
     @torch.no_grad()
     def fisher(
@@ -246,12 +250,12 @@ class Poisson(Likelihood):
 
     name = "poisson"
     counts = True
-    passes = staticmethod(poisson.passes)
+    passes = staticmethod(poisson_passes)
 
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return poisson.log_prob(sparse(x), eta, size_factor)
+        return poisson_log_prob(sparse(x), eta, size_factor)
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return mu
@@ -277,7 +281,7 @@ class NegativeBinomial(Likelihood):
 
     name = "negative_binomial"
     counts = True
-    passes = staticmethod(negative_binomial.passes)
+    passes = staticmethod(negative_binomial_passes)
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
@@ -286,7 +290,7 @@ class NegativeBinomial(Likelihood):
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return negative_binomial.log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
+        return negative_binomial_log_prob(sparse(x), eta, size_factor, self.log_theta[genes])
 
     def _weight(self, x: SparseRows | Tensor, mu: Tensor, genes: Genes) -> Tensor:
         return mu.div_(1 + mu * inverse_theta(self.log_theta[genes]))
@@ -312,7 +316,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     name = "zero_inflated_negative_binomial"
     counts = True
-    passes = staticmethod(negative_binomial.passes)
+    passes = staticmethod(negative_binomial_passes)
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
@@ -323,7 +327,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _log_prob(
         self, x: SparseRows | Tensor, eta: Tensor | Linear, size_factor: Tensor, genes: Genes
     ) -> Tensor:
-        return negative_binomial.log_prob(
+        return negative_binomial_log_prob(
             sparse(x), eta, size_factor, self.log_theta[genes], self.logit_dropout[genes]
         )
 
