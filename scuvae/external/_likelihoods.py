@@ -32,13 +32,15 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class CellLikelihood:
-    """``log_prob(x, heads)`` in nats, (..., cells), and ``root(heads, jacobian)``.
+    """``log_prob(x, heads)`` in nats, (..., cells), ``fisher(heads)`` and ``root(heads, jacobian)``.
 
     The root R, (cells, latent, outputs), has R Rᵀ = Jᵀ F J with F the expected Fisher information
-    of the heads, and J given as (cells, latent, genes) for each head.
+    of the heads, and J given as (cells, latent, genes) for each head; ``fisher`` is that of log μ
+    alone, (cells, genes).
     """
 
     log_prob: Callable[[Tensor | SparseRows, Heads], Tensor]
+    fisher: Callable[[Heads], Tensor]
     root: Callable[[Heads, Heads], Tensor]
 
 
@@ -52,8 +54,12 @@ def _poisson(x: Tensor | SparseRows, heads: Heads) -> Tensor:
     return (-heads.log_mu.exp().sum(-1)).index_add(-1, x.row, terms)
 
 
+def _poisson_fisher(heads: Heads) -> Tensor:
+    return heads.log_mu.exp()
+
+
 def _poisson_root(heads: Heads, jacobian: Heads) -> Tensor:
-    return jacobian.log_mu * (0.5 * heads.log_mu).exp().unsqueeze(-2)
+    return jacobian.log_mu * _poisson_fisher(heads).sqrt().unsqueeze(-2)
 
 
 # --- negative binomial, with zero inflation or without --------------------------------------------
@@ -89,8 +95,16 @@ def _rising(x: Tensor, log_theta: Tensor) -> Tensor:
     return out.to(log_theta.dtype)
 
 
-def _negative_binomial_root(heads: Heads, jacobian: Heads) -> Tensor:
-    """With w = μθ/(μ+θ); inflated, the Fisher information of (log μ, logit) is a 2 × 2 block.
+class _Information(NamedTuple):
+    """Fisher information of log μ, and with zero inflation what else is in its 2 × 2 block."""
+
+    mu: Tensor
+    cross: Tensor | None = None
+    drop: Tensor | None = None
+
+
+def _information(heads: Heads) -> _Information:
+    """w = μθ/(μ+θ); inflated, the Fisher information of (log μ, logit) is a 2 × 2 block.
 
     It is the expectation over x of the score's outer product. With s = −θμ/(θ+μ) the score of
     ln NB(0), p₀ = P(x = 0) and r = (1−π) NB(0)/p₀:
@@ -98,18 +112,29 @@ def _negative_binomial_root(heads: Heads, jacobian: Heads) -> Tensor:
     log θ is orthogonal to log μ; where it depends on z its own information is left out.
     """
     log_theta = _theta(heads)
-    w = log_theta.exp() * torch.sigmoid(heads.log_mu - log_theta)
-    if heads.logit is None or jacobian.logit is None:
-        return jacobian.log_mu * w.sqrt().unsqueeze(-2)
-    log_zero = -log_theta.exp() * F.softplus(heads.log_mu - log_theta, threshold=30.0)
+    theta, odds = log_theta.exp(), heads.log_mu - log_theta
+    w = theta * torch.sigmoid(odds)
+    if heads.logit is None:
+        return _Information(w)
+    log_zero = -theta * F.softplus(odds, threshold=30.0)
     r, drop = torch.sigmoid(log_zero - heads.logit), torch.sigmoid(heads.logit)
     p_zero = drop + (1 - drop) * log_zero.exp()
     mixed = p_zero * r * (1 - r)
     f_mu = ((1 - drop) * w - mixed * w.square()).clamp_min(1e-12)
-    cross = -mixed * w
     f_drop = p_zero * (1 - r - drop).square() + (1 - p_zero) * drop.square()
-    # Its Cholesky factor, by hand.
+    return _Information(f_mu, -mixed * w, f_drop)
+
+
+def _negative_binomial_fisher(heads: Heads) -> Tensor:
+    return _information(heads).mu
+
+
+def _negative_binomial_root(heads: Heads, jacobian: Heads) -> Tensor:
+    f_mu, cross, f_drop = _information(heads)
     first = f_mu.sqrt()
+    if jacobian.logit is None or cross is None or f_drop is None:
+        return jacobian.log_mu * first.unsqueeze(-2)
+    # The block's Cholesky factor, by hand.
     below = cross / first
     second = (f_drop - below.square()).clamp_min(0).sqrt()
     return torch.cat(
@@ -130,9 +155,13 @@ def _normal(x: Tensor | SparseRows, heads: Heads) -> Tensor:
     return (-0.5 * z.square() - log_sigma).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
+def _normal_fisher(heads: Heads) -> Tensor:
+    return (2 * (heads.log_mu - _theta(heads))).exp()
+
+
 def _normal_root(heads: Heads, jacobian: Heads) -> Tensor:
     """μ²/σ² for log μ and 2 for log σ."""
-    root = jacobian.log_mu * (heads.log_mu - _theta(heads)).exp().unsqueeze(-2)
+    root = jacobian.log_mu * _normal_fisher(heads).sqrt().unsqueeze(-2)
     if jacobian.log_theta is None:
         return root
     return torch.cat([root, math.sqrt(2) * jacobian.log_theta], -1)
@@ -145,8 +174,8 @@ def _theta(heads: Heads) -> Tensor:
 
 
 LIKELIHOODS: dict[str, CellLikelihood] = {
-    "poisson": CellLikelihood(_poisson, _poisson_root),
-    "nb": CellLikelihood(_negative_binomial, _negative_binomial_root),
-    "zinb": CellLikelihood(_negative_binomial, _negative_binomial_root),
-    "normal": CellLikelihood(_normal, _normal_root),
+    "poisson": CellLikelihood(_poisson, _poisson_fisher, _poisson_root),
+    "nb": CellLikelihood(_negative_binomial, _negative_binomial_fisher, _negative_binomial_root),
+    "zinb": CellLikelihood(_negative_binomial, _negative_binomial_fisher, _negative_binomial_root),
+    "normal": CellLikelihood(_normal, _normal_fisher, _normal_root),
 }

@@ -19,7 +19,7 @@ from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Batch, Decoder, SparseRows, negative_binomial
 from scuvae.model.batch import sparse
-from scuvae.model.vae import JACOBIAN_NUMBERS, weighted_gram
+from scuvae.model.vae import JACOBIAN_NUMBERS, jacobian_gram, weighted_gram
 
 # Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
 _X, _BATCH, _LABELS = "X", "batch", "labels"
@@ -36,8 +36,11 @@ class Bridge(nn.Module):
     covariates, batch embedding, one-hot categories, and the number of the dispersion's column.
     """
 
-    def __init__(self, module: Any, device: torch.device) -> None:
+    def __init__(
+        self, module: Any, device: torch.device, *, whole_curvature: bool = False
+    ) -> None:
         super().__init__()
+        self.whole_curvature = whole_curvature
         self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
         self.module.minified_data_type = None  # its encoder is asked about counts
         self.likelihood = LIKELIHOODS[module.gene_likelihood]
@@ -112,12 +115,30 @@ class Bridge(nn.Module):
     @torch.no_grad()
     def curvature(self, batch: Batch, z: Tensor) -> Tensor:
         """−∇²_z log p(x | z), about, (cells, latent, latent); a few cells at a time."""
+        if self.network is not None and not self.whole_curvature:
+            return self._curvature_of_mean(batch, z)
         chunk = max(1, JACOBIAN_NUMBERS // (self.n_vars * z.shape[-1]))
         parts = []
         for rows in torch.arange(len(z), device=z.device).split(chunk):
             root = self.curvature_root(batch.take(rows), z[rows])
             parts.append(weighted_gram(root, root.new_ones(len(root), root.shape[-1])))
         return torch.cat(parts)
+
+    def _curvature_of_mean(self, batch: Batch, z: Tensor) -> Tensor:
+        """By way of log μ alone, the parts of dropouts and dispersions left out."""
+        assert self.network is not None
+        conditions = cast(Tensor, batch.covariates)
+        eta, tangent, weight = self.network.linearize(z, conditions)
+        logit, log_theta = self._rest(self.network.hidden(z, conditions))
+        if log_theta is None:
+            log_theta = self._dispersion(conditions)
+        log_mu = self._activation(eta) + _log(batch.size_factor).unsqueeze(-1)
+        fisher = self.likelihood.fisher(Heads(log_mu, logit, log_theta))
+        if self.module.use_size_factor_key:  # μ = ℓ softplus(η)
+            fisher = fisher * (torch.sigmoid(eta) / F.softplus(eta)).square()
+            return jacobian_gram(tangent, weight, fisher)
+        shift = -(tangent @ (eta.softmax(-1) @ weight).unsqueeze(-1))  # μ = ℓ softmax(η)
+        return jacobian_gram(tangent, weight, fisher, shift)
 
     def curvature_root(self, batch: Batch, z: Tensor) -> Tensor:
         """R with R Rᵀ ≈ −∇²_z log p(x | z), (cells, latent, outputs)."""

@@ -131,7 +131,7 @@ def refine(
     where = resolve_device(device)
     check_model(model)
     adata = model.adata if adata is None else adata
-    bridge = Bridge(model.module, where)
+    bridge = Bridge(model.module, where, whole_curvature=covariance == "full")
 
     parts: list[Distribution] = []
     encoders: list[Distribution] = []

@@ -106,24 +106,13 @@ class VAE(nn.Module):
         fisher, centre = self.likelihood.fisher(batch.x, eta, size, batch.observed)
         if centre is not None and size is not batch.size_factor:
             centre = F.softmax(eta, -1)  # unobserved genes are in the sum that divides exp(η)
-        n_cells, n_latent, width = tangent.shape
         # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
-        shift = tangent.new_zeros(n_cells, n_latent, 1)
-        if centre is not None:
-            shift = -(tangent @ (centre @ weight).unsqueeze(-1))
+        shift = None if centre is None else -(tangent @ (centre @ weight).unsqueeze(-1))
         if n_genes is not None and n_genes < len(weight):
             matters = fisher.mean(0) * weight.square().sum(1)
             genes, chance = systematic_sample(matters, n_genes)
             weight, fisher = weight[genes], fisher[:, genes] / chance
-        chunk = max(1, JACOBIAN_NUMBERS // (len(weight) * n_latent))
-        parts = []
-        for first in range(0, n_cells, chunk):
-            some = slice(first, first + chunk)
-            jacobian = torch.addmm(
-                shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
-            ).view(-1, n_latent, len(weight))
-            parts.append(weighted_gram(jacobian, fisher[some]))
-        return torch.cat(parts)
+        return jacobian_gram(tangent, weight, fisher, shift)
 
     def encode(self, batch: Batch) -> Distribution:
         """The encoder's q for a batch."""
@@ -163,6 +152,36 @@ def systematic_sample(size: Tensor, n: int) -> tuple[Tensor, Tensor]:
     at = torch.rand((), device=size.device) + torch.arange(n, device=size.device)
     drawn = torch.searchsorted(chance.cumsum(0), at).clamp_max(len(size) - 1)
     return drawn, chance[drawn].to(size)
+
+
+def jacobian_gram(
+    tangent: Tensor, weight: Tensor, fisher: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Jᵀ diag(w) J, (cells, latent, latent), of Jacobians whose transposes are T Wᵀ + s.
+
+    Those of a few cells at a time are written out, whatever the number of cells.
+
+    Parameters
+    ----------
+    tangent, weight
+        T, (cells, latent, width), and W, (genes, width): see ``Decoder.linearize``.
+    fisher
+        w ≥ 0, (cells, genes).
+    shift
+        s, (cells, latent, 1); None for none.
+    """
+    n_cells, n_latent, width = tangent.shape
+    if shift is None:
+        shift = tangent.new_zeros(n_cells, n_latent, 1)
+    chunk = max(1, JACOBIAN_NUMBERS // (len(weight) * n_latent))
+    parts = []
+    for first in range(0, n_cells, chunk):
+        some = slice(first, first + chunk)
+        jacobian = torch.addmm(
+            shift[some].reshape(-1, 1), tangent[some].reshape(-1, width), weight.T
+        ).view(-1, n_latent, len(weight))
+        parts.append(weighted_gram(jacobian, fisher[some]))
+    return torch.cat(parts)
 
 
 def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
