@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from scuvae._keys import SCVI, Keys
 
 scvi = pytest.importorskip("scvi")
 
+from scuvae.external import _last_layer  # noqa: E402
 from scuvae.external import scvi as bridge  # noqa: E402
 from scuvae.external._scvi_checks import loader_of  # noqa: E402
 from scuvae.external._scvi_module import Bridge  # noqa: E402
@@ -198,6 +200,54 @@ def test_curvature_is_the_expected_one(gene_likelihood: str, dispersion: str) ->
     assert (np.abs(found - truth) < 5 * error + 1e-4 * np.abs(truth).max()).all()
     # The score itself has mean zero: these draws are of this p.
     assert (score.mean(0).abs() < 5 * score.std(0) / n_draws**0.5).all()
+
+
+@every_likelihood
+@pytest.mark.parametrize("setup", [COVARIATES, {"size_factor_key": "expected"}])
+def test_curvature_by_way_of_the_mean(gene_likelihood: str, setup: dict[str, Any]) -> None:
+    """It is the expected one where a cell's dropouts are the same for any z."""
+    options = {"n_layers": 2, "deeply_inject_covariates": False}
+    model = model_of(cells(), setup, gene_likelihood=gene_likelihood, **options)
+    if gene_likelihood == "zinb":
+        with torch.no_grad():
+            model.module.decoder.px_dropout_decoder.weight.zero_()
+    read, _, batch, q = one_batch(model)
+    assert read.network is not None
+    root = read.curvature_root(batch, q.mean)
+    # Jacobians centred before or after the product: float32's rounding.
+    torch.testing.assert_close(read.curvature(batch, q.mean), root @ root.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gene_likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_slopes_made_in_blocks(
+    gene_likelihood: str, n_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd of log p written out in scvi-tools' heads, in float64; draws by twos."""
+    options: dict[str, Any] = {"n_layers": n_layers, "deeply_inject_covariates": False}
+    options["gene_likelihood"] = gene_likelihood
+    read, _, batch, q = one_batch(model_of(cells(), COVARIATES, **options))
+    assert read.in_blocks
+    z = (q.mean + 2 * torch.randn(5, *q.mean.shape)).requires_grad_()
+    weight = torch.rand(z.shape[:-1])
+    monkeypatch.setattr(_last_layer, "_NUMBERS", 2 * len(batch) * read.n_vars)
+    found = read.log_likelihood(batch, z)
+    (slope,) = torch.autograd.grad((weight * found).sum(), z)
+    with torch.no_grad():
+        torch.testing.assert_close(read.log_likelihood(batch, z), found)
+
+    exact = Bridge(read.module.double(), CPU)
+    at = z.detach().double().requires_grad_()
+    wide = replace(
+        batch,
+        x=batch.x.dense.double(),
+        size_factor=batch.size_factor.double(),
+        covariates=batch.covariates.double(),
+    )
+    truth = exact.likelihood.log_prob(wide.x, exact.heads(wide, at))
+    (truth_slope,) = torch.autograd.grad((weight * truth).sum(), at)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(slope.double(), truth_slope, rtol=1e-3, atol=1e-2)
 
 
 # --- refinement -----------------------------------------------------------------------------------

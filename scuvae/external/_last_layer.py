@@ -16,7 +16,7 @@ from scuvae.model.negative_binomial import passes
 from scuvae.model.rising import compiled
 
 # Numbers in a block of logits, for a processor's caches.
-_NUMBERS = int(__import__('os').environ.get('NUM','19')) and 2**int(__import__('os').environ.get('NUM','19'))
+_NUMBERS = 2**20
 
 
 class LastLayer(NamedTuple):

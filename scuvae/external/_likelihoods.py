@@ -32,11 +32,11 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class CellLikelihood:
-    """``log_prob(x, heads)`` in nats, (..., cells), ``fisher(heads)`` and ``root(heads, jacobian)``.
+    """``log_prob(x, heads)`` in nats, (..., cells), ``fisher(heads)``, ``root(heads, jacobian)``.
 
-    The root R, (cells, latent, outputs), has R Rᵀ = Jᵀ F J with F the expected Fisher information
-    of the heads, and J given as (cells, latent, genes) for each head; ``fisher`` is that of log μ
-    alone, (cells, genes).
+    ``fisher`` is the expected Fisher information of log μ, (cells, genes). The root R, (cells,
+    latent, outputs), has R Rᵀ = Jᵀ F J with F that of all heads, and J given as (cells, latent,
+    genes) for each head.
     """
 
     log_prob: Callable[[Tensor | SparseRows, Heads], Tensor]

@@ -232,6 +232,8 @@ def hand_back(model: Any, *, key: str | None = None) -> None:
 
 def _cells_at_once(bridge: Bridge, device: torch.device) -> int:
     numbers = _NUMBERS.get(device.type, _NUMBERS["cpu"])
+    if device.type == "cpu" and bridge.in_blocks:
+        numbers *= 2
     return min(max(numbers // (2 * bridge.n_latent * bridge.n_vars), 16), 4096)
 
 
