@@ -53,7 +53,7 @@ _SHORTEST = 1e-2
 
 
 def refine_diagonal(
-    model: VAE, batch: Batch, q: Distribution, *, max_steps: int = 20, tolerance: float = 0.1
+    model: VAE, batch: Batch, q: Distribution, *, max_steps: int = 20, tolerance: float = 0.05
 ) -> Distribution:
     """A diagonal q from ``q``, at most ``max_steps`` steps of either kind.
 
