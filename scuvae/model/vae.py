@@ -67,7 +67,7 @@ class VAE(nn.Module):
 
         ``factor`` times the slopes of their sum in the model's parameters is added to the ``grad``
         of these: what autograd would do, but for likelihoods with closed-form passes without its
-        cost, which for a batch of cells is a fifth of a step's.
+        cost, which for small batches is felt.
         """
         last = self.decoder.last
         if self.likelihood.passes is None or last is None or batch.observed is not None:
