@@ -31,16 +31,16 @@ class LastLayer(NamedTuple):
 
         ``size`` is (cells,). Gradients are in ``hidden`` alone.
         """
-        keep = torch.is_grad_enabled() and hidden.requires_grad
-        result: Tensor = _OfHidden.apply(hidden, self, x, size, keep)
+        result: Tensor = _OfHidden.apply(hidden, self, x, size, torch.is_grad_enabled())
         return result
 
 
 class _OfHidden(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, layer: LastLayer, x: SparseRows, size: Tensor, keep: bool
+        ctx: Any, hidden: Tensor, layer: LastLayer, x: SparseRows, size: Tensor, grad_enabled: bool
     ) -> Tensor:
+        keep = grad_enabled and ctx.needs_input_grad[0]
         draws = hidden.view(-1, *hidden.shape[-2:])
         n = len(draws)
         if compiled(hidden):

@@ -233,7 +233,7 @@ def hand_back(model: Any, *, key: str | None = None) -> None:
 def _cells_at_once(bridge: Bridge, device: torch.device) -> int:
     numbers = _NUMBERS.get(device.type, _NUMBERS["cpu"])
     if device.type == "cpu" and bridge.in_blocks:
-        numbers *= 2
+        numbers *= 2  # these are never written out for all draws, so that caches set no limit
     return min(max(numbers // (2 * bridge.n_latent * bridge.n_vars), 16), 4096)
 
 

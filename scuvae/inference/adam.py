@@ -34,7 +34,7 @@ def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> Optimizer:
 class CompiledAdam:
     """The steps of :class:`torch.optim.Adam` to rounding, for float32 on a CPU.
 
-    None of torch's optimisers, whose hooks take as long as the smaller parameters' steps.
+    Not one of torch's optimisers: a call of theirs passes through hooks, at every step.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:

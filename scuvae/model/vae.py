@@ -66,8 +66,8 @@ class VAE(nn.Module):
         """log p(x | z), (..., cells), and ``factor`` times its slopes in z, of the shape of z.
 
         ``factor`` times the slopes of their sum in the model's parameters is added to the ``grad``
-        of these: what autograd would do, but for likelihoods with closed-form passes without its
-        cost, which for small batches is felt.
+        of these. What autograd would do; where the likelihood has closed-form passes it is not
+        asked, since what it costs does not shrink with the batch.
         """
         last = self.decoder.last
         if self.likelihood.passes is None or last is None or batch.observed is not None:
