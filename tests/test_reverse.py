@@ -11,9 +11,9 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae.inference import natural
 from scuvae.inference.adam import CompiledAdam, adam
-from scuvae.inference.objectives import descend, elbo
+from scuvae.inference.objectives import _drawn, descend, elbo, kl_to_prior
 from scuvae.model import VAE, Batch
-from scuvae.model.networks import Decoder, _gate
+from scuvae.model.networks import Decoder, _gated
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -106,12 +106,13 @@ def test_gates_are_those_of_torchs_operators() -> None:
     entered = torch.randn(40, 30)
     entered[0, :3] = torch.tensor([0.0, -0.0, torch.nan])
     torch.manual_seed(5)
-    found = _gate(entered, 0.25)
+    passed, gate = _gated(entered, 0.25)
     torch.manual_seed(5)
-    expected = _gate(entered.double(), 0.25)
-    assert 0 < (found > 0).float().mean() < 0.5
-    torch.testing.assert_close(found.double(), expected.double(), rtol=EPS, atol=0)
-    assert not found[0, :3].any()
+    _, expected = _gated(entered.double(), 0.25)
+    assert 0 < (gate > 0).float().mean() < 0.5
+    torch.testing.assert_close(gate.double(), expected.double(), rtol=EPS, atol=0)
+    torch.testing.assert_close(passed, entered * gate, equal_nan=True)
+    assert not gate[0, :3].any()
 
 
 def test_what_is_no_number_passes_a_gate() -> None:
@@ -126,9 +127,8 @@ def test_draws_have_their_covariance(n_samples: int) -> None:
     mean = torch.randn(1, 3).expand(20_000, 3).contiguous()
     tril = torch.tensor([[0.5, 0, 0], [-0.3, 0.8, 0], [0.2, 0.1, 1.2]])
     q = MultivariateNormal(mean, scale_tril=tril.expand(20_000, 3, 3).contiguous())
-    from scuvae.inference.objectives import _draws
-
-    z = _draws(q, n_samples)
+    z, kl = _drawn(q, n_samples)
+    torch.testing.assert_close(kl, kl_to_prior(q), rtol=1e-6, atol=0)  # float32's roundings
     assert z.shape == (mean.shape if n_samples == 1 else (n_samples, *mean.shape))
     rows = z.reshape(-1, 3)
     # four standard errors of the mean and of second moments
@@ -154,8 +154,11 @@ def test_steps_of_the_mean(full: bool, dtype: torch.dtype) -> None:
     assert (length > 1).any()
     assert (length < 1).any()
     expected = torch.where(length > 1, step / length, step)
-    found = natural.mean_step(q, slope, -1.5, 0.4, 1.0)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32's roundings
+    rows, table = torch.randperm(40)[:30], torch.randn(40, 4, dtype=dtype)
+    moved = table.clone()
+    natural.move(moved, rows, q, slope, factor=-1.5, rate=0.4, longest=1.0, by=0.5)
+    table[rows] += 0.5 * expected
+    torch.testing.assert_close(moved, table, rtol=1e-5, atol=1e-5)  # float32's roundings
 
 
 def test_adam_is_torchs() -> None:

@@ -51,13 +51,16 @@ def test_sizes_without_a_difference(size: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["gaussian", "negative_binomial"])
 def test_curvature_of_some_genes_is_that_of_all_on_average(name: str) -> None:
-    model = model_of(name)
-    batch = batch_of(cells_of(model, 5))
+    model = model_of(name, n_vars=400)
+    batch = batch_of(cells_of(model, 5, total=600.0))
     z = torch.randn(5, 2, dtype=torch.float64)
     whole = model.curvature(batch, z)
     n_genes = model.n_vars
     torch.testing.assert_close(model.curvature(batch, z, n_genes), whole)
-    some = torch.stack([model.curvature(batch, z, n_genes // 2) for _ in range(1000)])
+    some = torch.stack([model.curvature(batch, z, n_genes // 4) for _ in range(1000)])
     error = some.std(0) / 1000**0.5
     assert (error > 0).any()
-    assert ((some.mean(0) - whole).abs() < 4.5 * error + 1e-9 * whole.abs().max()).all()
+    # A centre from the same genes is a ratio, whose error adds a gene's share.
+    of_centre = 0.0 if name == "gaussian" else 4 / n_genes
+    largest = whole.abs().amax((1, 2), keepdim=True)
+    assert ((some.mean(0) - whole).abs() < 4.5 * error + (of_centre + 1e-9) * largest).all()

@@ -78,8 +78,10 @@ class SameDraws(Posterior):
     ) -> None:
         self.inner.step(model, batch, slope, scale=scale, kl_weight=kl_weight, rate=rate)
 
-    def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
-        return self.inner.extra_loss(model, batch, kl_weight)
+    def descend(
+        self, model: VAE, batch: Batch, *, weight: float, kl_weight: float
+    ) -> Tensor | None:
+        return self.inner.descend(model, batch, weight=weight, kl_weight=kl_weight)
 
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.25])
@@ -178,7 +180,7 @@ class Recorded(Posterior):
     def __init__(self, inner: Posterior) -> None:
         super().__init__()
         self.inner = inner
-        self.step, self.extra_loss = inner.step, inner.extra_loss
+        self.step, self.descend = inner.step, inner.descend
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         self.q = self.inner(model, batch, kl_weight)

@@ -42,7 +42,7 @@ class CompiledAdam:
         self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
 
     def step(self) -> None:
-        from scuvae.inference.adam_kernel import step  # with numba, when it is needed
+        from scuvae.inference.adam_kernel import flat, step  # with numba, when it is needed
 
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -52,7 +52,9 @@ class CompiledAdam:
                 state = self.state[parameter]
                 if not state:
                     first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                    state.update(step=0, exp_avg=first, exp_avg_sq=second)
+                    # As arrays of the same memory: to make them takes as long as a small step.
+                    arrays = tuple(flat(part) for part in (parameter, first, second))
+                    state.update(step=0, exp_avg=first, exp_avg_sq=second, arrays=arrays)
                 state["step"] += 1
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                step(parameter, gradient, *moments, state["step"], group["lr"], _BETAS, _EPS)
+                own, first, second = state["arrays"]
+                step(gradient, own, first, second, state["step"], group["lr"], _BETAS, _EPS)

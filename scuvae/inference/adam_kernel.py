@@ -30,20 +30,25 @@ def _step(
         parameter[i] -= rate * m / (np.sqrt(v) * shrink + eps)
 
 
+def flat(contiguous: Tensor) -> np.ndarray:
+    """The numbers of a tensor as an array of one dimension, over the same memory."""
+    array: np.ndarray = contiguous.detach().view(-1).numpy()
+    return array
+
+
 def step(
-    parameter: Tensor,
     gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
+    parameter: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
     number: int,
     rate: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Step ``number``, from 1, of a parameter and its moments, all contiguous, in place."""
-    arrays = (
-        t.detach().view(-1).numpy() for t in (parameter, gradient.contiguous(), first, second)
-    )
+    """Step ``number``, from 1, of a parameter and its moments, flat, in place."""
     unbiased = rate / (1 - betas[0] ** number)
     shrink = 1 / math.sqrt(1 - betas[1] ** number)
-    _step(*arrays, f32(betas[0]), f32(betas[1]), f32(unbiased), f32(shrink), f32(eps))
+    slopes = flat(gradient.contiguous())
+    constants = (f32(number) for number in (*betas, unbiased, shrink, eps))
+    _step(parameter, slopes, first, second, *constants)

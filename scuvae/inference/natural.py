@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from scuvae.model import full_gaussian
 from scuvae.model.rising import compiled
 
 
@@ -50,7 +51,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
 def posterior(mean: Tensor, precision: Tensor, *, full: bool) -> Distribution:
     """The best q at a mean and precision: N(m, Λ⁻¹), or s_k² = 1/Λ_kk in the diagonal family."""
     if full:
-        return MultivariateNormal(mean, scale_tril=scale_tril(precision), validate_args=False)
+        return full_gaussian(mean, scale_tril(precision))
     scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
 
@@ -64,19 +65,33 @@ def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
     return (tril @ (tril.mT @ gradient.unsqueeze(-1))).squeeze(-1)
 
 
-def mean_step(q: Distribution, slope: Tensor, factor: float, rate: float, longest: float) -> Tensor:
-    """ρ Λ⁻¹ g of each cell, g = ``factor`` · ``slope`` − m, none longer than ``longest``."""
+def move(
+    means: Tensor,
+    rows: Tensor,
+    q: Distribution,
+    slope: Tensor,
+    *,
+    factor: float,
+    rate: float,
+    longest: float,
+    by: float = 1.0,
+) -> None:
+    """Add ``by`` times ρ Λ⁻¹ g to the table's rows, g = ``factor`` · ``slope`` − m of each cell.
+
+    ρ is ``rate``; no ρ Λ⁻¹ g is longer than ``longest``.
+    """
     if isinstance(q, MultivariateNormal):
         tril = q.scale_tril
-        if compiled(slope):
-            from scuvae.model.gaussian_kernels import mean_step as compiled_step
+        if compiled(slope) and means.is_contiguous():
+            from scuvae.model.gaussian_kernels import move as compiled_move
 
-            mean, slope = q.mean.contiguous(), slope.contiguous()
-            return compiled_step(mean, tril.contiguous(), slope, factor, rate, longest)
+            slope = slope.contiguous()
+            compiled_move(means, rows, q.loc, tril, slope, factor, rate, longest, by)
+            return
         direction = precondition(tril, torch.add(factor * slope, q.mean, alpha=-1))
     else:
         direction = q.variance * torch.add(factor * slope, q.mean, alpha=-1)
-    return cap_length(rate * direction, longest)
+    means.index_add_(0, rows, cap_length(rate * direction, longest), alpha=by)
 
 
 def cap_length(step: Tensor, longest: float) -> Tensor:

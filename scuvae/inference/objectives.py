@@ -15,10 +15,6 @@ def kl_to_prior(q: Distribution) -> Tensor:
     mean = q.mean
     if isinstance(q, MultivariateNormal):
         tril = q.scale_tril
-        if mean.dim() == 2 and compiled(mean) and not asks_gradient(mean, tril):
-            from scuvae.model.gaussian_kernels import kl
-
-            return kl(mean.detach().contiguous(), tril.detach().contiguous())
         trace = tril.square().sum((-2, -1))
         log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
@@ -45,8 +41,8 @@ class Elbo:
 
 def elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 1) -> Elbo:
     """E_q[log p(x | z)] − KL(q ‖ prior), the expectation over ``n_samples`` draws, KL analytic."""
-    reconstruction = model.log_likelihood(batch, _draws(q, n_samples))
-    return Elbo(_mean(reconstruction, n_samples), kl_to_prior(q))
+    z, kl = _drawn(q, n_samples)
+    return Elbo(_mean(model.log_likelihood(batch, z), n_samples), kl)
 
 
 def descend(
@@ -58,25 +54,24 @@ def descend(
     comes from. Returned beside the ELBO is that of the reconstruction's part in the draws of z,
     (cells, latent) or (draws, cells, latent).
     """
-    z = _draws(q, n_samples)
+    z, kl = _drawn(q, n_samples)
     reconstruction, slope = model.reverse(batch, z.detach(), -weight / n_samples)
-    kl = kl_to_prior(q)
     if z.requires_grad:
         torch.autograd.backward([z, kl], [slope, torch.full_like(kl, weight * kl_weight)])
     return Elbo(_mean(reconstruction, n_samples), kl.detach()), slope
 
 
-def _draws(q: Distribution, n_samples: int) -> Tensor:
+def _drawn(q: Distribution, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Draws of q, (cells, latent) or (draws, cells, latent), and its KL to the prior."""
     shape = (n_samples,) if n_samples > 1 else ()
     if isinstance(q, MultivariateNormal):
         mean, tril = q.loc, q.scale_tril
         if mean.dim() == 2 and compiled(mean) and not asks_gradient(mean, tril):
             from scuvae.model.gaussian_kernels import draw
 
-            return draw(
-                mean.contiguous(), tril.contiguous(), mean.new_empty(*shape, *mean.shape).normal_()
-            )
-    return q.rsample(shape)
+            points = mean.new_empty(*shape, *mean.shape).normal_()
+            return draw(mean.detach().contiguous(), tril.detach().contiguous(), points)
+    return q.rsample(shape), kl_to_prior(q)
 
 
 def _mean(values: Tensor, n_samples: int) -> Tensor:

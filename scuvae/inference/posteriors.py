@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from scuvae.inference import natural
 from scuvae.inference.local_steps import LOCAL_STEPS
-from scuvae.inference.objectives import elbo
+from scuvae.inference.objectives import descend
 from scuvae.inference.rows import ROW_OPTIMIZERS
 from scuvae.model import VAE, Batch, gaussian, raw_scale
 
@@ -44,8 +44,13 @@ class Posterior(nn.Module, ABC):
         what the loss of a cell weighs, ``rate`` the schedule's factor on step sizes.
         """
 
-    def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
-        """What is minimised beside the loss of the last q, summed over the batch, or None."""
+    def descend(
+        self, model: VAE, batch: Batch, *, weight: float, kl_weight: float
+    ) -> Tensor | None:
+        """The backward pass of ``weight`` times what is minimised beside the loss of the last q.
+
+        Returned is that, summed over the batch, or None where there is nothing.
+        """
         return None
 
 
@@ -219,8 +224,13 @@ class _NaturalRule:
             of_draws = of_draws.sum(0)
         kept = 1 - model.decoder.dropout
         weight = -1 / (scale * kl_weight)
-        step = natural.mean_step(q, of_draws, weight, self.rate * kept**3, self.longest)
-        table.mean.index_add_(0, rows, step, alpha=rate)
+        natural.move(
+            *(table.mean, rows, q, of_draws),
+            factor=weight,
+            rate=self.rate * kept**3,
+            longest=self.longest,
+            by=rate,
+        )
 
     def _visit(self, on_host: Tensor) -> np.ndarray:
         """Count a visit of each row; whether its precision is due."""
@@ -279,11 +289,13 @@ class SemiAmortizedPosterior(Posterior):
         model.train(training)
         return q
 
-    def extra_loss(self, model: VAE, batch: Batch, kl_weight: float) -> Tensor | None:
+    def descend(
+        self, model: VAE, batch: Batch, *, weight: float, kl_weight: float
+    ) -> Tensor | None:
         encoded, self._encoded = self._encoded, None
         if encoded is None:
-            raise RuntimeError("extra_loss() follows a call of the posterior")
-        own = elbo(model, batch, encoded)
+            raise RuntimeError("descend() follows a call of the posterior")
+        own, _ = descend(model, batch, encoded, 1, weight=weight, kl_weight=kl_weight)
         return (kl_weight * own.kl - own.reconstruction).sum()
 
 

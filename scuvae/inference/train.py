@@ -133,10 +133,9 @@ def train(
             if not row_number:
                 blocks.append(terms.kl.new_zeros(3, _ROWS))
             blocks[-1][:2, row_number] = terms.sums()
-            extra = posterior.extra_loss(model, batch, kl_weight)
+            extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
             if extra is not None:
-                (weight * extra).backward()
-                blocks[-1][2, row_number] = extra.detach()
+                blocks[-1][2, row_number] = extra
             posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=rate)
             optimizer.step()
             visited.append(batch.index)

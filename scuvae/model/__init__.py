@@ -1,7 +1,7 @@
 """p: likelihoods, networks and the VAE. Torch only; knows nothing of inference or of AnnData."""
 
 from scuvae.model.batch import Batch, SparseRows
-from scuvae.model.gaussian import gaussian, raw_scale
+from scuvae.model.gaussian import full_gaussian, gaussian, raw_scale
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.networks import Decoder, Encoder
 from scuvae.model.vae import VAE
@@ -14,6 +14,7 @@ __all__ = [
     "Encoder",
     "Likelihood",
     "SparseRows",
+    "full_gaussian",
     "gaussian",
     "raw_scale",
 ]

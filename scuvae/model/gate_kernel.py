@@ -10,15 +10,18 @@ from scuvae.model.vectors import exact, f32
 
 
 @exact
-def _gate(entered: Any, draws: Any, least: Any, gain: Any, out: Any) -> None:
+def _gate(entered: Any, draws: Any, least: Any, gain: Any, gate: Any, out: Any) -> None:
     for i in range(len(entered)):
         open_ = (entered[i] > f32(0.0)) & (draws[i] >= least)
-        out[i] = gain if open_ else f32(0.0)
+        gate[i] = gain if open_ else f32(0.0)
+        out[i] = entered[i] * gate[i]
 
 
-def gate(entered: Tensor, draws: Tensor, least: int, gain: float) -> Tensor:
-    """``gain`` where what entered is positive and its draw, int16, is at ``least`` so, else 0."""
-    out = torch.empty_like(entered)
-    arrays = entered.view(-1).numpy(), draws.view(-1).numpy()
-    _gate(*arrays, np.int16(least), f32(gain), out.view(-1).numpy())
-    return out
+def gated(entered: Tensor, draws: Tensor, least: int, gain: float) -> tuple[Tensor, Tensor]:
+    """What entered times its gate, and that: ``gain`` where it is positive and its draw, int16, is
+    at ``least`` so, else 0."""
+    gate, out = torch.empty_like(entered), torch.empty_like(entered)
+    arrays = (array.view(-1).numpy() for array in (entered, draws, gate, out))
+    entered_, draws_, *made = arrays
+    _gate(entered_, draws_, np.int16(least), f32(gain), *made)
+    return out, gate

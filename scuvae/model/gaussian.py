@@ -30,7 +30,18 @@ def gaussian(mean: Tensor, raw: Tensor) -> Distribution:
     if raw.shape[-1] == n_latent:
         scale = F.softplus(raw).clamp_min(_MIN_SCALE)
         return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
-    return MultivariateNormal(mean, scale_tril=_factor(raw, n_latent), validate_args=False)
+    return full_gaussian(mean, _factor(raw, n_latent))
+
+
+def full_gaussian(mean: Tensor, tril: Tensor) -> MultivariateNormal:
+    """N(m, C Cᵀ) for means (..., cells, latent) and factors of their full shape.
+
+    Without the constructor, which broadcasts them, and took as long as a small product.
+    """
+    q = MultivariateNormal.__new__(MultivariateNormal)
+    q.loc, q.scale_tril, q._unbroadcasted_scale_tril = mean, tril, tril
+    Distribution.__init__(q, mean.shape[:-1], mean.shape[-1:], validate_args=False)
+    return q
 
 
 def _factor(raw: Tensor, n_latent: int) -> Tensor:

@@ -32,19 +32,6 @@ def _unpack(raw: Any, least: Any, out: Any) -> None:
 
 
 @exact
-def _kl(mean: Any, tril: Any, out: Any) -> None:
-    n_latent = mean.shape[1]
-    for i in range(len(mean)):
-        total, log_det = f32(0.0), 0.0
-        for a in range(n_latent):
-            total += mean[i, a] * mean[i, a] - f32(1.0)
-            for b in range(a + 1):
-                total += tril[i, a, b] * tril[i, a, b]
-            log_det += math.log(tril[i, a, a])
-        out[i] = f32(0.5) * total - f32(log_det)
-
-
-@exact
 def _through_covariance(tril: Any, vector: Any, inner: Any, out: Any) -> None:
     """C Cᵀ v of one cell; ``inner`` is room."""
     inner[:] = f32(0.0)
@@ -58,15 +45,22 @@ def _through_covariance(tril: Any, vector: Any, inner: Any, out: Any) -> None:
 
 
 @exact
-def _draw(mean: Any, tril: Any, points: Any, out: Any) -> None:
+def _draw(mean: Any, tril: Any, points: Any, out: Any, kl: Any) -> None:
     n_cells, n_latent = mean.shape
-    for r in range(len(points)):
-        i = r % n_cells
+    for i in range(n_cells):
+        total, log_det = f32(0.0), 0.0
         for a in range(n_latent):
-            z = mean[i, a]
+            total += mean[i, a] * mean[i, a] - f32(1.0)
             for b in range(a + 1):
-                z += tril[i, a, b] * points[r, b]
-            out[r, a] = z
+                total += tril[i, a, b] * tril[i, a, b]
+            log_det += math.log(tril[i, a, a])
+        kl[i] = f32(0.5) * total - f32(log_det)
+        for r in range(i, len(points), n_cells):
+            for a in range(n_latent):
+                z = mean[i, a]
+                for b in range(a + 1):
+                    z += tril[i, a, b] * points[r, b]
+                out[r, a] = z
 
 
 @exact
@@ -77,22 +71,30 @@ def _precondition(tril: Any, gradient: Any, out: Any) -> None:
 
 
 @exact
-def _mean_step(
-    mean: Any, tril: Any, slope: Any, factor: Any, rate: Any, longest: Any, out: Any
+def _move(
+    means: Any,
+    rows: Any,
+    mean: Any,
+    tril: Any,
+    slope: Any,
+    factor: Any,
+    rate: Any,
+    longest: Any,
+    by: Any,
 ) -> None:
     n_latent = mean.shape[1]
-    ascent, inner = np.empty(n_latent, f32), np.empty(n_latent, f32)
+    ascent, inner, step = np.empty(n_latent, f32), np.empty(n_latent, f32), np.empty(n_latent, f32)
     for i in range(len(mean)):
         for a in range(n_latent):
             ascent[a] = rate * (factor * slope[i, a] - mean[i, a])
-        _through_covariance(tril[i], ascent, inner, out[i])
+        _through_covariance(tril[i], ascent, inner, step)
         squares = f32(0.0)
         for a in range(n_latent):
-            squares += out[i, a] * out[i, a]
+            squares += step[a] * step[a]
         length = math.sqrt(squares)
-        if length > longest:
-            for a in range(n_latent):
-                out[i, a] *= longest / length
+        part = by * f32(longest / length) if length > longest else by
+        for a in range(n_latent):
+            means[rows[i], a] += part * step[a]
 
 
 def unpack(raw: Tensor, n_latent: int, least: float) -> Tensor:
@@ -102,19 +104,12 @@ def unpack(raw: Tensor, n_latent: int, least: float) -> Tensor:
     return out
 
 
-def kl(mean: Tensor, tril: Tensor) -> Tensor:
-    """KL(N(m, C Cᵀ) ‖ N(0, I)) in nats, (cells,)."""
-    out = mean.new_empty(len(mean))
-    _kl(mean.numpy(), tril.numpy(), out.numpy())
-    return out
-
-
-def draw(mean: Tensor, tril: Tensor, points: Tensor) -> Tensor:
-    """m + C ε of each cell for ε, (..., cells, latent)."""
-    out = torch.empty_like(points)
+def draw(mean: Tensor, tril: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """m + C ε of each cell for ε, (..., cells, latent), and KL(N(m, C Cᵀ) ‖ N(0, I)) in nats."""
+    out, kl = torch.empty_like(points), mean.new_empty(len(mean))
     rows = (part.view(-1, mean.shape[1]).numpy() for part in (points, out))
-    _draw(mean.numpy(), tril.numpy(), *rows)
-    return out
+    _draw(mean.numpy(), tril.numpy(), *rows, kl.numpy())
+    return out, kl
 
 
 def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
@@ -124,11 +119,17 @@ def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
     return out
 
 
-def mean_step(
-    mean: Tensor, tril: Tensor, slope: Tensor, factor: float, rate: float, longest: float
-) -> Tensor:
-    """ρ C Cᵀ (``factor`` · ``slope`` − m) of each cell, no longer than so, (cells, latent)."""
-    out = torch.empty_like(mean)
-    arrays = (part.numpy() for part in (mean, tril, slope))
-    _mean_step(*arrays, f32(factor), f32(rate), f32(longest), out.numpy())
-    return out
+def move(
+    means: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    tril: Tensor,
+    slope: Tensor,
+    factor: float,
+    rate: float,
+    longest: float,
+    by: float,
+) -> None:
+    """As :func:`scuvae.inference.natural.move`."""
+    arrays = (t.numpy() for t in (means, rows, mean.contiguous(), tril.contiguous(), slope))
+    _move(*arrays, f32(factor), f32(rate), f32(longest), f32(by))

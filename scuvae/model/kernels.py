@@ -33,23 +33,19 @@ ENABLED = not numba.config.DISABLE_JIT
 def _exponentials(row: Any, out: Any) -> Any:
     """e^(η − max η) into ``out``; max η, the sum, and a zero that is NaN if any η is no number."""
     total, check = f32(0.0), f32(0.0)
-    for g in range(len(row)):
-        check += row[g] * f32(0.0)
     top = largest(row)
     for g in range(len(row)):
+        check += row[g] * f32(0.0)
         out[g] = exp(row[g] - top)
         total += out[g]
     return top, total, check
 
 
 @sums
-def _zero_counts(
-    share: Any, scale: Any, theta: Any, inverse: Any, slope: Any, slope_theta: Any, logs: Any
-) -> Any:
+def _zero_counts(share: Any, scale: Any, theta: Any, inverse: Any, slope: Any, logs: Any) -> Any:
     """A negative binomial row as if all counts were zero: its log p and its slopes' sum.
 
-    Fills ``slope`` with −θμ/(θ+μ), the slope in ln μ, ``slope_theta`` with that in ln θ, and
-    ``logs`` with log1p(μ/θ).
+    Fills ``slope`` with −θμ/(θ+μ), the slope in ln μ, and ``logs`` with log1p(μ/θ).
     """
     value, total = f32(0.0), f32(0.0)
     for g in range(len(share)):
@@ -57,10 +53,8 @@ def _zero_counts(
         ratio = mu * inverse[g]
         rest = f32(1.0) / (f32(1.0) + ratio)
         logs[g] = log1p(ratio, rest)
-        drop = theta[g] * logs[g]
         slope[g] = -mu * rest
-        slope_theta[g] = mu * rest - drop
-        value -= drop
+        value -= theta[g] * logs[g]
         total += slope[g]
     return value, total
 
@@ -105,16 +99,39 @@ def _logarithms(factor: Any) -> Any:
 
 
 @sums
-def _thin(slope: Any, slope_logit: Any, pi: Any) -> None:
-    """Slopes of a zero of the count, times the chance that it is one."""
-    for g in range(len(slope)):
-        slope[g] *= f32(1.0) - slope_logit[g] - pi[g]
+def _thin(logs: Any, slope_logit: Any, pi: Any) -> None:
+    """What a zero of the count brings, times the chance that it is one."""
+    for g in range(len(logs)):
+        logs[g] *= f32(1.0) - slope_logit[g] - pi[g]
 
 
 @sums
 def _through_softmax(slope: Any, share: Any, scale: Any) -> None:
     for g in range(len(slope)):
         slope[g] -= share[g] * scale
+
+
+@sums
+def _summed_through_softmax(
+    slope: Any, share: Any, scale: Any, theta: Any, logs: Any, weight: Any, sums: Any, of_theta: Any
+) -> None:
+    """As above, with sums of slopes over rows: of those in η, and in ln θ, which are minus those
+    in ln μ and −θ ``logs``."""
+    for g in range(len(slope)):
+        of_theta[g] -= weight * (slope[g] + theta[g] * logs[g])
+        slope[g] -= share[g] * scale
+        sums[g] += weight * slope[g]
+
+
+@sums
+def _of_logits(
+    first: int, last: int, col: Any, value: Any, constant: Any, eta: Any, log_scale: Any
+) -> Any:
+    """Σ x ln μ and the constants, over the nonzeros of a row."""
+    total = f32(0.0)
+    for k in range(first, last):
+        total += value[k] * (eta[np.uint32(col[k])] + log_scale) + constant[k]
+    return total
 
 
 @exact
@@ -154,56 +171,61 @@ def _negative_binomial(
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = bounded(log_theta)
     inverse = f32(1.0) / theta
-    share, logs = np.empty(n_genes, f32), np.empty(n_genes, f32)
-    slope_row, theta_row = np.empty(n_genes, f32), np.empty(n_genes, f32)
+    tiny = log_theta.min() < -MOST_LOG_THETA
+    share, logs, slope_row = np.empty(n_genes, f32), np.empty(n_genes, f32), np.empty(n_genes, f32)
     logit_row, pi, factor = np.empty(n_genes, f32), np.empty(n_genes, f32), np.empty(n_genes, f32)
     for r in range(first, last):
         cell = r % n_cells
-        slope, slope_theta = slopes[r] if keep else slope_row, theta_row
-        top, total, check = _exponentials(eta[r], share)
-        scale = size[r] / total
-        log_scale = math.log(size[r]) - math.log(total) - top
-        # From logits, which survive where a share of the softmax does not, and before slopes
-        # overwrite them.
-        at_nonzeros = check
-        for k in range(starts[cell], starts[cell + 1]):
-            at_nonzeros += value[k] * (eta[r, col[k]] + log_scale) + constant[k]
-        found, slope_sum = _zero_counts(share, scale, theta, inverse, slope, slope_theta, logs)
+        begin, end = np.uint64(starts[cell]), np.uint64(starts[cell + 1])
+        slope = slopes[r] if keep else slope_row
         slope_logit = logit_slopes[r] if len(logit_slopes) else logit_row
         logit = logits[r % len(logits)] if inflated else eta[r]
+        top, total, check = _exponentials(eta[r], share)
+        scale = size[r] / total
+        log_scale = f32(math.log(size[r]) - math.log(total) - top)
+        # From logits, which survive where a share of the softmax does not, and before slopes
+        # overwrite them.
+        found = check + _of_logits(begin, end, col, value, constant, eta[r], log_scale)
+        of_zeros, slope_sum = _zero_counts(share, scale, theta, inverse, slope, logs)
         if inflated:
-            found, slope_sum = _inflate(logit, theta, logs, slope, slope_logit, pi, factor)
-            if len(theta_sums):
-                _thin(slope_theta, slope_logit, pi)
-        for k in range(starts[cell], starts[cell + 1]):
-            g = col[k]
-            mu = share[g] * scale
-            ratio = mu * inverse[g]
-            rest = f32(1.0) / (f32(1.0) + ratio)
-            log1p_at, part = logs[g], ratio * rest
-            if log_theta[g] < -MOST_LOG_THETA:
-                log_ratio = math.log(mu) - log_theta[g]
+            of_zeros, slope_sum = _inflate(logit, theta, logs, slope, slope_logit, pi, factor)
+        for k in range(begin, end):
+            g = np.uint32(col[k])
+            x, theta_logs = value[k], theta[g] * logs[g]
+            # μ/(θ+μ), and −θ times that: of a zero, but for its inflation.
+            if inflated:
+                mu = share[g] * scale
+                of_zero = -mu / (f32(1.0) + mu * inverse[g])
+            else:
+                of_zero = slope[g]
+            log1p_at, part = logs[g], -of_zero * inverse[g]
+            if tiny and log_theta[g] < -MOST_LOG_THETA:
+                log_ratio = math.log(share[g] * scale) - log_theta[g]
                 log1p_at = log_ratio if log_ratio > f32(15.0) else math.log1p(math.exp(log_ratio))
                 part = f32(1.0) / (f32(1.0) + math.exp(-log_ratio))
-            found -= value[k] * log1p_at
+            found -= x * log1p_at
             if inflated:
-                found -= max(theta[g] * logs[g] + logit[g], f32(0.0))
+                found -= max(theta_logs + logit[g], f32(0.0))
                 factor[g] = max(pi[g], f32(1.0) - pi[g])
                 slope_logit[g] = -pi[g]
-            new = value[k] * (f32(1.0) - part) - mu * rest
+            new = of_zero + x * (f32(1.0) - part)
             slope_sum += new - slope[g]
             slope[g] = new
-            slope_theta[g] = mu * rest - theta[g] * logs[g] + constant_slope[k] + value[k] * part
+            # What sums of slopes in ln θ will make of it: θ times it, and the slope in ln μ.
+            logs[g] -= (x + constant_slope[k]) * inverse[g]
         if inflated:
             found += _logarithms(factor)
-        out[r] = found + at_nonzeros
+        out[r] = found + of_zeros
         if keep:
             size_slopes[r] = slope_sum
-            _through_softmax(slope, share, slope_sum / total)
-        if len(eta_sums):
-            _add(eta_sums[r // _BLOCK], weight[r], slope)
         if len(theta_sums):
-            _add(theta_sums[r // _BLOCK], weight[r], slope_theta)
+            if inflated:
+                _thin(logs, slope_logit, pi)
+            block = r // _BLOCK
+            sums = eta_sums[block], theta_sums[block]
+            _summed_through_softmax(slope, share, slope_sum / total, theta, logs, weight[r], *sums)
+        elif keep:
+            _through_softmax(slope, share, slope_sum / total)
         if len(logit_sums):
             _add(logit_sums[r // _BLOCK], weight[r], slope_logit)
 
@@ -228,16 +250,17 @@ def _poisson(
     share = np.empty(eta.shape[1], f32)
     for r in range(first, last):
         cell = r % (len(starts) - 1)
+        begin, end = np.uint64(starts[cell]), np.uint64(starts[cell + 1])
         top, total, check = _exponentials(eta[r], share)
         log_scale = math.log(size[r]) - math.log(total) - top
         found, counts = check - size[r], f32(0.0)
-        for k in range(starts[cell], starts[cell + 1]):
+        for k in range(begin, end):
             found += value[k] * (eta[r, col[k]] + log_scale) - constant[k]
             counts += value[k]
         out[r] = found
         if keep:
             slopes[r] = f32(0.0)
-            for k in range(starts[cell], starts[cell + 1]):
+            for k in range(begin, end):
                 slopes[r, col[k]] = value[k]
             size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
@@ -298,7 +321,8 @@ def negative_binomial(
     out, none = eta.new_empty(len(eta)), eta.new_empty(0, 0)
     slope, size_slope = _room(eta, keep, spare)
     of_each = logit is not None and logit.dim() > 1
-    sums = [_sums(eta, keep and want) for want in wanted[:2]]
+    summed = keep and any(wanted[:2])
+    sums = _sums(eta, summed), _sums(eta, summed)
     of_logit = keep and logit is not None and wanted[2]
     logit_sum = _sums(eta, of_logit and not of_each)
     each_logit = torch.empty_like(eta) if of_logit and of_each else none

@@ -49,8 +49,8 @@ def _rising(value: Any, col: Any, log_theta: Any, out: Any, out_slope: Any) -> N
         last, log_j = f32(j - 1), f32(math.log(j))
         _next(table[j - 1], slopes[j - 1], last, log_j, inverse, table[j], slopes[j])
     for k in range(len(value)):
-        g, whole = col[k], int(value[k])
-        if whole < _TABLE and whole == value[k]:
+        g, whole = np.uint32(col[k]), np.uint32(value[k])
+        if value[k] < _TABLE and whole == value[k]:
             out[k], out_slope[k] = table[whole, g], slopes[whole, g]
         else:
             c, slope = _rising_at(float(value[k]), float(theta[g]))

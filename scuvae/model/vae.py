@@ -98,20 +98,23 @@ class VAE(nn.Module):
         """J_cᵀ diag(w) J_c ≈ −∇²_z log p(x | z), (cells, latent, latent).
 
         The Jacobians of a few cells at a time are written out, whatever the number of cells.
-        With ``n_genes`` of more, an unbiased estimate from so many, the same for all cells, drawn
-        with the chances that they matter by.
+        With ``n_genes`` of more, an estimate from so many, the same for all cells, drawn with the
+        chances that they matter by: unbiased, but for centres, ratios of two sums over them, which
+        add about one part in ``n_genes``.
         """
         eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
         size = self.size_factor(batch, eta)
         fisher, centre = self.likelihood.fisher(batch.x, eta, size, batch.observed)
         if centre is not None and size is not batch.size_factor:
             centre = F.softmax(eta, -1)  # unobserved genes are in the sum that divides exp(η)
-        # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
-        shift = None if centre is None else -(tangent @ (centre @ weight).unsqueeze(-1))
         if n_genes is not None and n_genes < len(weight):
             matters = fisher.mean(0) * weight.square().sum(1)
             genes, chance = systematic_sample(matters, n_genes)
             weight, fisher = weight[genes], fisher[:, genes] / chance
+            if centre is not None:
+                centre = F.normalize(centre[:, genes] / chance, p=1, dim=1)
+        # πᵀJ of each cell, which centres its Jacobian: subtracted by the product that makes that.
+        shift = None if centre is None else -(tangent @ (centre @ weight).unsqueeze(-1))
         return jacobian_gram(tangent, weight, fisher, shift)
 
     def encode(self, batch: Batch) -> Distribution:
