@@ -74,8 +74,8 @@ def project(
     their batch.
 
     Of few genes posteriors are wide, and their means lie nearer to the prior's than those of the
-    reference's own cells, found from all genes. Neighbours and labels are then best looked up among
-    reference cells projected over the same genes, by ``genes``, as in the example:
+    reference's own cells, found from all genes. To compare like with like, look for neighbours and
+    labels among reference cells projected over the same genes, by ``genes``, as in the example:
     ``new.obsm["X_scuvae"]`` beside ``old.obsm["panel"]``.
 
     A cell's expected total is its total over the observed genes. Where the fit had a
