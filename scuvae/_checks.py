@@ -62,6 +62,25 @@ def one_of(name: str, value: object, known: Iterable[object]) -> Any:
     return value
 
 
+def names(name: str, value: object) -> list[str]:
+    """``value``, some strings in a list, array, index or set, as a list; one string is refused."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}: pass a list of names, or an array or "
+            "index of them"
+        )
+    found = list(value)
+    for i, item in enumerate(found):
+        if not isinstance(item, str):
+            raise TypeError(
+                f"{name}[{i}]={item!r} is a {type(item).__name__}: pass names, such as "
+                "adata.var_names, or adata.var_names[mask]"
+            )
+    if not found:
+        raise ValueError(f"{name} is empty: pass at least one name, or None for all")
+    return found
+
+
 def random_state_alias(function: Callable[P, R]) -> Callable[P, R]:
     """Let ``random_state=`` stand for ``rng=``, as scanpy's users know it."""
 

@@ -169,6 +169,8 @@ def _project_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--reference", type=_data_path, required=True, metavar="FILE", help=text)
     for flag, kind, metavar, text in PROJECT:
         sub.add_argument(flag, type=kind, metavar=metavar, help=text)
+    text = "text file with the names of the genes to condition on, one a line (default: all)"
+    sub.add_argument("--genes", type=_lines, metavar="FILE", help=text)
     text = "the encoder's posterior as it is, without local steps"
     sub.add_argument("--amortized", action="store_true", help=text)
     text = "further steps on each posterior; with the word moments, then its moments as they are"
@@ -211,6 +213,18 @@ def _data_path(text: str) -> Path:
     if path.suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(SUFFIXES)}")
     return path
+
+
+def _lines(text: str) -> list[str]:
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise argparse.ArgumentTypeError(f"cannot read {text!r}: {why}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no names")
+    return names
 
 
 # ----------------------------------------------------------------------------------- commands

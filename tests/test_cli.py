@@ -45,6 +45,7 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
 }
 PROJECT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "key": (["--key", "k0"], "k0"),
+    "genes": (["--genes", "genes.txt"], ["CD3E", "MS4A1"]),
     "amortized": (["--amortized"], True),
     "new_batches": (["--new-batches", "estimate"], "estimate"),
     "max_steps": (["--max-steps", "5"], 5),
@@ -140,7 +141,11 @@ def test_flags_reach_fit(counts: Path, tmp_path: Path, calls: list[dict[str, Any
     assert calls == [{name: value for name, (_, value) in FIT_FLAGS.items()}]
 
 
-def test_flags_reach_project(counts: Path, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+def test_flags_reach_project(
+    counts: Path, tmp_path: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("genes.txt").write_text("CD3E\n\n MS4A1 \n")
     reference = tmp_path / "reference.h5ad"
     reference.write_bytes(counts.read_bytes())
     flags = [word for words, _ in PROJECT_FLAGS.values() for word in words]
@@ -171,6 +176,31 @@ def test_polish_without_a_word(counts: Path, tmp_path: Path, calls: list[dict[st
     files = [str(counts), "--reference", str(counts), "-o", str(tmp_path / "out.h5ad")]
     assert cli.main(["project", *files, "--polish"]) == 0
     assert calls == [{"polish": True}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone.txt", None, "cannot read 'gone.txt': No such file"),
+        ("genes.h5ad", b"\x89HDF\xff", "cannot read 'genes.h5ad': no text in UTF-8"),
+        ("empty.txt", b"\n \n", "'empty.txt' holds no names"),
+    ],
+)
+def test_a_file_without_names_of_genes(
+    name: str,
+    content: bytes | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["project", "a.h5ad", "--reference", "b.h5ad", "-o", "c.h5ad", "--genes", name])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- errors

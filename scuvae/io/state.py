@@ -74,11 +74,15 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit as read from ``uns``."""
+    """A fit as read from ``uns``.
+
+    ``missing`` names those of its genes that a projection's posteriors are not conditioned on.
+    """
 
     params: dict[str, Any]
     var_names: pd.Index
     model: VAE
+    missing: pd.Index
 
     @property
     def layer(self) -> str | None:
@@ -104,7 +108,7 @@ def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
     """``adata.uns[key]`` of a fit, or an error that says which call is missing."""
     name = Keys.of(key).uns
     entry = adata.uns.get(name)
-    if not (hasattr(entry, "keys") and {"params", "history", "state"} <= set(entry.keys())):
+    if not _holds_fit(entry):
         fits = [
             k for k, v in adata.uns.items() if hasattr(v, "keys") and {"params", "state"} <= set(v)
         ]
@@ -116,12 +120,23 @@ def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
     return dict(entry)
 
 
+def _holds_fit(entry: Any) -> bool:
+    return hasattr(entry, "keys") and {"params", "history", "state"} <= set(entry.keys())
+
+
+def read_missing(adata: AnnData, key: str | None) -> pd.Index:
+    """Names of the genes that the projection under ``key``, if there is one, did without."""
+    entry = adata.uns.get(Keys.of(key).uns)
+    report = entry.get("genes", {}) if _holds_fit(entry) else {}
+    return pd.Index([str(name) for name in report.get("missing", ())], dtype=object)
+
+
 def read_fit(adata: AnnData, key: str | None) -> Fit:
     entry = read_entry(adata, key)
     params = {name: _plain(value) for name, value in entry["params"].items()}
     var_names = pd.Index([str(name) for name in entry["var_names"]])
     model = model_from_arrays(params, entry["state"], len(var_names))
-    return Fit(params, var_names, model)
+    return Fit(params, var_names, model, read_missing(adata, key))
 
 
 def _plain(value: Any) -> Any:

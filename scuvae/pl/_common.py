@@ -51,14 +51,17 @@ def matrix(adata: AnnData, layer: str | None) -> Any:
 def fitted_to(adata: AnnData, key: str | None, layer: str | None) -> tuple[Any, np.ndarray]:
     """The matrix that a fit was fitted to, and its genes there as column numbers.
 
-    ``layer`` overrides the fit's own; without a fit (``key=None``), all genes.
+    ``layer`` overrides the fit's own; without a fit (``key=None``), all genes. Genes that a
+    projection did without are no part of it.
     """
     fit = {} if key is None else adata.uns[key]
     if fit and not layer:
         layer = fit["params"].get("layer") or None
     genes = np.arange(adata.n_vars)
     if "var_names" in fit:
-        genes = np.flatnonzero(adata.var_names.isin(np.asarray(fit["var_names"])))
+        known = adata.var_names.isin(np.asarray(fit["var_names"]))
+        missing = np.asarray(fit.get("genes", {}).get("missing", ()))
+        genes = np.flatnonzero(known & ~adata.var_names.isin(missing))
         if not len(genes):
             raise ValueError(f"adata.var_names has none of the genes of the fit {key!r}.")
     return matrix(adata, layer), genes

@@ -10,7 +10,7 @@ from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, places, resolve_device, target
 
 
 def denoise(
@@ -76,19 +76,19 @@ def denoise(
     mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
 
-    known = fit.var_names.get_indexer(adata.var_names)
+    columns, genes = places(adata, fit, cells)
     layer = np.full(adata.shape, np.nan, np.float32)
     with torch.no_grad():
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             q = gaussian(mean[batch.index], raw[batch.index])
-            expected = torch.zeros(len(batch), len(known[known >= 0]), device=where)
+            expected = torch.zeros(len(batch), len(genes), device=where)
             for point in points:
                 eta = model.decoder(draw(q, point), batch.covariates)
                 size = model.size_factor(batch, eta)
                 values = model.likelihood.mean(eta, size, batch.observed)
-                expected += values[:, known[known >= 0]] / len(points)
+                expected += values[:, genes] / len(points)
             rows = batch.index.cpu().numpy()
-            layer[rows[:, None], np.flatnonzero(known >= 0)] = expected.cpu().numpy()
+            layer[rows[:, None], columns] = expected.cpu().numpy()
 
     out = target(adata, copy)
     out.layers[layer_added] = layer

@@ -80,7 +80,7 @@ def amortization_gap(
     Raises
     ------
     ValueError
-        The fit has no encoder, or ``adata`` lacks some of its genes.
+        The fit has no encoder, or ``adata`` lacks some of its genes, or was projected without.
 
     Examples
     --------
@@ -103,8 +103,8 @@ def amortization_gap(
     cells = cells_of(adata, fit, device=where)
     if cells.observed is not None:
         raise ValueError(
-            f"adata.var_names lack {int((~cells.observed).sum())} of the encoder's genes: it "
-            "cannot be judged on these cells"
+            f"adata.var_names lack {int((~cells.observed).sum())} of the encoder's genes, "
+            "or tl.project(genes=) left them out: it cannot be judged on these cells"
         )
     with random_state(rng, where):
         columns = gap_columns(

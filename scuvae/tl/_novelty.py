@@ -24,10 +24,10 @@ from scuvae.inference.thinning import thinned
 from scuvae.inference.unseen import infer
 from scuvae.io import inputs
 from scuvae.io.sources import Cells
-from scuvae.io.state import Fit, read_fit
+from scuvae.io.state import Fit, read_fit, read_missing
 from scuvae.model.batch import sparse
 from scuvae.tl._project import CHUNK, projected, read_reference
-from scuvae.tl._shared import cells_of, random_state, resolve_device, step_options, target
+from scuvae.tl._shared import match, random_state, resolve_device, step_options, target
 
 logger = logging.getLogger("scuvae")
 
@@ -67,8 +67,8 @@ def novelty(
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
     :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
-    clears the slots of its name), and no encoder is needed. A cell's novelty depends on no other
-    cell of ``adata``.
+    clears the slots of its name; genes that it did without are left out here too), and no encoder
+    is needed. A cell's novelty depends on no other cell of ``adata``.
 
     Parameters
     ----------
@@ -134,14 +134,15 @@ def novelty(
     reference = read_reference(reference)
     fit = read_fit(reference, key)
     where = resolve_device(device)
-    new = cells_of(adata, fit, layer, where)
+    # The same genes for both: a score over others is another score.
+    shared = adata.var_names.intersection(reference.var_names)
+    genes = shared.difference(read_missing(adata, key_added))
+    new = match(adata, fit, layer, where, genes=genes).cells
     with random_state(rng, where) as generator:
         rows = _usual(reference, key, n_reference, generator)
-        # The same genes for both: a score over others is another score.
-        genes = reference.var_names.isin(adata.var_names)
         chosen = reference[rows]
         chosen = chosen.to_memory() if chosen.isbacked else chosen
-        old = cells_of(chosen[:, genes].copy(), fit, device=where)
+        old = match(chosen, fit, device=where, genes=genes).cells
         usual, found = _scores(fit, old, n_samples), _scores(fit, new, n_samples)
         effect = _effect_of_depth(fit, old, usual)
 

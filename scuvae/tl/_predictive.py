@@ -48,7 +48,8 @@ def predictive_check(
     Returns
     -------
     None, or with ``copy=True`` the AnnData. Sets ``uns["scuvae_predictive_check"]``, a float64
-    DataFrame indexed by ``gene``: those genes of ``adata`` that were modelled, in its order.
+    DataFrame indexed by ``gene``: those genes of ``adata`` that were modelled and observed, in its
+    order.
 
     ``mean``, ``variance``, ``zero_fraction``
         Observed, over cells; the variance's divisor is the number of cells.

@@ -3,18 +3,19 @@
 import copy as copying
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch.distributions import Distribution
 
-from scuvae._checks import flag, one_of, whole
+from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.unseen import POLISH, Polish, infer
@@ -37,6 +38,7 @@ from scuvae.tl._shared import (
     logger,
     match,
     resolve_device,
+    some,
     step_options,
     target,
 )
@@ -54,6 +56,7 @@ def project(
     *,
     key: str | None = None,
     layer: str | None = None,
+    genes: Iterable[str] | None = None,
     key_added: str | None = None,
     amortized: bool = False,
     covariance: str | None = None,
@@ -70,6 +73,11 @@ def project(
     A cell's posterior depends on no other cell, but for what a new batch's cells say together of
     their batch.
 
+    Of few genes posteriors are wide, and their means lie nearer to the prior's than those of the
+    reference's own cells, found from all genes. To compare like with like, look for neighbours and
+    labels among reference cells projected over the same genes, by ``genes``, as in the example:
+    ``new.obsm["X_scuvae"]`` beside ``old.obsm["panel"]``.
+
     A cell's expected total is its total over the observed genes. Where the fit had a
     ``size_factor_key``, that column of ``adata.obs`` must hold what it held there, the total over
     all of the fit's genes, also where ``adata`` lacks some: the observed ones are expected to
@@ -85,8 +93,13 @@ def project(
         The reference's fit; None for the default.
     layer
         Where the new cells' values are; None: where the reference's were.
+    genes
+        Names of the genes to condition on; the reference's others count as missing, also where
+        ``adata`` has them. Names that one of the two does not have are not used. None: all that
+        both have.
     key_added
-        Name of the projection's slots; None for the default names.
+        Name of the projection's slots; None for the default names. Under the name of a fit that
+        ``adata`` holds, the posteriors replace the fit's own.
     amortized
         True: the encoder's q as it is. False: local steps from the likeliest of some hundred draws
         of the prior, and from the encoder where there is one; the better is kept for each cell.
@@ -119,18 +132,24 @@ def project(
 
     ``uns["scuvae"]["genes"]``
         ``n_reference``, ``n_observed`` and ``n_unused``: how many genes the reference has, how
-        many of these ``adata`` has, and how many of ``adata``'s the reference does not know;
-        ``missing``: the names of the reference's genes that ``adata`` lacks, an array.
+        many of these are conditioned on, and how many of ``adata``'s are not, since the reference
+        does not know them or ``genes`` leaves them out; ``missing``: the names of the reference's
+        genes that are not conditioned on, since ``adata`` lacks them or ``genes`` leaves them out,
+        an array. What is made of the posteriors afterwards, by :func:`scuvae.tl.score` and others,
+        does without the same genes.
     ``uns["scuvae"]["params"]["new_batches"]``
         The names of estimated batches, where there are any. ``params["batches"]`` has them after
         the fit's own, ``state`` what they add: ``adata`` is a reference that knows them.
 
     Raises
     ------
+    TypeError
+        ``genes`` is a single string, or holds something else than strings.
     ValueError
-        The reference holds no fit; no gene in common; a batch that the fit has not seen, but for
-        ``new_batches="estimate"``, which needs a fit with batches; values that its likelihood
-        cannot have; ``amortized=True`` without an encoder, with genes missing or with ``polish``.
+        The reference holds no fit; no gene in common, or none of ``genes``; a batch that the fit
+        has not seen, but for ``new_batches="estimate"``, which needs a fit with batches; values
+        that its likelihood cannot have; ``amortized=True`` without an encoder, with genes missing
+        or with ``polish``.
 
     Warns
     -----
@@ -146,6 +165,12 @@ def project(
     >>> scuvae.tl.project(new, old)
     >>> new.obsm["X_scuvae"].shape
     (100, 10)
+
+    The reference's cells over the same genes, beside what they were fitted with:
+
+    >>> scuvae.tl.project(old, old, genes=new.var_names, key_added="panel")
+    >>> old.obsm["panel"].shape
+    (600, 10)
     """
     inputs.check_anndata(adata)
     keys = Keys.of(key_added)
@@ -157,6 +182,7 @@ def project(
     if covariance is not None:
         one_of("covariance", covariance, COVARIANCES)
     one_of("new_batches", new_batches, NEW_BATCHES)
+    chosen = None if genes is None else pd.Index(names("genes", genes))
     reference = read_reference(reference)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
@@ -172,17 +198,17 @@ def project(
             "batch_key=, or pass new_batches='error'"
         )
     where = resolve_device(device)
-    matched = match(adata, fit, layer, where, extend=extend)
+    matched = match(adata, fit, layer, where, genes=chosen, extend=extend)
     cells = matched.cells
     if amortized and (fit.model.encoder is None or cells.observed is not None):
         lacks = (
             "the fit has no encoder (scuvae.tl.to_encoder makes one)"
             if fit.model.encoder is None
-            else f"{int((~cells.observed).sum())} of the encoder's genes are missing"  # type: ignore[operator]
+            else f"{int((~cells.observed).sum())} of the encoder's genes are not observed"  # type: ignore[operator]
         )
         raise ValueError(f"amortized=True, but {lacks}: pass amortized=False")
 
-    _warn_of_few_genes(adata, fit, matched)
+    _warn_of_few_genes(adata, fit, matched, chosen)
     entry["genes"] = _report(fit, matched)
     model = fit.model.to(where)
     if len(matched.batches) > len(fit.batches):
@@ -195,7 +221,7 @@ def project(
         empty = int((cells.source.totals() == 0).sum())
         if empty:
             warnings.warn(
-                f"{empty} cells have no counts in the fit's genes: they say nothing about z",
+                f"{empty} cells have no counts in the observed genes: they say nothing about z",
                 stacklevel=2,
             )
     out = target(adata, copy)
@@ -237,13 +263,15 @@ def _report(fit: Fit, matched: Matched) -> dict[str, Any]:
     }
 
 
-def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched) -> None:
+def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.Index | None) -> None:
     found = matched.found
     if found.mean() < _FEW_GENES:
-        first, other = (", ".join(map(repr, n[:3])) for n in (fit.var_names, adata.var_names))
+        who = "adata has" if chosen is None else "genes= leaves"
+        named = "" if chosen is None else f", genes= has {some(chosen)}"
         warnings.warn(
-            f"adata has {found.sum()} of the reference's {len(found)} genes: the reference has "
-            f"{first}, ..., adata has {other}, .... Are both symbols, or both ids?",
+            f"{who} {found.sum()} of the reference's {len(found)} genes: the reference has "
+            f"{some(fit.var_names)}, adata has {some(adata.var_names)}{named}. Are they all "
+            "symbols, or all ids?",
             stacklevel=3,
         )
 

@@ -10,7 +10,7 @@ from scuvae._keys import Keys
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, spread, target
+from scuvae.tl._shared import CHUNK, cells_of, places, random_state, resolve_device, spread, target
 
 
 @random_state_alias
@@ -48,7 +48,7 @@ def sample(
     None, or with ``copy=True`` the AnnData. Sets ``layers["scuvae_sample"]``, or with more than one
     sample ``layers["scuvae_sample_0"]``, ``layers["scuvae_sample_1"]`` and so on, in place of
     earlier samples: (n_obs, n_vars) float32. Counts are CSR matrices, zero at genes that were not
-    modelled; values of a Gaussian likelihood are dense arrays, NaN at such genes.
+    modelled, or not observed; values of a Gaussian likelihood are dense arrays, NaN at such genes.
 
     Raises
     ------
@@ -78,10 +78,8 @@ def sample(
     model = fit.model.to(where)
     mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
 
-    # Genes of the model that adata has, and their columns there.
-    position = fit.var_names.get_indexer(adata.var_names)
-    columns = np.flatnonzero(position >= 0)
-    genes = torch.as_tensor(position[columns], device=where)
+    columns, position = places(adata, fit, cells)
+    genes = torch.as_tensor(position, device=where)
     parts: list[list[sp.csr_matrix | np.ndarray]] = [[] for _ in range(n_samples)]
     with torch.no_grad(), random_state(rng, where):
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):

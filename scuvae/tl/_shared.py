@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch.distributions import Distribution
@@ -92,8 +93,8 @@ def show_progress(progress: bool | None) -> bool:
 class Matched:
     """Cells as a fit's model sees them, and what of the two was matched by name.
 
-    ``found`` is a boolean mask over the fit's genes, ``n_unused`` the number of genes that it does
-    not know, ``batches`` the names that the cells' codes stand for.
+    ``found`` is a boolean mask over the fit's genes, ``n_unused`` the number of other genes that
+    the cells have, ``batches`` the names that the cells' codes stand for.
     """
 
     cells: Cells
@@ -102,11 +103,10 @@ class Matched:
     batches: list[str]
 
 
-def cells_of(
-    adata: AnnData, fit: Fit, layer: str | None = None, device: torch.device | None = None
-) -> Cells:
-    """The cells of :func:`match`."""
-    return match(adata, fit, layer, device).cells
+def cells_of(adata: AnnData, fit: Fit, device: torch.device | None = None) -> Cells:
+    """The cells of an AnnData that holds the fit, over the genes that their posteriors stand on."""
+    genes = fit.var_names.difference(fit.missing) if len(fit.missing) else None
+    return match(adata, fit, device=device, genes=genes).cells
 
 
 def match(
@@ -115,44 +115,54 @@ def match(
     layer: str | None = None,
     device: torch.device | None = None,
     *,
+    genes: pd.Index | None = None,
     extend: bool = False,
 ) -> Matched:
     """The cells of ``adata`` as the fit's model sees them: its genes, by name and in its order.
 
-    Genes that ``adata`` lacks are left out of the likelihood (``observed``); genes that the fit
-    does not know are dropped. Both are logged. ``extend``: batches that the fit has not seen get
-    codes beyond its own.
+    Genes that ``adata`` lacks, or that are not among ``genes`` where these are given, are left out
+    of the likelihood (``observed``); genes that the fit does not know are dropped. All are logged.
+    ``extend``: batches that the fit has not seen get codes beyond its own.
     """
     device = device or torch.device("cpu")
     layer = fit.layer if layer is None else layer
     inputs.check_unique_genes(adata)
     position = adata.var_names.get_indexer(fit.var_names)
-    found = position >= 0
-    if not found.any():
+    common = position >= 0
+    if not common.any():
         raise ValueError(
             f"adata.var_names share no gene with the fit's {len(fit.var_names)}: the fit has "
-            f"{', '.join(map(repr, fit.var_names[:3]))}, ..., adata has "
-            f"{', '.join(map(repr, adata.var_names[:3]))}, .... Are both symbols, or both ids?"
+            f"{some(fit.var_names)}, adata has {some(adata.var_names)}. Are both symbols, or both "
+            "ids?"
+        )
+    found = common if genes is None else common & fit.var_names.isin(genes)
+    if genes is not None and not found.any():
+        raise ValueError(
+            f"genes: none of the {len(genes)} to condition on ({some(genes)}) is among the "
+            f"{common.sum()} that adata and the fit have in common "
+            f"({some(fit.var_names[common])}). Are both symbols, or both ids?"
         )
     same = found.all() and np.array_equal(position, np.arange(adata.n_vars))
-    genes = None if same else position[found]
+    columns = None if same else position[found]
     if not found.all():
         logger.info(
             "%d of the fit's %d genes are observed; the others are left out of the likelihood",
             found.sum(),
             len(found),
         )
-    n_unused = adata.n_vars - int(found.sum())
-    if n_unused:
-        logger.info("%d genes unknown to the fit are not used", n_unused)
+    unknown, chosen_out = adata.n_vars - int(common.sum()), int((common & ~found).sum())
+    if unknown:
+        logger.info("%d genes unknown to the fit are not used", unknown)
+    if chosen_out:
+        logger.info("%d genes that the fit knows are not used by choice", chosen_out)
 
-    matrix = inputs.read_matrix(adata, layer, genes)
+    matrix = inputs.read_matrix(adata, layer, columns)
     likelihood = fit.model.likelihood
     inputs.check_values(
         matrix,
         adata,
         layer,
-        genes,
+        columns,
         likelihood=likelihood.name,
         counts=likelihood.counts,
         fractions=not fit.params.get("check_values", True),
@@ -176,7 +186,22 @@ def match(
         n_categories=len(names),
         observed=observed,
     )
-    return Matched(cells, found, n_unused, names)
+    return Matched(cells, found, unknown + chosen_out, names)
+
+
+def places(adata: AnnData, fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of ``adata`` with genes that are observed, ascending, and these genes' in the fit."""
+    position = fit.var_names.get_indexer(adata.var_names)
+    use = position >= 0
+    if cells.observed is not None:
+        use &= cells.observed.cpu().numpy()[position]
+    columns = np.flatnonzero(use)
+    return columns, position[columns]
+
+
+def some(names: pd.Index) -> str:
+    """The first few names, for a message."""
+    return ", ".join([*map(repr, names[:3]), "..."])
 
 
 def spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:

@@ -141,8 +141,9 @@ def to_encoder(
     cells = cells_of(adata, fit, device=where)
     if cells.observed is not None:
         raise ValueError(
-            f"adata.var_names lack {int((~cells.observed).sum())} of the fit's genes: an encoder "
-            "needs them all. Pass the cells that were fitted"
+            f"adata.var_names lack {int((~cells.observed).sum())} of the fit's genes, or "
+            "tl.project(genes=) left them out: an encoder needs them all. Pass the cells that were "
+            "fitted"
         )
     held_out, training = _split(adata, own, cells, fit.model.likelihood.counts)
     if not len(training):

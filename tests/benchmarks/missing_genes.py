@@ -179,13 +179,22 @@ def by_refinement(bench: Bench, model: VAE) -> Method:
     return accuracy
 
 
-def _projected(
-    adata: ad.AnnData, observed: np.ndarray, reference: ad.AnnData, **options: Any
-) -> ad.AnnData:
-    out = adata[:, observed].copy()
+def _projected(bench: Bench, observed: np.ndarray, **options: Any) -> ad.AnnData:
+    """The held-out cells, which lack the genes that are not observed."""
+    return _quietly(bench.held_out[:, observed], bench.unamortized, **options)
+
+
+def _training_cells(bench: Bench, observed: np.ndarray) -> ad.AnnData:
+    """The training cells over the observed genes alone."""
+    genes = bench.train.var_names[observed]
+    return _quietly(bench.train, bench.unamortized, genes=genes)
+
+
+def _quietly(adata: ad.AnnData, reference: ad.AnnData, **options: Any) -> ad.AnnData:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cells have no counts")
-        scuvae.tl.project(out, reference, device="cpu", **options)
+        out = scuvae.tl.project(adata, reference, device="cpu", copy=True, **options)
+    assert out is not None
     return out
 
 
@@ -193,7 +202,7 @@ def by_projection(bench: Bench, **options: Any) -> Method:
     reference = bench.unamortized.obsm["X_scuvae"]
 
     def accuracy(observed: np.ndarray) -> float:
-        query = _projected(bench.held_out, observed, bench.unamortized, **options)
+        query = _projected(bench, observed, **options)
         return bench.accuracy(reference, query.obsm["X_scuvae"])
 
     return accuracy
@@ -203,8 +212,7 @@ def by_projection_of_both(bench: Bench) -> Method:
     """Training cells, too, embedded by the observed genes alone."""
 
     def accuracy(observed: np.ndarray) -> float:
-        query = _projected(bench.held_out, observed, bench.unamortized)
-        reference = _projected(bench.train, observed, bench.unamortized)
+        query, reference = _projected(bench, observed), _training_cells(bench, observed)
         return bench.accuracy(reference.obsm["X_scuvae"], query.obsm["X_scuvae"])
 
     return accuracy
@@ -230,7 +238,7 @@ def by_draws(bench: Bench) -> Method:
     knn = KNeighborsClassifier(_NEIGHBOURS).fit(bench.unamortized.obsm["X_scuvae"], bench.labels)
 
     def accuracy(observed: np.ndarray) -> float:
-        query = _projected(bench.held_out, observed, bench.unamortized)
+        query = _projected(bench, observed)
         q = scuvae.get.posterior(query)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(bench.seed)
@@ -248,8 +256,7 @@ def by_overlap(bench: Bench) -> Method:
 
     def accuracy(observed: np.ndarray) -> float:
         query, reference = (
-            scuvae.get.posterior(_projected(cells, observed, bench.unamortized))
-            for cells in (bench.held_out, bench.train)
+            scuvae.get.posterior(cells(bench, observed)) for cells in (_projected, _training_cells)
         )
         guesses = []
         for mean, covariance in zip(query.mean, query.covariance_matrix, strict=True):
