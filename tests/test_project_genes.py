@@ -79,9 +79,15 @@ def test_cells_are_as_without_the_other_genes(options: dict[str, Any], sparse: b
     with unchanged(reference):
         tl.project(truth, reference, **arguments)
     tl.project(adata, reference, genes=CHOSEN, **arguments)
-    assert_same_posterior(adata, truth)
+    # An offset is estimated step by step: products may round otherwise at other addresses.
+    atol = 1e-3 if "batch_key" in options else 0.0
+    assert_same_posterior(adata, truth, atol=atol)
     found, expected = (dict(a.uns["scuvae"]) for a in (adata, truth))
     report, of_truth = found.pop("genes"), expected.pop("genes")
+    state, of_truths = found.pop("state"), expected.pop("state")
+    assert list(state) == list(of_truths)
+    for name, values in state.items():
+        np.testing.assert_allclose(values, of_truths[name], rtol=0, atol=atol, err_msg=name)
     assert fingerprint(found) == fingerprint(expected)
 
     # Only that they have the genes that were left out is another thing to report.
