@@ -128,3 +128,18 @@ def assert_same_posterior(a: AnnData, b: AnnData, *, atol: float = 0.0) -> None:
     assert list(first) == list(second)
     for name, values in first.items():
         np.testing.assert_allclose(values, second[name], rtol=0, atol=atol, err_msg=name)
+
+
+def assert_alike(found: Any, expected: Any, *, atol: float, where: str = "") -> None:
+    """Nested results that are equal, but for roundings of their numbers."""
+    if isinstance(expected, Mapping):
+        assert list(found) == list(expected), where
+        for name, value in expected.items():
+            assert_alike(found[name], value, atol=atol, where=f"{where}[{name!r}]")
+    elif isinstance(expected, pd.DataFrame):
+        assert fingerprint(found.index) == fingerprint(expected.index), where
+        assert_alike(*(dict(frame.items()) for frame in (found, expected)), atol=atol, where=where)
+    elif getattr(getattr(expected, "dtype", None), "kind", "") == "f":
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol, err_msg=where)
+    else:
+        assert fingerprint(found) == fingerprint(expected), where
