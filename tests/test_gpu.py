@@ -1,5 +1,8 @@
 """A GPU gives what the CPU gives. Skipped where there is none."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,12 @@ from scipy import sparse as sp
 from small_models import COUNTS, likelihood_of
 
 from scuvae import get, tl
+from scuvae.inference.posteriors import Posterior
+from scuvae.inference.train import train
 from scuvae.io import sources
 from scuvae.io.sources import Cells, SparseSource
+from scuvae.model import VAE, Batch
+from scuvae.tl import _run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +40,37 @@ def test_a_fit_on_a_gpu_is_the_fit_on_the_cpu(amortized: bool | str) -> None:
             assert np.isfinite(values).all()
     # nats a cell; seeds on one device differ by a third of this
     assert elbo["cuda"] == pytest.approx(elbo["cpu"], abs=0.02 * abs(elbo["cpu"]))
+
+
+class Watched:
+    """Batches of an epoch, at none of whose steps the host may wait for the GPU."""
+
+    def __init__(self, cells: Iterable[Batch]) -> None:
+        self.cells = cells
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.cells:
+                torch.cuda.set_sync_debug_mode("error")
+                yield batch
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amortized", [False, True])
+def test_steps_do_not_wait(amortized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also tests/test_waiting.py, by the operators that steps call."""
+    adata = small_counts(n_obs=300)
+    adata.X = sp.csr_matrix(adata.X)
+
+    def watched(model: VAE, posterior: Posterior, cells: Iterable[Batch], **options: Any) -> Any:
+        return train(model, posterior, Watched(cells), **options)
+
+    monkeypatch.setattr(_run, "train", watched)
+    # Batches of one size, in whole epochs: precisions are then renewed of all cells or of none.
+    options: dict[str, Any] = {"max_epochs": 20, "batch_size": 50, "validation_fraction": 0}
+    tl.fit(adata, amortized=amortized, n_latent=2, device="cuda", **options)
+    assert len(get.history(adata)) == 20
 
 
 @pytest.mark.parametrize("pinned", [False, True])

@@ -38,7 +38,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     One cell must not fail the others: where even the jitter does not help, its diagonal stands in.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not failed.any():
+    if _at_hand(failed) and not failed.any():
         return factor
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     jitter = 1e-5 * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
@@ -46,6 +46,11 @@ def _cholesky(matrix: Tensor) -> Tensor:
     plain = torch.diag_embed(diagonal.abs().sqrt())
     repaired = torch.where((still > 0)[..., None, None], plain, jittered)
     return torch.where((failed > 0)[..., None, None], repaired, factor)
+
+
+def _at_hand(values: Tensor) -> bool:
+    """Whether numbers can be looked at without a wait for a device."""
+    return values.is_cpu
 
 
 def posterior(mean: Tensor, precision: Tensor, *, full: bool) -> Distribution:
