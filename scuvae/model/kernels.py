@@ -2,7 +2,8 @@
 
 A row of logits fits a core's first cache; torch would read and write the whole block once for each
 of a dozen operations. numba compiles a kernel at its first call and keeps it on disk. All work on
-float32 and on rows of their own, so that no cell's result depends on the cells beside it.
+float32 and on rows of their own, so that no cell's result depends on the cells beside it. Indices of
+nonzeros are made unsigned: of others numba asks each time whether they count from the end.
 """
 
 import math
@@ -255,13 +256,13 @@ def _poisson(
         log_scale = math.log(size[r]) - math.log(total) - top
         found, counts = check - size[r], f32(0.0)
         for k in range(begin, end):
-            found += value[k] * (eta[r, col[k]] + log_scale) - constant[k]
+            found += value[k] * (eta[r, np.uint32(col[k])] + log_scale) - constant[k]
             counts += value[k]
         out[r] = found
         if keep:
             slopes[r] = f32(0.0)
             for k in range(begin, end):
-                slopes[r, col[k]] = value[k]
+                slopes[r, np.uint32(col[k])] = value[k]
             size_slopes[r] = counts - size[r]
             _through_softmax(slopes[r], share, counts / total)
         if len(eta_sums):
