@@ -2,8 +2,8 @@
 
 A row of logits fits a core's first cache; torch would read and write the whole block once for each
 of a dozen operations. numba compiles a kernel at its first call and keeps it on disk. All work on
-float32 and on rows of their own, so that no cell's result depends on the cells beside it. Indices of
-nonzeros are made unsigned: of others numba asks each time whether they count from the end.
+float32 and on rows of their own, so that no cell's result depends on the cells beside it. Indices
+of nonzeros are made unsigned: of others numba asks each time whether they count from the end.
 """
 
 import math
