@@ -21,7 +21,7 @@ from scuvae.tl._settings import INFERENCE
 LIKELIHOOD_NAMES = list(dict.fromkeys(kind.name for kind in LIKELIHOODS.values()))
 SCHEMES = list(INFERENCE)
 # Verbs that take a fitted reference beside adata.
-WITH_REFERENCE = ("novelty", "project")
+WITH_REFERENCE = ("novelty", "project", "transfer_labels")
 
 N_OBS, N_VARS, N_LATENT = 60, 40, 3
 SMALL: dict[str, Any] = {"n_latent": N_LATENT, "n_hidden": 8, "max_epochs": 3, "batch_size": 32}
@@ -36,6 +36,7 @@ def small_counts(n_obs: int = N_OBS, n_vars: int = N_VARS, seed: int = 0) -> Ann
         {
             "batch": pd.Categorical(rng.choice(["b0", "b1"], n_obs), categories=["b1", "b0"]),
             "expected": x.sum(1) + 1,
+            "cell_type": pd.Categorical(np.where(z[:, 0] > 0, "up", "down")),
         },
         index=[f"cell{i}" for i in range(n_obs)],
     )

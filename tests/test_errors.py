@@ -248,6 +248,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "sample": tl.sample,
     "calibration": tl.calibration,
     "predictive_check": tl.predictive_check,
+    "transfer_labels": lambda adata: tl.transfer_labels(adata, fitted(), labels="batch"),
     "model": lambda adata: get.model(adata),
     "posterior": lambda adata: get.posterior(adata),
     "history": lambda adata: get.history(adata),
@@ -449,6 +450,7 @@ WHOLE = {
     "sample": ["n_samples"],
     "calibration": ["n_cells", "max_steps"],
     "predictive_check": ["n_samples"],
+    "transfer_labels": ["n_neighbors", "n_reference"],
 }
 FROM_ZERO = {
     ("fit", "n_layers"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import WITH_REFERENCE
 
 import scuvae
 from scuvae import tl
@@ -187,6 +188,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sample": {"key": None, "n_samples": 1, "rng": 0},
     "calibration": {"key": None, "levels": (0.5, 0.8, 0.95), "covariance": None, "rng": 0},
     "predictive_check": {"key": None},
+    "transfer_labels": {"labels": "cell_type", "key": None, "layer": None, "key_added": None},
 }
 
 
@@ -226,7 +228,7 @@ def test_adata_first_all_else_by_name(name: str) -> None:
     first, *rest = inspect.signature(getattr(tl, name)).parameters.values()
     assert first.name == "adata"
     assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if name in ("novelty", "project"):
+    if name in WITH_REFERENCE:
         reference = rest.pop(0)
         assert (reference.name, reference.default) == ("reference", inspect.Parameter.empty)
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)

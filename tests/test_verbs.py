@@ -358,7 +358,7 @@ def test_refine_in_place_drops_what_no_longer_holds() -> None:
     tl.predictive_check(adata)
     tl.refine(adata)
     assert fingerprint(adata.uns) == model
-    assert set(adata.obs) == {"batch", "expected", "scuvae_split"}
+    assert set(adata.obs) == {"batch", "expected", "cell_type", "scuvae_split"}
     assert not [name for name in adata.layers if name is not None]
     other = fitted(amortized=True)
     tl.refine(other, key_added="k")

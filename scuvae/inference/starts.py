@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from scuvae.inference.affinity import affinity
 from scuvae.inference.local_steps import normal_points
 from scuvae.model import VAE, Batch, SparseRows
-from scuvae.model.batch import dense, select
 
 # Enough cells to find the leading components by; the others are projected on them.
 MOST_CELLS = 20_000
@@ -48,13 +48,7 @@ class WhitenedPCA:
         if self.counts:
             factor = self.target / batch.size_factor.clamp_min(1e-12)
             value = (value * factor[x.row]).log1p()
-        return _as_matrix(SparseRows(x.starts, x.col, value, x.n_vars))
-
-
-def _as_matrix(x: SparseRows) -> Tensor:
-    return torch.sparse_coo_tensor(
-        torch.stack([x.row, x.col]), x.value, x.shape, is_coalesced=True, check_invariants=False
-    )
+        return SparseRows(x.starts, x.col, value, x.n_vars).matrix()
 
 
 def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -83,35 +77,10 @@ def _leading(x: Tensor, centre: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def likeliest(model: VAE, batch: Batch) -> Tensor:
     """For each cell the z that explains it best among fixed draws of the prior, (cells, latent).
 
-    Counts are compared as multinomial draws from the decoder's profiles, other values by
-    weighted squares: products of matrices, so that hundreds of points cost less than a step.
-    Means of training cells as further points gain nothing, and would let a cell's posterior
-    depend on them.
+    By :func:`scuvae.inference.affinity.affinity` and the prior's density. Means of training cells
+    as further points gain nothing, and would let a cell's posterior depend on them.
     """
     like = next(model.decoder.parameters())
     drawn = normal_points(_PRIOR_POINTS, like.new_empty(model.n_latent)).squeeze(1)
     z = torch.cat([like.new_zeros(1, model.n_latent), drawn])
-    if batch.covariates is None:
-        return z[_affinity(model, batch, z, None).argmax(1)]
-    out = like.new_empty(len(batch), model.n_latent)
-    kinds, kind = batch.covariates.unique(dim=0, return_inverse=True)
-    for number, covariates in enumerate(kinds):
-        rows = (kind == number).nonzero().squeeze(-1)
-        eta_of = covariates.expand(len(z), -1)
-        out[rows] = z[_affinity(model, batch.take(rows), z, eta_of).argmax(1)]
-    return out
-
-
-def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
-    """About log p(x, z) of every cell at every point, up to a term of the cell, (cells, points)."""
-    eta = model.decoder(z, covariates)
-    x, observed = batch.x, batch.observed
-    log_prior = -0.5 * z.square().sum(-1)
-    if not model.likelihood.counts:
-        shape = len(batch), -1
-        weight, _ = model.likelihood.fisher(x, eta[:1].expand(shape), batch.size_factor, observed)
-        return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T + log_prior
-    if observed is not None:
-        eta = eta[:, observed]
-        x = select(x, observed)
-    return (_as_matrix(x) if isinstance(x, SparseRows) else x) @ eta.log_softmax(-1).T + log_prior
+    return z[(affinity(model, batch, z) - 0.5 * z.square().sum(-1)).argmax(1)]

@@ -46,6 +46,13 @@ class SparseRows:
         out.view(-1)[self.flat] = self.value
         return out
 
+    def matrix(self) -> Tensor:
+        """As one of torch's sparse matrices, for products."""
+        at = torch.stack([self.row, self.col])
+        return torch.sparse_coo_tensor(
+            at, self.value, self.shape, is_coalesced=True, check_invariants=False
+        )
+
     def sum(self) -> Tensor:
         """Row totals, in counts."""
         return self.value.new_zeros(self.shape[0]).index_add_(0, self.row, self.value)

@@ -98,7 +98,7 @@ def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
     else:
-        known = [n for n in OBS_NAMES if n != "split"]
+        known = [n for n in OBS_NAMES if n not in ("split", "label")]
         if name not in known:
             raise ValueError(
                 f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}"

@@ -11,6 +11,7 @@ from scuvae.tl._refine import refine
 from scuvae.tl._sample import sample
 from scuvae.tl._score import score
 from scuvae.tl._to_encoder import to_encoder
+from scuvae.tl._transfer_labels import transfer_labels
 
 __all__ = [
     "amortization_gap",
@@ -24,4 +25,5 @@ __all__ = [
     "sample",
     "score",
     "to_encoder",
+    "transfer_labels",
 ]

@@ -218,6 +218,19 @@ def by_projection_of_both(bench: Bench) -> Method:
     return accuracy
 
 
+def by_votes(bench: Bench) -> Method:
+    """``tl.transfer_labels``: votes of training cells by how well they explain a cell's counts."""
+    name = bench.args.label
+    fitted = bench.unamortized
+
+    def accuracy(observed: np.ndarray) -> float:
+        query = bench.held_out[:, observed].copy()
+        scuvae.tl.transfer_labels(query, fitted, labels=name, device="cpu")
+        return float((query.obs["scuvae_label"].astype(str) == bench.truth.astype(str)).mean())
+
+    return accuracy
+
+
 def by_thorough_projection(bench: Bench) -> Method:
     """More steps and more draws, also from the prior's mean."""
     reference = bench.unamortized.obsm["X_scuvae"]
@@ -317,7 +330,7 @@ METHODS: dict[str, dict[str, Callable[[Bench], Method]]] = {
         "amortized, zeros": lambda b: by_encoder(b, scuvae.get.model(b.amortized), "zeros"),
         "amortized, refined": lambda b: by_refinement(b, scuvae.get.model(b.amortized)),
     },
-    "project": {"tl.project": by_projection},
+    "project": {"tl.project": by_projection, "tl.transfer_labels": by_votes},
     "project-variants": {
         "tl.project of both": by_projection_of_both,
         "tl.project, diagonal": lambda b: by_projection(b, covariance="diagonal"),

@@ -1,0 +1,73 @@
+"""How well the decoder at given points explains each cell: for many points at once."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scuvae.model import VAE, Batch, SparseRows
+from scuvae.model.batch import dense, select
+
+# Logits of points held at once: 64 MB.
+_NUMBERS = 2**24
+# Halvings of the interval in which a cell's temperature lies: float32 knows no finer.
+_HALVINGS = 25
+
+
+@torch.no_grad()
+def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
+    """About log p(x | z) of each cell at each of the points z, up to a term of the cell.
+
+    Counts are compared as multinomial draws from the decoder's profiles, other values by weighted
+    squares: products of matrices, so that hundreds of points cost less than a step.
+
+    Returns
+    -------
+    (cells, points), in nats.
+    """
+    some = z.split(max(1, _NUMBERS // model.n_vars))
+    if batch.covariates is None:
+        return torch.cat([_affinity(model, batch, points, None) for points in some], 1)
+    out = z.new_empty(len(batch), len(z))
+    kinds, kind = batch.covariates.unique(dim=0, return_inverse=True)
+    for number, covariates in enumerate(kinds):
+        rows = (kind == number).nonzero().squeeze(-1)
+        own = batch.take(rows)
+        parts = [_affinity(model, own, points, covariates) for points in some]
+        out[rows] = torch.cat(parts, 1)
+    return out
+
+
+def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
+    eta = model.decoder(z, None if covariates is None else covariates.expand(len(z), -1))
+    x, observed = batch.x, batch.observed
+    if not model.likelihood.counts:
+        shape = len(batch), -1
+        weight, _ = model.likelihood.fisher(x, eta[:1].expand(shape), batch.size_factor, observed)
+        return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T
+    if observed is not None:
+        eta = eta[:, observed]
+        x = select(x, observed)
+    return (x.matrix() if isinstance(x, SparseRows) else x) @ F.log_softmax(eta, -1).T
+
+
+def votes(affinities: Tensor, at_least: int) -> Tensor:
+    """Each point's share in each cell: p(x | z)^τ over the sum of all points', (cells, points).
+
+    τ is 1, and the shares are then those of Bayes' rule under a prior that has the points alone,
+    or as much below as it takes for the effective number of points, 1 / Σ share², to be
+    ``at_least`` so many. A model is surer than the data make it, of cells with many counts most.
+    """
+    at_least = min(at_least, affinities.shape[1])
+    low = affinities.new_zeros(len(affinities), 1)
+    high = torch.ones_like(low)
+
+    def enough(power: Tensor) -> Tensor:
+        shares = (power * affinities).softmax(1)
+        return shares.square().sum(1, keepdim=True) * at_least <= 1
+
+    as_it_is = enough(high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        spread = enough(middle)
+        low, high = torch.where(spread, middle, low), torch.where(spread, high, middle)
+    return (torch.where(as_it_is, 1.0, low) * affinities).softmax(1)
