@@ -169,6 +169,18 @@ def test_cells_without_a_label_have_no_vote_and_their_categories_none() -> None:
     np.testing.assert_allclose(adata.obs["scuvae_label_share"], 1, atol=1e-5)
 
 
+def test_empty_cells_warn_and_get_the_most_common_label() -> None:
+    reference, adata = small_fit(small_counts()), small_counts(seed=3)
+    adata.X[4] = 0
+    match = "1 cells have no counts.*most common label"
+    with pytest.warns(UserWarning, match=match) as warned:
+        tl.transfer_labels(adata, reference)
+    assert warned[0].filename == __file__
+    common = reference.obs["cell_type"].value_counts(normalize=True)
+    assert adata.obs["scuvae_label"].iloc[4] == common.index[0]
+    assert adata.obs["scuvae_label_share"].iloc[4] == pytest.approx(common.iloc[0], rel=1e-5)
+
+
 def test_of_many_reference_cells_some_vote() -> None:
     reference = small_fit(small_counts())
     found = []

@@ -41,6 +41,7 @@ from scuvae.tl._shared import (
     some,
     step_options,
     target,
+    warn_of_empty,
 )
 
 NEW_BATCHES = ("error", "estimate")
@@ -217,13 +218,7 @@ def project(
         entry["params"] |= _extended_params(entry["params"], fit, matched)
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
-    if model.likelihood.counts:
-        empty = int((cells.source.totals() == 0).sum())
-        if empty:
-            warnings.warn(
-                f"{empty} cells have no counts in the observed genes: they say nothing about z",
-                stacklevel=2,
-            )
+    warn_of_empty(fit, cells, "they say nothing about z")
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, moments(parts, covariance))

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,6 +188,15 @@ def match(
         observed=observed,
     )
     return Matched(cells, found, unknown + chosen_out, names)
+
+
+def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 3) -> None:
+    """Warn of cells without counts to go by, at the line that called the verb."""
+    if fit.model.likelihood.counts:
+        empty = int((cells.source.totals() == 0).sum())
+        if empty:
+            text = f"{empty} cells have no counts in the observed genes: {so}"
+            warnings.warn(text, stacklevel=stacklevel)
 
 
 def places(adata: AnnData, fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from scuvae.inference.affinity import affinity, votes
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_missing, read_posterior
 from scuvae.tl._project import read_reference
-from scuvae.tl._shared import match, random_state, resolve_device, target
+from scuvae.tl._shared import match, random_state, resolve_device, target, warn_of_empty
 
 logger = logging.getLogger("scuvae")
 
@@ -43,10 +43,9 @@ def transfer_labels(
 
     Every labelled reference cell r votes for its label with the share
     p(x | z_r) / Σ p(x | z_s) of each new cell x, z_r its posterior mean: Bayes' rule, with the
-    reference's cells as the prior in place of N(0, I). Only the observed genes are asked, so that
-    genes which ``adata`` lacks do not draw a cell anywhere. Neighbours of posterior means say the
-    same where there are many counts; where there are few, means lie nearer to the prior's, and
-    these votes label more cells as their own counts would have them.
+    reference's cells as the prior in place of N(0, I). Only the observed genes are asked. Where
+    counts are many, neighbours of posterior means say the same; where they are few, means lie
+    nearer to the prior's, and votes are right more often.
 
     Shares are evened out where fewer than ``n_neighbors`` reference cells would have all: a model
     is surer than it should be. Counts are compared as multinomial draws, other values by weighted
@@ -94,6 +93,11 @@ def transfer_labels(
         The reference holds no fit, no such column, or no names in it; no gene in common; a batch
         that the fit has not seen; values that its likelihood cannot have.
 
+    Warns
+    -----
+    UserWarning
+        Cells without counts in the observed genes.
+
     Examples
     --------
     >>> import scuvae
@@ -129,6 +133,7 @@ def transfer_labels(
         of_cells = votes(affinity(model, batch, mean), n_neighbors)
         shares[batch.index] = shares[batch.index].index_add(1, code, of_cells)
 
+    warn_of_empty(fit, cells, "they get the most common label", stacklevel=4)
     best = shares.max(1)
     out = target(adata, copy)
     found: dict[str, Any] = {
