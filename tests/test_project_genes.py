@@ -129,7 +129,7 @@ def test_cells_empty_over_the_genes_and_few_genes_warn() -> None:
     assert (adata.X.sum(1) > 0).all()
     with pytest.warns(UserWarning, match="3 cells have no counts in the observed") as caught:
         tl.project(adata, reference, genes=KEPT)
-    assert len(caught) == 1
+    assert len([w for w in caught if w.category is UserWarning]) == 1
 
     few = ["gene5", "gene8", "gene7", "ENSG1"]
     says = (
@@ -139,7 +139,7 @@ def test_cells_empty_over_the_genes_and_few_genes_warn() -> None:
         tl.project(new_cells(), reference, genes=few)
     assert [w.filename for w in caught if "leaves" in str(w.message)] == [__file__]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # anndata has others of its own
         tl.project(new_cells(), reference, genes=["gene5", "gene8", "gene7", "gene6"])  # a tenth
 
 
@@ -211,7 +211,8 @@ def results(adata: AnnData) -> dict[str, Any]:
         name: {key: value for key, value in entry.items() if key != "genes"}
         for name, entry in adata.uns.items()
     }
-    layers = {name: by_hand(adata).layers[name] for name in adata.layers}
+    # anndata 0.13 lists X among the layers, by the name None.
+    layers = {name: by_hand(adata).layers[name] for name in adata.layers if name is not None}
     return {"obs": adata.obs, "obsm": dict(adata.obsm), "layers": layers, "uns": entries}
 
 
@@ -234,7 +235,8 @@ def test_verbs_do_without_the_same_genes(verb: str, likelihood: str) -> None:
     # Arrays of other shapes lie at other addresses, where products may round otherwise.
     assert_alike(found, expected, atol=1e-3)
 
-    for layer in adata[:, LEFT_OUT].layers.values():
+    left_out = adata[:, LEFT_OUT]
+    for layer in [left_out.layers[name] for name in left_out.layers if name is not None]:
         values = layer.toarray() if sp.issparse(layer) else layer
         drawn_counts = verb == "sample" and likelihood != "gaussian"
         assert (values == 0 if drawn_counts else np.isnan(values)).all()
