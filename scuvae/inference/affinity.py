@@ -47,7 +47,9 @@ def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) ->
     if observed is not None:
         eta = eta[:, observed]
         x = select(x, observed)
-    return (x.matrix() if isinstance(x, SparseRows) else x) @ F.log_softmax(eta, -1).T
+    # Laid out anew: a sparse product with a transposed matrix takes twenty times as long.
+    profiles = F.log_softmax(eta, -1).T.contiguous()
+    return (x.matrix() if isinstance(x, SparseRows) else x) @ profiles
 
 
 def votes(affinities: Tensor, at_least: int) -> Tensor:

@@ -16,12 +16,14 @@ from scuvae.inference.affinity import affinity, votes
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_missing, read_posterior
 from scuvae.tl._project import read_reference
-from scuvae.tl._shared import match, random_state, resolve_device, target, warn_of_empty
+from scuvae.tl._shared import CHUNK, match, random_state, resolve_device, target, warn_of_empty
 
 logger = logging.getLogger("scuvae")
 
-# Numbers in the table of cells and reference cells held at once: 64 MB.
+# Numbers in the table of cells and reference cells held at once: 64 MB. And cells: each time the
+# reference's profiles are made anew.
 _NUMBERS = 2**24
+_CELLS = 4 * CHUNK
 
 
 @random_state_alias
@@ -129,7 +131,7 @@ def transfer_labels(
     code = torch.as_tensor(kinds.codes[voters].astype(np.int64), device=where)
     shares = torch.zeros(len(cells), len(kinds.categories), device=where)
     everyone = torch.arange(len(cells), device=where)
-    for batch in cells.loader(everyone, max(1, _NUMBERS // len(voters))):
+    for batch in cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // len(voters)))):
         of_cells = votes(affinity(model, batch, mean), n_neighbors)
         shares[batch.index] = shares[batch.index].index_add(1, code, of_cells)
 
