@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,8 +207,6 @@ def test_genes_that_a_projection_left_out_are_left_out() -> None:
 
 
 def test_slots_survive_a_file_and_go_with_a_refit(tmp_path: Path) -> None:
-    import anndata as ad
-
     reference, adata = small_fit(small_counts()), small_counts(seed=3)
     reference.write_h5ad(tmp_path / "reference.h5ad")
     tl.transfer_labels(adata, tmp_path / "reference.h5ad")

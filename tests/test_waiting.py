@@ -74,7 +74,7 @@ def test_steps_wait_for_nothing(
     """In float64, whose operators are those of a GPU; with renewals of all precisions."""
     monkeypatch.setattr(natural, "_at_hand", lambda values: False)
     model = model_of(name, encoder=True, n_covariates=2)
-    x = cells_of_two_batches(model)
+    x = torch.poisson(torch.full((12, model.n_vars), 3.0)).double()
     batches = [
         batch_of(x[rows], index=rows, covariates=torch.eye(2).double()[rows % 2], sparse=True)
         for rows in torch.arange(12).split(4)
@@ -85,13 +85,6 @@ def test_steps_wait_for_nothing(
     train(model, posterior, cells, n_samples=2, **options)
     assert cells.n_steps == 3
     assert cells.watch.found == []
-
-
-def cells_of_two_batches(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        covariates = torch.eye(2).double()[torch.arange(12) % 2]
-        eta = model.decoder(torch.randn(12, 2).double(), covariates)
-        return model.likelihood.sample(eta, torch.full((12,), 40.0).double())
 
 
 def test_a_number_that_is_asked_for_is_seen() -> None:

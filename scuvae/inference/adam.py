@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +52,10 @@ class CompiledAdam:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                    # As arrays of the same memory: to make them takes as long as a small step.
-                    arrays = tuple(flat(part) for part in (parameter, first, second))
-                    state.update(step=0, exp_avg=first, exp_avg_sq=second, arrays=arrays)
+                    # Its memory as an array is kept: to make that takes as long as a small step.
+                    own = flat(parameter)
+                    first, second = np.zeros_like(own), np.zeros_like(own)
+                    state.update(step=0, own=own, first=first, second=second)
                 state["step"] += 1
-                own, first, second = state["arrays"]
-                step(gradient, own, first, second, state["step"], group["lr"], _BETAS, _EPS)
+                arrays = state["own"], state["first"], state["second"]
+                step(gradient, *arrays, state["step"], group["lr"], _BETAS, _EPS)

@@ -79,7 +79,7 @@ def move(
     factor: float,
     rate: float,
     longest: float,
-    by: float = 1.0,
+    by: float,
 ) -> None:
     """Add ``by`` times ρ Λ⁻¹ g to the table's rows, g = ``factor`` · ``slope`` − m of each cell.
 

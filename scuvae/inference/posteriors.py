@@ -183,9 +183,9 @@ class _NaturalRule:
 
     That gradient is the draws' own, less the mean, which is the prior's part. The precision is
     renewed at a cell's first visit, at its ninth, and after every 16 from then on: a renewal costs
-    as much as all else in a step and a half, and renewing more often fits counts no better. More
+    as much as all else in a step and a third, and renewing more often fits counts no better. More
     rarely does as well there, but ends below the optimum of a linear decoder. Nor is it better to
-    renew from more genes than 256, drawn anew each time: the precision is off by 6 to 8 % then.
+    renew from more genes than 256, drawn anew each time: the precision is off by some 5 % then.
     Short steps let a cell's mean average over the decoders that dropout draws, shorter ones the
     more these differ; with longer ones held-out cells lose nats.
     """

@@ -10,7 +10,7 @@ from scuvae.model.vectors import exact, f32
 
 
 @exact
-def _gate(entered: Any, draws: Any, least: Any, gain: Any, gate: Any, out: Any) -> None:
+def _gate(entered: Any, draws: Any, gate: Any, out: Any, least: Any, gain: Any) -> None:
     for i in range(len(entered)):
         open_ = (entered[i] > f32(0.0)) & (draws[i] >= least)
         gate[i] = gain if open_ else f32(0.0)
@@ -22,6 +22,5 @@ def gated(entered: Tensor, draws: Tensor, least: int, gain: float) -> tuple[Tens
     at ``least`` so, else 0."""
     gate, out = torch.empty_like(entered), torch.empty_like(entered)
     arrays = (array.view(-1).numpy() for array in (entered, draws, gate, out))
-    entered_, draws_, *made = arrays
-    _gate(entered_, draws_, np.int16(least), f32(gain), *made)
+    _gate(*arrays, np.int16(least), f32(gain))
     return out, gate

@@ -168,7 +168,7 @@ def _negative_binomial(
     logit_sums: Any,
     logit_slopes: Any,
 ) -> None:
-    # There is room for the slopes and sums that are asked for.
+    # There is room for the slopes and sums that are asked for, or for both of η's and ln θ's.
     n_genes, n_cells = eta.shape[1], len(starts) - 1
     theta = bounded(log_theta)
     inverse = f32(1.0) / theta
@@ -193,7 +193,7 @@ def _negative_binomial(
         for k in range(begin, end):
             g = np.uint32(col[k])
             x, theta_logs = value[k], theta[g] * logs[g]
-            # μ/(θ+μ), and −θ times that: of a zero, but for its inflation.
+            # −θμ/(θ+μ), the slope of a zero but for its inflation; ``part`` is μ/(θ+μ).
             if inflated:
                 mu = share[g] * scale
                 of_zero = -mu / (f32(1.0) + mu * inverse[g])
@@ -333,7 +333,9 @@ def negative_binomial(
     _run(_negative_binomial, eta, *arrays, logits, logit is not None, keep, out, *room)
     if not keep:
         return out, None
-    eta_sum, theta_sum = map(_added, sums)
+    eta_sum, theta_sum = (
+        _added(part) if want else None for part, want in zip(sums, wanted, strict=False)
+    )
     own_logit = each_logit if of_each else _added(logit_sum)
     return out, Slopes(slope, size_slope, eta_sum, (theta_sum, own_logit)[: len(wanted) - 1])
 

@@ -106,8 +106,7 @@ class Matched:
 
 def cells_of(adata: AnnData, fit: Fit, device: torch.device | None = None) -> Cells:
     """The cells of an AnnData that holds the fit, over the genes that their posteriors stand on."""
-    genes = fit.var_names.difference(fit.missing) if len(fit.missing) else None
-    return match(adata, fit, device=device, genes=genes).cells
+    return match(adata, fit, device=device, genes=fit.var_names.difference(fit.missing)).cells
 
 
 def match(

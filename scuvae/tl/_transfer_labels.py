@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from torch.nn import functional as F
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._errors import near
@@ -46,12 +47,12 @@ def transfer_labels(
     Every labelled reference cell r votes for its label with the share
     p(x | z_r) / Σ p(x | z_s) of each new cell x, z_r its posterior mean: Bayes' rule, with the
     reference's cells as the prior in place of N(0, I). Only the observed genes are asked. Where
-    counts are many, neighbours of posterior means say the same; where they are few, means lie
-    nearer to the prior's, and votes are right more often.
+    these are few, posterior means lie nearer to the prior's, and votes are right more often than
+    the means' neighbours.
 
     Shares are evened out where fewer than ``n_neighbors`` reference cells would have all: a model
     is surer than it should be. Counts are compared as multinomial draws, other values by weighted
-    squares. Against 10,000 reference cells and 2,000 genes a cell takes two milliseconds.
+    squares.
 
     Parameters
     ----------
@@ -118,8 +119,7 @@ def transfer_labels(
     fit = read_fit(reference, key)
     kinds = _labels(reference, labels)
     where = resolve_device(device)
-    missing = read_missing(adata, key_added)
-    genes = adata.var_names.difference(missing) if len(missing) else None
+    genes = adata.var_names.difference(read_missing(adata, key_added))
     cells = match(adata, fit, layer, where, genes=genes).cells
 
     model = fit.model.to(where)
@@ -129,18 +129,20 @@ def transfer_labels(
             voters = np.sort(generator.choice(voters, n_reference, replace=False))
     mean = read_posterior(reference, key).mean[voters].to(where)
     code = torch.as_tensor(kinds.codes[voters].astype(np.int64), device=where)
-    shares = torch.zeros(len(cells), len(kinds.categories), device=where)
+    of_label = F.one_hot(code, len(kinds.categories)).to(mean)
     everyone = torch.arange(len(cells), device=where)
-    for batch in cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // len(voters)))):
-        of_cells = votes(affinity(model, batch, mean), n_neighbors)
-        shares[batch.index] = shares[batch.index].index_add(1, code, of_cells)
+    best = torch.cat(
+        [
+            votes(affinity(model, batch, mean), n_neighbors) @ of_label
+            for batch in cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // len(voters))))
+        ]
+    ).max(1)
 
     warn_of_empty(fit, cells, "they get the most common label", stacklevel=4)
-    best = shares.max(1)
     out = target(adata, copy)
     found: dict[str, Any] = {
         "label": pd.Categorical.from_codes(best.indices.cpu().numpy(), dtype=kinds.dtype),
-        "label_share": best.values.cpu().numpy().astype(np.float32),
+        "label_share": best.values.clamp_max(1.0).cpu().numpy(),
     }
     for name, values in found.items():
         out.obs[keys.obs[name]] = values

@@ -226,7 +226,7 @@ def by_votes(bench: Bench) -> Method:
     def accuracy(observed: np.ndarray) -> float:
         query = bench.held_out[:, observed].copy()
         scuvae.tl.transfer_labels(query, fitted, labels=name, device="cpu")
-        return float((query.obs["scuvae_label"].astype(str) == bench.truth.astype(str)).mean())
+        return float((query.obs["scuvae_label"].astype(str) == bench.truth).mean())
 
     return accuracy
 
