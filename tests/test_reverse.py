@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae.inference import natural
-from scuvae.inference.adam import CompiledAdam, adam
 from scuvae.inference.objectives import _drawn, descend, elbo, kl_to_prior
+from scuvae.inference.optimizers import CompiledAdam, adam
 from scuvae.model import VAE, Batch
 from scuvae.model.networks import Decoder, _gated
 

@@ -9,7 +9,7 @@ from small_models import COUNTS, batch_of, model_of, posterior_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scuvae.inference import natural
-from scuvae.inference.adam import adam
+from scuvae.inference.optimizers import adam
 from scuvae.inference.train import train
 from scuvae.model import Batch
 

@@ -19,7 +19,7 @@ from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Batch, Decoder, SparseRows, negative_binomial
 from scuvae.model.batch import sparse
-from scuvae.model.vae import JACOBIAN_NUMBERS, jacobian_gram, weighted_gram
+from scuvae.model.vae import cells_at_once, jacobian_gram, weighted_gram
 
 # Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
 _X, _BATCH, _LABELS = "X", "batch", "labels"
@@ -123,7 +123,7 @@ class Bridge(nn.Module):
         """−∇²_z log p(x | z), about, (cells, latent, latent); a few cells at a time."""
         if self.network is not None and not self.whole_curvature:
             return self._curvature_of_mean(batch, z)
-        chunk = max(1, JACOBIAN_NUMBERS // (self.n_vars * z.shape[-1]))
+        chunk = cells_at_once(self.n_vars * z.shape[-1], z.device)
         parts = []
         for rows in torch.arange(len(z), device=z.device).split(chunk):
             root = self.curvature_root(batch.take(rows), z[rows])

@@ -79,7 +79,7 @@ def move(
     factor: float,
     rate: float,
     longest: float,
-    by: float,
+    by: float | Tensor,
 ) -> None:
     """Add ``by`` times ρ Λ⁻¹ g to the table's rows, g = ``factor`` · ``slope`` − m of each cell.
 
@@ -91,12 +91,12 @@ def move(
             from scuvae.model.gaussian_kernels import move as compiled_move
 
             slope = slope.contiguous()
-            compiled_move(means, rows, q.loc, tril, slope, factor, rate, longest, by)
+            compiled_move(means, rows, q.loc, tril, slope, factor, rate, longest, float(by))
             return
         direction = precondition(tril, torch.add(factor * slope, q.mean, alpha=-1))
     else:
         direction = q.variance * torch.add(factor * slope, q.mean, alpha=-1)
-    means.index_add_(0, rows, cap_length(rate * direction, longest), alpha=by)
+    means.index_add_(0, rows, cap_length(rate * direction, longest) * by)
 
 
 def cap_length(step: Tensor, longest: float) -> Tensor:

@@ -28,6 +28,14 @@ class Posterior(nn.Module, ABC):
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         """q for the cells of the batch; ``kl_weight`` is that of the fit."""
 
+    def visit(self, on_host: Tensor) -> str | None:
+        """Note that these rows, given on the host, are visited next: before each training step.
+
+        Returned is the kind of step that it will be. Steps of a kind, on as many cells, do the same
+        with other numbers; None where what is done depends on numbers.
+        """
+        return None
+
     def step(
         self,
         model: VAE,
@@ -36,7 +44,7 @@ class Posterior(nn.Module, ABC):
         *,
         scale: float,
         kl_weight: float,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
     ) -> None:
         """A local step after the backward pass.
 
@@ -56,6 +64,9 @@ class Posterior(nn.Module, ABC):
 
 class AmortizedPosterior(Posterior):
     """The encoder's q; it has no parameters of its own."""
+
+    def visit(self, on_host: Tensor) -> str | None:
+        return "encoder"
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         return model.encode(batch)
@@ -92,6 +103,9 @@ class UnamortizedPosterior(Posterior):
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
         self._last: tuple[Tensor, Tensor, Distribution] | None = None
 
+    def visit(self, on_host: Tensor) -> str | None:
+        return self.rule.visit(on_host)
+
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         mean = self.mean.index_select(0, batch.index)
         raw = self.raw.index_select(0, batch.index)
@@ -111,7 +125,7 @@ class UnamortizedPosterior(Posterior):
         *,
         scale: float,
         kl_weight: float,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
     ) -> None:
         if self._last is None:
             raise RuntimeError("step() follows a call of the posterior and a backward pass")
@@ -138,6 +152,8 @@ class _LocalRule(Protocol):
     """Whether it takes the gradients in mean and scale parameters, which cost a step much, or
     that of the reconstruction in the draws alone."""
 
+    def visit(self, on_host: Tensor) -> str | None: ...
+
     def step(
         self,
         table: "UnamortizedPosterior",
@@ -147,7 +163,7 @@ class _LocalRule(Protocol):
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
-        rate: float,
+        rate: float | Tensor,
     ) -> None: ...
 
 
@@ -161,6 +177,9 @@ class _GradientRule:
         make = ROW_OPTIMIZERS[optimizer]
         self.optimizers = make(table.mean, learning_rate), make(table.raw, learning_rate)
 
+    def visit(self, on_host: Tensor) -> str | None:
+        return "gradient"
+
     def step(
         self,
         table: UnamortizedPosterior,
@@ -170,7 +189,7 @@ class _GradientRule:
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
-        rate: float,
+        rate: float | Tensor,
     ) -> None:
         for moved, own, gradient in zip(
             (table.mean, table.raw), self.optimizers, gradients, strict=True
@@ -199,6 +218,16 @@ class _NaturalRule:
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
         self.visits = np.zeros(len(table.mean), np.int32)
+        self.due = np.zeros(0, bool)
+
+    def visit(self, on_host: Tensor) -> str | None:
+        rows = on_host.numpy()
+        visits = self.visits[rows]
+        self.visits[rows] = visits + 1
+        self.due = (visits % self.period == 0) | (visits == self.early)
+        if self.due.all():
+            return "renewal"
+        return None if self.due.any() else "natural"
 
     def step(
         self,
@@ -209,14 +238,13 @@ class _NaturalRule:
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
-        rate: float,
+        rate: float | Tensor,
     ) -> None:
         rows, mean = batch.index, q.mean
-        due = self._visit(batch.host_index)
-        if due.all():
+        if self.due.all():
             q = self._renew(table, model, batch, mean, kl_weight)
-        elif due.any():
-            some = torch.from_numpy(due.nonzero()[0]).to(rows.device)
+        elif self.due.any():
+            some = torch.from_numpy(self.due.nonzero()[0]).to(rows.device)
             self._renew(table, model, batch.take(some), mean[some], kl_weight)
             q = gaussian(mean, table.raw[rows])
         (of_draws,) = gradients
@@ -231,13 +259,6 @@ class _NaturalRule:
             longest=self.longest,
             by=rate,
         )
-
-    def _visit(self, on_host: Tensor) -> np.ndarray:
-        """Count a visit of each row; whether its precision is due."""
-        rows = on_host.numpy()
-        visits = self.visits[rows]
-        self.visits[rows] = visits + 1
-        return (visits % self.period == 0) | (visits == self.early)
 
     def _renew(
         self,

@@ -21,7 +21,9 @@ class RowOptimizer(ABC):
         self.state = {name: torch.zeros_like(table) for name in self.moments}
         self.state["steps"] = table.new_zeros(len(table), 1)
 
-    def step(self, table: Tensor, rows: Tensor, gradient: Tensor, rate: float = 1.0) -> None:
+    def step(
+        self, table: Tensor, rows: Tensor, gradient: Tensor, rate: float | Tensor = 1.0
+    ) -> None:
         """Move ``table[rows]`` against ``gradient``, by ``rate`` of the step; rows are distinct."""
         own = {name: values[rows] for name, values in self.state.items()}
         own["steps"] = own["steps"] + 1

@@ -7,28 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from scuvae.inference.adam import Optimizer, adam
+from scuvae.inference.losses import Losses
 from scuvae.inference.memory import keep_freed_memory
-from scuvae.inference.objectives import descend
+from scuvae.inference.optimizers import Optimizer
 from scuvae.inference.posteriors import Posterior
+from scuvae.inference.replays import steps_over
+from scuvae.inference.steps import Step
 from scuvae.model import VAE, Batch
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": adam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
-
-
-# Steps whose losses lie together: small blocks that outlive a step, one by one between its large
-# ones, keep these from being used again, and a long epoch would grow by gigabytes.
-_ROWS = 1024
 
 
 class TrainingError(FloatingPointError):
-    """The loss became infinite or NaN. The model and posterior are as after the last good epoch.
+    """The loss became infinite or NaN. The model and posterior are as after the last good look:
+    after the last good epoch, unless ``look_every`` says that fewer are enough.
 
     Attributes
     ----------
@@ -84,6 +75,7 @@ def train(
     held_out: HeldOut | None = None,
     evaluate_every: int = 1,
     early_stopping: EarlyStopping | None = None,
+    look_every: int = 1,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:
     """Fit ``model`` and ``posterior`` to the cells, full batch or in minibatches.
@@ -96,12 +88,16 @@ def train(
         Number of training cells n: the loss of a batch of B cells weighs n/B, so that its
         gradient estimates that of all cells; a cell's own parameters are moved by its own loss.
     optimizer
-        Over the model's parameters; a posterior's rows have their own.
+        Over the model's parameters; a posterior's rows have their own. On a GPU steps are recorded
+        and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD can.
     learning_rate_at
         Factor on the learning rate as a function of progress in [0, 1).
     held_out, evaluate_every, early_stopping
         Cells to judge the decoder by, every so many epochs, and when to stop; the best state
         is restored.
+    look_every
+        Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
+        ``on_epoch`` is called for every epoch, when it is looked at.
 
     Returns
     -------
@@ -109,77 +105,53 @@ def train(
     a cell, each cell judged when its batch was visited.
     """
     keep_freed_memory()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    step = Step(model, posterior, optimizer, n_obs=n_obs, n_samples=n_samples, kl_weight=kl_weight)
+    epoch_of_steps = steps_over(cells, step)
+    losses = Losses(n_obs, kl_weight)
     history: list[dict[str, float]] = []
     last_good: dict[str, Any] = {}
+    before = _snapshot(model, posterior)
 
     for epoch in range(max_epochs):
-        rate = learning_rate_at(epoch / max_epochs)
-        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * rate
-        before = _snapshot(model, posterior)
+        step.set_rate(learning_rate_at(epoch / max_epochs))
         model.train()
-        visited: list[Tensor] = []
-        blocks: list[Tensor] = []
+        for sums, index in epoch_of_steps():
+            losses.add(sums, index)
+        losses.end_epoch()
 
-        for batch in cells:
-            q = posterior(model, batch, kl_weight)
-            weight = n_obs / len(batch)
-            for parameter in parameters:  # as zero_grad does, without its hooks
-                parameter.grad = None
-            terms, slope = descend(model, batch, q, n_samples, weight=weight, kl_weight=kl_weight)
-            row_number = len(visited) % _ROWS
-            if not row_number:
-                blocks.append(terms.kl.new_zeros(3, _ROWS))
-            blocks[-1][:2, row_number] = terms.sums()
-            extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
-            if extra is not None:
-                blocks[-1][2, row_number] = extra
-            posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=rate)
-            optimizer.step()
-            visited.append(batch.index)
-
-        # Looked at once an epoch: a look at every batch would make a GPU wait for the host.
-        fits, divergences, extras = torch.cat(blocks, 1)[:, : len(visited)].cpu()
-        values = kl_weight * divergences - fits + extras
-        if not values.isfinite().all():
-            first = int((~values.isfinite()).nonzero()[0])
+        last_epoch = epoch == max_epochs - 1
+        judged = held_out is not None and ((epoch + 1) % evaluate_every == 0 or last_epoch)
+        if losses.n_steps < look_every and not (judged or last_epoch):
+            continue
+        bad = losses.first_bad()
+        if bad is not None:
             # A last step can ruin what only the next loss shows: a first loss that is no number
-            # condemns the state that the epoch began with.
-            _restore(before if first else last_good or before, model, posterior)
-            raise TrainingError(values[first].item(), epoch, first, visited[first].tolist())
+            # condemns the state that its steps began with.
+            _restore(last_good or before if bad.first else before, model, posterior)
+            raise TrainingError(bad.loss, bad.epoch, bad.batch, bad.cells)
         last_good = before
-        # The last step of an epoch has no loss after it that would show what it did.
+        # The last of the steps has no loss after it that would show what it did.
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
-            raise TrainingError(math.nan, epoch, len(visited) - 1, visited[-1].tolist())
-        fit, divergence = (float(part.double().sum()) / n_obs for part in (fits, divergences))
-        row = {
-            "loss": kl_weight * divergence - fit,
-            "elbo": fit - divergence,
-            "reconstruction": fit,
-            "kl": divergence,
-            "validation_elbo": math.nan,
-        }
-        last_epoch = epoch == max_epochs - 1
+            raise TrainingError(math.nan, *losses.last())
+        last_step = losses.last()
+        rows = [{**row, "validation_elbo": math.nan} for row in losses.read()]
         stop = False
-        if held_out is not None and ((epoch + 1) % evaluate_every == 0 or last_epoch):
+        if judged and held_out is not None:
             model.eval()
-            row["validation_elbo"] = held_out.elbo(model)
-            if not math.isfinite(row["validation_elbo"]):
+            value = held_out.elbo(model)
+            if not math.isfinite(value):
                 _restore(last_good, model, posterior)
-                raise TrainingError(
-                    row["validation_elbo"], epoch, len(visited) - 1, visited[-1].tolist()
-                )
+                raise TrainingError(value, *last_step)
+            rows[-1]["validation_elbo"] = value
             if early_stopping is not None:
-                stop = early_stopping.update(
-                    epoch, row["validation_elbo"], lambda: _snapshot(model, posterior)
-                )
-        history.append(row)
-        on_epoch(row)
+                stop = early_stopping.update(epoch, value, lambda: _snapshot(model, posterior))
+        history += rows
+        for row in rows:
+            on_epoch(row)
         if stop:
             break
+        before = _snapshot(model, posterior)
 
     if early_stopping is not None and early_stopping.state:
         _restore(early_stopping.state, model, posterior)

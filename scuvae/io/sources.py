@@ -25,9 +25,22 @@ class Source(ABC):
 
     shape: tuple[int, int]
 
+    resident: bool
+    """Whether all values are on the device, so that the host has no part in gathering rows."""
+
     @abstractmethod
-    def rows(self, index: Tensor, on_host: Tensor | None = None) -> Tensor | SparseRows:
-        """Values of the rows ``index``, in that order; ``on_host`` is ``index`` on the host."""
+    def rows(
+        self, index: Tensor, on_host: Tensor | None = None, size: int | None = None
+    ) -> Tensor | SparseRows:
+        """Values of the rows ``index``, in that order.
+
+        ``on_host`` is ``index`` on the host; ``size`` a number of nonzeros that the rows do not
+        exceed, by which a GPU need not be asked for theirs.
+        """
+
+    def sizes(self, on_host: Tensor) -> Tensor | None:
+        """The most nonzeros that 1, 2, … of these rows have together, where that is of use."""
+        return None
 
     @abstractmethod
     def totals(self) -> Tensor:
@@ -37,12 +50,14 @@ class Source(ABC):
 class DenseSource(Source):
     """A dense array, one copy at the most."""
 
+    resident = True
+
     def __init__(self, x: np.ndarray, device: torch.device) -> None:
         self.shape = (x.shape[0], x.shape[1])
         self.x = torch.as_tensor(np.array(x, np.float32, order="C"), device=device)
 
-    def rows(self, index: Tensor, on_host: Tensor | None = None) -> Tensor:
-        return self.x[index]
+    def rows(self, index: Tensor, on_host: Tensor | None = None, size: int | None = None) -> Tensor:
+        return self.x.index_select(0, index)
 
     def totals(self) -> Tensor:
         return self.x.sum(1)
@@ -72,20 +87,22 @@ class SparseSource(Source):
             columns, values = columns.pin_memory(), values.pin_memory()
         self.matrix = SparseRows(starts, columns, values, self.shape[1])
 
-    def rows(self, index: Tensor, on_host: Tensor | None = None) -> SparseRows:
-        if self.device.type == "cpu":
-            return self.matrix.take(index)
-        on_host = index.cpu() if on_host is None else on_host
-        if self.resident:
-            # The host knows how many entries there are: a GPU would have to be asked.
-            total = int(self.host_lengths.index_select(0, on_host).sum())
-            return self.matrix.take(index, total)
-        found = self.matrix.take(on_host)
+    def rows(
+        self, index: Tensor, on_host: Tensor | None = None, size: int | None = None
+    ) -> SparseRows:
+        if self.device.type == "cpu" or self.resident:
+            return self.matrix.take(index, size)
+        found = self.matrix.take(index.cpu() if on_host is None else on_host)
         parts = (found.starts, found.col, found.value)
         starts, columns, values = (
             part.pin_memory().to(self.device, non_blocking=True) for part in parts
         )
         return SparseRows(starts, columns, values, found.n_vars)
+
+    def sizes(self, on_host: Tensor) -> Tensor | None:
+        if self.device.type == "cpu" or not self.resident:
+            return None
+        return self.host_lengths[on_host].sort(descending=True).values.cumsum(0)
 
     def totals(self) -> Tensor:
         # By blocks of cells: a row number for every nonzero would outweigh the matrix.
@@ -168,12 +185,12 @@ class Cells:
     def __len__(self) -> int:
         return self.source.shape[0]
 
-    def batch(self, index: Tensor, on_host: Tensor | None = None) -> Batch:
+    def batch(self, index: Tensor, on_host: Tensor | None = None, size: int | None = None) -> Batch:
         covariates = None
         if self.codes is not None:
             covariates = F.one_hot(self.codes[index], self.n_categories).to(self.size_factor)
         return Batch(
-            self.source.rows(index, on_host),
+            self.source.rows(index, on_host, size),
             index,
             self.size_factor.index_select(0, index),
             covariates,
@@ -199,12 +216,30 @@ class Loader:
         self.on_host = rows.cpu()
         self.batch_size = batch_size
         self.generator = generator
+        # Batches of as many cells have arrays of one size: see inference/replays.py.
+        self.sizes = cells.source.sizes(self.on_host)
 
-    def __iter__(self) -> Iterator[Batch]:
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def resident(self) -> bool:
+        """Whether :meth:`gather` does all that it does on the device."""
+        return self.cells.source.resident
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The row numbers of an epoch's batches, on the device and on the host."""
         index, on_host = self.index, self.on_host
         if self.generator is not None and self.batch_size < len(index):
             on_host = on_host[torch.randperm(len(index), generator=self.generator)]
             index = on_host.to(index.device)
-        parts = zip(index.split(self.batch_size), on_host.split(self.batch_size), strict=True)
-        for part, host_part in parts:
-            yield self.cells.batch(part, host_part)
+        return zip(index.split(self.batch_size), on_host.split(self.batch_size), strict=True)
+
+    def gather(self, index: Tensor, on_host: Tensor | None = None) -> Batch:
+        """One of these batches."""
+        size = None if self.sizes is None or not len(index) else int(self.sizes[len(index) - 1])
+        return self.cells.batch(index, on_host, size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.gather(*part) for part in self.parts())

@@ -13,7 +13,9 @@ class SparseRows:
     """The nonzeros of a cells × genes block, row by row (CSR).
 
     ``starts`` (int64, one entry more than cells) says where each row begins; ``col`` (int32 or
-    int64) and ``value`` (floating point) have one entry a nonzero.
+    int64) and ``value`` (floating point) have one entry a nonzero. On a GPU the last row may have
+    entries of 0 at its end, in any column, which say nothing: blocks of as many cells then have
+    arrays of one size.
     """
 
     starts: Tensor
@@ -43,7 +45,8 @@ class SparseRows:
     @cached_property
     def dense(self) -> Tensor:
         out = self.value.new_zeros(self.shape)
-        out.view(-1)[self.flat] = self.value
+        # Added, since entries of 0 may meet others.
+        out.view(-1).index_add_(0, self.flat, self.value)
         return out
 
     def matrix(self) -> Tensor:
@@ -57,21 +60,36 @@ class SparseRows:
         """Row totals, in counts."""
         return self.value.new_zeros(self.shape[0]).index_add_(0, self.row, self.value)
 
-    def take(self, rows: Tensor, n_nonzeros: int | None = None) -> "SparseRows":
-        """Some rows, in the order asked for; their nonzeros' number, where known, spares a wait."""
+    def take(self, rows: Tensor, size: int | None = None) -> "SparseRows":
+        """Some rows, in the order asked for.
+
+        On a GPU, ``size`` entries, as many as the rows have or more, spare a wait for their number.
+        """
         if self.value.device.type == "cpu":
             from scuvae.model.gather_kernel import gather  # with numba, when it is needed
 
             return SparseRows(*gather(self.starts, self.col, self.value, rows), self.n_vars)
+        return self.padded(rows, size)
+
+    def padded(self, rows: Tensor, size: int | None) -> "SparseRows":
+        """Some rows, by torch's operators, and entries of 0 in the last of them up to ``size``."""
         first = self.starts.index_select(0, rows)
         length = self.starts.index_select(0, rows + 1) - first
         starts = _starts(length)
-        # Where a row's entries lie in the matrix, less where they lie in the new block.
-        shift = torch.repeat_interleave(first - starts[:-1], length, output_size=n_nonzeros)
-        at = torch.arange(len(shift), device=shift.device).add_(shift)
-        return SparseRows(
-            starts, self.col.index_select(0, at), self.value.index_select(0, at), self.n_vars
-        )
+        if size is None:
+            # Where a row's entries lie in the matrix, less where they lie in the new block.
+            at = torch.repeat_interleave(first - starts[:-1], length)
+            at += torch.arange(len(at), device=at.device)
+            return SparseRows(starts, self.col[at], self.value[at], self.n_vars)
+        position = torch.arange(size, device=rows.device)
+        beyond = position >= starts[-1]
+        # The row of each entry, by the number of rows that end before it.
+        row = torch.searchsorted(starts[1:], position, right=True).clamp_max_(len(rows) - 1)
+        at = (first - starts[:-1]).index_select(0, row).add_(position)
+        at.clamp_max_(len(self.value) - 1)
+        ends = torch.cat([starts[:-1], starts.new_full((1,), size)])
+        value = self.value.index_select(0, at).masked_fill_(beyond, 0.0)
+        return SparseRows(ends, self.col.index_select(0, at), value, self.n_vars)
 
     def select(self, genes: Tensor) -> "SparseRows":
         """The block restricted to the genes where the boolean mask ``genes`` is true."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from scuvae.model.batch import SparseRows, dense, select, sparse
 from scuvae.model.least_squares import squared_residuals
-from scuvae.model.negative_binomial import inverse_theta
+from scuvae.model.negative_binomial import inverse_theta, keep_counts
 from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
 from scuvae.model.negative_binomial import passes as negative_binomial_passes
 from scuvae.model.poisson import log_prob as poisson_log_prob
@@ -336,8 +336,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         ratio = mu * inverse_theta(log_theta)
         # r = P(not dropped out | x), which is 1 wherever x > 0
         log_zero = -log_theta.exp() * ratio.log1p()
-        kept = torch.sigmoid(log_zero - self.logit_dropout[genes])
-        kept.flatten(-2)[..., sparse(x).flat] = 1.0
+        kept = keep_counts(torch.sigmoid(log_zero - self.logit_dropout[genes]), sparse(x))
         return mu.mul_(kept).div_(ratio.add_(1))
 
     def _mean(self, mu: Tensor, genes: Genes) -> Tensor:

@@ -114,10 +114,9 @@ def _dense_passes(
     if logit is not None:
         log_odds_zero = (log1p_ratio * theta).add_(logit)  # dropout against NB's own zero
         excess = F.softplus(log_odds_zero, threshold=30.0)
-        at_nonzeros -= at(excess, flat)
+        at_nonzeros.addcmul_(at(excess, flat), (value > 0).to(eta), value=-1)
         out = out + excess.sum(-1) - F.softplus(logit).sum(-1)
-        kept = torch.sigmoid(log_odds_zero.neg_())
-        kept.flatten(-2)[..., flat] = 1.0
+        kept = keep_counts(torch.sigmoid(log_odds_zero.neg_()), x)
     out = add_rows(out, row, at_nonzeros)
     if not keep:
         return out, None
@@ -150,6 +149,14 @@ def softmax(eta: Tensor) -> tuple[Tensor, Tensor]:
 def at(values: Tensor, flat: Tensor) -> Tensor:
     """``values``, (..., cells, genes), at positions in the flattened block: (..., nonzeros)."""
     return values.flatten(-2).index_select(-1, flat)
+
+
+def keep_counts(kept: Tensor, x: SparseRows) -> Tensor:
+    """``kept``, (..., cells, genes), the chance that a value is no dropout: 1 at every count."""
+    flat = x.flat.expand(*kept.shape[:-2], -1)
+    present = (x.value > 0).to(kept).expand_as(flat)
+    kept.flatten(-2).scatter_reduce_(-1, flat, present, "amax")
+    return kept
 
 
 def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:

@@ -14,8 +14,11 @@ from scuvae.model.networks import Decoder, Encoder
 from scuvae.model.rising import compiled
 from scuvae.model.rows import Linear
 
-# Numbers in the Jacobians held at once: 1 MB in float32, to stay in a core's cache.
-JACOBIAN_NUMBERS = 2**18
+
+def cells_at_once(numbers: int, device: torch.device) -> int:
+    """Cells whose Jacobians, of so many float32 numbers each, are held at once: 1 MB of them, to
+    stay in a core's cache, or half a GB on a GPU, to keep it busy."""
+    return max(1, (2**18 if device.type == "cpu" else 2**27) // numbers)
 
 
 class VAE(nn.Module):
@@ -176,7 +179,7 @@ def jacobian_gram(
     n_cells, n_latent, width = tangent.shape
     if shift is None:
         shift = tangent.new_zeros(n_cells, n_latent, 1)
-    chunk = max(1, JACOBIAN_NUMBERS // (len(weight) * n_latent))
+    chunk = cells_at_once(len(weight) * n_latent, tangent.device)
     parts = []
     for first in range(0, n_cells, chunk):
         some = slice(first, first + chunk)

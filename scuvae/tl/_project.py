@@ -35,6 +35,7 @@ from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._shared import (
     CHUNK,
     Matched,
+    chunk_on,
     logger,
     match,
     resolve_device,
@@ -231,8 +232,8 @@ def projected(
     model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
 ) -> Iterator[tuple[Batch, Distribution]]:
     """The cells a chunk at a time, in order, and their q."""
-    everyone = torch.arange(len(cells), device=cells.size_factor.device)
-    for batch in cells.loader(everyone, CHUNK):
+    where = cells.size_factor.device
+    for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
         if amortized:
             yield batch, encoded(model, batch, covariance)
         else:

@@ -18,7 +18,7 @@ from scuvae.io import inputs
 from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
 from scuvae.model import gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, resolve_device, step_options, target
+from scuvae.tl._shared import cells_of, chunk_on, elbo_gain, resolve_device, step_options, target
 
 
 def refine(
@@ -106,7 +106,7 @@ def refine(
 
     parts = []
     with torch.no_grad():
-        for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
+        for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
             starts = [gaussian(mean[batch.index], raw[batch.index])]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, family))

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from scuvae.inference.optimizers import OPTIMIZERS
 from scuvae.inference.posteriors import (
     POSTERIORS,
     AmortizedPosterior,
@@ -17,7 +18,7 @@ from scuvae.inference.posteriors import (
 )
 from scuvae.inference.refine import refine
 from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
-from scuvae.inference.train import OPTIMIZERS, EarlyStopping, train
+from scuvae.inference.train import EarlyStopping, train
 from scuvae.inference.validation import HeldOutCells, encoded, start
 from scuvae.io.sources import Cells
 from scuvae.io.state import moments
@@ -25,7 +26,10 @@ from scuvae.model import VAE, Batch
 from scuvae.model.batch import dense
 from scuvae.model.gaussian import n_scale_parameters, pack
 from scuvae.tl._settings import INFERENCE, Settings
-from scuvae.tl._shared import CHUNK, show_progress
+from scuvae.tl._shared import chunk_on, show_progress
+
+# Steps between two looks at a GPU's losses, for which it has to be waited for.
+_LOOK_EVERY = 64
 
 
 def run(
@@ -46,7 +50,7 @@ def run(
     judge = None
     if len(validation):
         judge = HeldOutCells(
-            cells.loader(validation, CHUNK),
+            cells.loader(validation, chunk_on(where)),
             covariance=settings.covariance,
             local_step=settings.local_step,
         )
@@ -72,6 +76,7 @@ def run(
             held_out=judge,
             evaluate_every=every,
             early_stopping=stopping,
+            look_every=1 if where.type == "cpu" else _LOOK_EVERY,
             on_epoch=on_epoch,
         )
     if model.encoder is not None:
@@ -96,8 +101,8 @@ def final_posterior(
     """q of every cell under the final decoder, in parts: the encoder's, or refined."""
     if judge is not None and isinstance(posterior, UnamortizedPosterior):
         posterior.store(validation, judge.q())
-    everyone = torch.arange(len(cells), device=cells.size_factor.device)
-    for batch in cells.loader(everyone, CHUNK):
+    where = cells.size_factor.device
+    for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
         with torch.no_grad():
             yield _final(model, posterior, batch, settings)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scuvae._checks import one_of, real, whole
 from scuvae.inference.local_steps import LOCAL_STEPS
-from scuvae.inference.train import OPTIMIZERS
+from scuvae.inference.optimizers import OPTIMIZERS
 from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.model.gaussian import COVARIANCES
 

@@ -27,6 +27,9 @@ logger = logging.getLogger("scuvae")
 # Cells that inference with a frozen decoder takes at once.
 CHUNK = 512
 
+# And on a GPU, which they should keep busy: 33 MB a draw of 2,000 genes.
+_GPU_CHUNK = 4096
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -46,6 +49,11 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r}: torch sees no Metal device. Pass device='auto' or 'cpu'"
         )
     return torch.device(device)
+
+
+def chunk_on(device: torch.device) -> int:
+    """Cells that inference with a frozen decoder takes at once on a device."""
+    return CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +119,31 @@ def cells_of(adata: ad.AnnData) -> Cells:
 # --- clocks --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Clock:
-    """CPU seconds of this process since it was made, less those spent inside ``paused()``."""
+def seconds_now(device: str = "cpu") -> float:
+    """CPU seconds of this process; for a GPU wall seconds, once it has done what it was given."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
-    started: float = field(default_factory=time.process_time)
-    excluded: float = 0.0
+
+class Clock:
+    """Seconds as above since it was made, less those spent inside ``paused()``."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.started, self.excluded = seconds_now(device), 0.0
 
     def seconds(self) -> float:
-        return time.process_time() - self.started - self.excluded
+        return seconds_now(self.device) - self.started - self.excluded
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        before = time.process_time()
+        before = seconds_now(self.device)
         try:
             yield
         finally:
-            self.excluded += time.process_time() - before
+            self.excluded += seconds_now(self.device) - before
 
 
 # --- evaluation: the same code for every model ---------------------------------------------------
@@ -319,7 +326,7 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
     return text
 
 
-def platform_of() -> dict[str, str]:
+def platform_of(device: str = "cpu") -> dict[str, str]:
     """What the figures were measured with."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -329,6 +336,8 @@ def platform_of() -> dict[str, str]:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         found["cpu"] = lines[0].split(":")[1].strip() if lines else found["cpu"]
+    if device != "cpu":
+        found["gpu"] = torch.cuda.get_device_name()
     for name in ("torch", "scvi-tools", "numpy"):
         try:
             found[name] = version(name)

@@ -94,10 +94,15 @@ def trace(
 
 
 def seconds_per_epoch(
-    train: ad.AnnData, n_epochs: int = 3, *, likelihood: str = "nb", batch_size: int = 128
+    train: ad.AnnData,
+    n_epochs: int = 3,
+    *,
+    likelihood: str = "nb",
+    batch_size: int = 128,
+    device: str = "cpu",
 ) -> float:
     """What an epoch of SCVI costs now, the machine as busy as it is; the first is not counted."""
-    run = _train(train, 0, n_epochs + 1, n_epochs + 1, likelihood, batch_size)
+    run = _train(train, 0, n_epochs + 1, n_epochs + 1, likelihood, batch_size, device)
     return (run.cpu_s[-1] - run.cpu_s[0]) / n_epochs
 
 
@@ -108,6 +113,7 @@ def _train(
     every: int,
     likelihood: str = "nb",
     batch_size: int = 128,
+    device: str = "cpu",
 ) -> Trace:
     threads = torch.get_num_threads()
     warnings.filterwarnings("ignore", module="lightning")
@@ -133,7 +139,7 @@ def _train(
 
     class Recorder(Callback):  # type: ignore[misc]
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            self.clock = Clock()
+            self.clock = Clock(device)
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             cpu_s.append(self.clock.seconds())
@@ -143,7 +149,7 @@ def _train(
                     kept.append(epoch)
                     states.append(
                         {
-                            name: value.numpy().copy()
+                            name: value.cpu().numpy().copy()
                             for name, value in model.module.state_dict().items()
                             if name.startswith(needed)
                         }
@@ -153,7 +159,7 @@ def _train(
     model.train(
         max_epochs=max_epochs,
         batch_size=batch_size,
-        accelerator="cpu",
+        accelerator="cpu" if device == "cpu" else "gpu",
         train_size=1.0,
         early_stopping=False,
         enable_progress_bar=False,

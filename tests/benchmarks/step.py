@@ -8,21 +8,23 @@ batches gathered from CSR, draws, backward pass, Adam, local steps with their re
 epoch's share of what is done once an epoch, in the mean over as many epochs as ``tl.fit`` takes of
 so many cells: renewals become rarer as a fit goes on. scvi-tools' steps are its module's loss,
 backward pass and Adam on minibatches that are ready as dense tensors, and those of its real
-training loop. The contestants take turns, and medians over the turns are reported.
+training loop. The contestants take turns, and medians over the turns are reported: of CPU time, or
+on a GPU of wall time.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
-from _common import platform_of, print_table, simulated, write_json
+from _common import platform_of, print_table, seconds_now, simulated, write_json
 
-from scuvae.inference.train import OPTIMIZERS, train
+from scuvae.inference.optimizers import OPTIMIZERS
+from scuvae.inference.train import train
 from scuvae.io.sources import Cells, Loader, source_of
 from scuvae.io.state import build_model
 from scuvae.model import LIKELIHOODS
@@ -32,8 +34,7 @@ from scuvae.tl._settings import INFERENCE, Settings
 SCHEMES = {name: amortized for amortized, name in INFERENCE.items()}
 COLUMNS = {
     "contestant": ("step of", ""),
-    "cpu_ms": ("CPU ms", ".2f"),
-    "wall_ms": ("wall ms", ".2f"),
+    "ms": ("ms", ".3f"),
     "products": ("/ products", ".2f"),
     "scvi": ("/ scvi-tools' step", ".3f"),
     "loop": ("/ scvi-tools' loop", ".3f"),
@@ -51,9 +52,10 @@ def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
     settings = _settings(len_of(x), SCHEMES[scheme], args)
     params = {**settings.__dict__, "likelihood": LIKELIHOODS[args.likelihood].name}
     model = build_model(params, x.shape[1], LIKELIHOODS[args.likelihood](x.shape[1]))
-    cells = Cells(source_of(x, torch.device("cpu")))
-    rows = torch.arange(len(cells))
-    posterior = _posterior(model, cells, rows, settings)
+    model = model.to(args.device)
+    cells = Cells(source_of(x, torch.device(args.device)))
+    rows = torch.arange(len(cells), device=args.device)
+    posterior = _posterior(model, cells, rows, settings).to(args.device)
     # As tl.fit makes it, where it does so by more than the name of its class.
     optimizer = OPTIMIZERS["adam"](model.parameters(), lr=settings.learning_rate)
     loader = Loader(cells, rows, args.batch_size, torch.Generator().manual_seed(0))
@@ -71,11 +73,16 @@ def scuvae_turn(x: Any, scheme: str, args: argparse.Namespace) -> Turn:
 def products_turn(args: argparse.Namespace, n_latent: int = 10, n_hidden: int = 128) -> Turn:
     """The decoder's matrix products and no more: two forward, four backward."""
     b, p = args.batch_size, args.genes
-    z, w0 = torch.randn(b, n_latent), torch.randn(n_hidden, n_latent)
-    w1, slope = torch.randn(p, n_hidden), torch.randn(b, p)
-    h, eta = torch.empty(b, n_hidden), torch.empty(b, p)
-    w0_grad, w1_grad = torch.empty_like(w0), torch.empty_like(w1)
-    z_grad, h_grad = torch.empty_like(z), torch.empty_like(h)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=args.device)
+
+    z, w0, w1, slope = (
+        random(*s) for s in [(b, n_latent), (n_hidden, n_latent), (p, n_hidden), (b, p)]
+    )
+    h, eta, w0_grad, w1_grad, z_grad, h_grad = (
+        random(*s) for s in [(b, n_hidden), (b, p), w0.shape, w1.shape, z.shape, (b, n_hidden)]
+    )
 
     def turn(steps: int = 500) -> int:
         for _ in range(steps):
@@ -96,12 +103,12 @@ def scvi_turn(x: Any, args: argparse.Namespace) -> Turn:
     import scvi
 
     options = {**_scvi.MODEL, "gene_likelihood": SCVI_NAMES[args.likelihood]}
-    module = scvi.module.VAE(x.shape[1], n_batch=1, **options).train()
+    module = scvi.module.VAE(x.shape[1], n_batch=1, **options).train().to(args.device)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, eps=0.01, weight_decay=1e-6)
     batches = []
     for start in range(0, min(x.shape[0], 16 * args.batch_size), args.batch_size):
-        part = torch.tensor(x[start : start + args.batch_size].toarray())
-        which = torch.zeros(len(part), 1, dtype=torch.long)
+        part = torch.tensor(x[start : start + args.batch_size].toarray(), device=args.device)
+        which = torch.zeros(len(part), 1, dtype=torch.long, device=args.device)
         keys = scvi.REGISTRY_KEYS
         batches.append({keys.X_KEY: part, keys.BATCH_KEY: which, keys.LABELS_KEY: which})
 
@@ -126,20 +133,17 @@ SCVI_NAMES = {
 }
 
 
-def scvi_loop(x: Any, args: argparse.Namespace) -> tuple[float, float]:
-    """CPU and wall seconds of a step of scvi-tools' ``train``; its first epoch is not counted."""
+def scvi_loop(x: Any, args: argparse.Namespace) -> float:
+    """Seconds of a step of scvi-tools' ``train``; its first epoch is not counted."""
     from unittest.mock import patch
 
     import _scvi
     import anndata as ad
 
     adata = ad.AnnData(x)
-    before = time.perf_counter()
     with patch.dict(_scvi.MODEL, gene_likelihood=SCVI_NAMES[args.likelihood]):
-        cpu = _scvi.seconds_per_epoch(adata, 3, batch_size=args.batch_size)
-    wall = (time.perf_counter() - before) / 4  # a little too much: it has the call's set-up
-    steps = -(-adata.n_obs // args.batch_size)
-    return cpu / steps, wall / steps
+        taken = _scvi.seconds_per_epoch(adata, 3, batch_size=args.batch_size, device=args.device)
+    return taken / -(-adata.n_obs // args.batch_size)
 
 
 def _settings(n_obs: int, amortized: bool | str, args: argparse.Namespace) -> Settings:
@@ -175,7 +179,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     x = simulated(args.batches * args.batch_size, args.genes, args.density)
     print(
         f"batch {args.batch_size} × {args.genes} genes, {x.nnz / np.prod(x.shape):.1%} nonzero, "
-        f"{args.likelihood}, {torch.get_num_threads()} thread(s)\n"
+        f"{args.likelihood}, {args.device}, {args.threads} thread(s)\n"
     )
     turns = {"matrix products": products_turn(args)}
     turns |= {f"scuvae, {scheme}": scuvae_turn(x, scheme, args) for scheme in args.inference}
@@ -183,28 +187,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if with_scvi:
         turns["scvi-tools, module"] = scvi_turn(x, args)
     torch.set_num_threads(args.threads)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+    times: dict[str, list[float]] = {name: [] for name in turns}
     for repetition in range(args.repetitions + 1):
         for name, turn in turns.items():
-            cpu, wall = time.process_time(), time.perf_counter()
+            before = seconds_now(args.device)
             steps = turn()
-            taken = (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps
             if repetition:  # the first turn warms up
-                times[name].append(taken)
+                times[name].append((seconds_now(args.device) - before) / steps)
     if with_scvi:
         times["scvi-tools, loop"] = [scvi_loop(x, args) for _ in range(2)]
     rows: list[dict[str, Any]] = []
     for name, taken in times.items():
-        cpu, wall = ([1e3 * t[i] for t in taken] for i in (0, 1))
-        rows.append(
-            {
-                "contestant": name,
-                "cpu_ms": statistics.median(cpu),
-                "wall_ms": statistics.median(wall),
-                "cpu_ms_all": cpu,
-            }
-        )
-    by_name = {row["contestant"]: row["cpu_ms"] for row in rows}
+        ms = [1e3 * seconds for seconds in taken]
+        rows.append({"contestant": name, "ms": statistics.median(ms), "ms_all": ms})
+    by_name = {row["contestant"]: row["ms"] for row in rows}
     for row in rows:
         for column, other in (
             ("products", "matrix products"),
@@ -212,7 +208,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             ("loop", "scvi-tools, loop"),
         ):
             if other in by_name:
-                row[column] = row["cpu_ms"] / by_name[other]
+                row[column] = row["ms"] / by_name[other]
     print_table(rows, COLUMNS)
     return rows
 
@@ -226,21 +222,25 @@ def profile(args: argparse.Namespace) -> None:
     for scheme in args.inference:
         turn = scuvae_turn(x, scheme, args)
         turn()
-        with profiler(activities=[ProfilerActivity.CPU], record_shapes=args.shapes) as found:
+        activities = [ProfilerActivity.CPU]
+        if args.device != "cpu":
+            activities.append(ProfilerActivity.CUDA)
+        with profiler(activities=activities, record_shapes=args.shapes) as found:
             steps = turn()
         averages = found.key_averages(group_by_input_shape=args.shapes)
-        total = sum(event.self_cpu_time_total for event in averages)
+        taken = attrgetter(f"self_{'cpu' if args.device == 'cpu' else 'device'}_time_total")
+        total = sum(map(taken, averages))
         print(f"\n{scheme}: {total / steps / 1e3:.2f} ms a step in operators\n")
         rows = []
-        for event in sorted(averages, key=lambda e: -e.self_cpu_time_total)[: args.top]:
+        for event in sorted(averages, key=lambda e: -taken(e))[: args.top]:
             name = event.key
             if args.shapes:
                 name += " " + str([s for s in event.input_shapes if s])[:60]
             rows.append(
                 {
                     "name": name,
-                    "ms": event.self_cpu_time_total / steps / 1e3,
-                    "share": 100 * event.self_cpu_time_total / total,
+                    "ms": taken(event) / steps / 1e3,
+                    "share": 100 * taken(event) / total,
                     "calls": event.count / steps,
                 }
             )
@@ -259,6 +259,7 @@ def main() -> None:
     add("--inference", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     add("--n-samples", type=int, default=1, help="draws of z; scvi-tools takes one")
     add("--threads", type=int, default=1)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--epochs", type=int, help="of a turn, in place of those of a default fit")
     add("--repetitions", type=int, default=3, help="turns of each that count")
     add("--no-scvi", action="store_true")
@@ -273,7 +274,9 @@ def main() -> None:
         profile(args)
         return
     rows = measure(args)
-    write_json(args.json, {"platform": platform_of(), "arguments": vars(args), "rows": rows})
+    write_json(
+        args.json, {"platform": platform_of(args.device), "arguments": vars(args), "rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Adam, compiled where parameters are float32 on a CPU: torch's own takes twice as long."""
+"""Optimisers: Adam, compiled where parameters are float32 on a CPU, and torch's own."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +29,20 @@ def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> Optimizer:
     if all(compiled(parameter) and parameter.is_contiguous() for parameter in parameters):
         return CompiledAdam(parameters, lr)
     # One pass over parameters, gradients and moments in place of ten.
-    return torch.optim.Adam(parameters, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
+    options: dict[str, Any] = {"betas": _BETAS, "eps": _EPS, "fused": True}
+    return torch.optim.Adam(parameters, **options, **_replayable(parameters, lr))
+
+
+def rmsprop(parameters: Iterable[Tensor], lr: float = 1e-2) -> Optimizer:
+    """RMSprop with PyTorch's defaults; on a GPU its steps can be replayed."""
+    parameters = list(parameters)
+    return torch.optim.RMSprop(parameters, **_replayable(parameters, lr))
+
+
+def _replayable(parameters: list[Tensor], lr: float) -> dict[str, Any]:
+    """Rate and count of the steps, on a GPU kept there: see inference/replays.py."""
+    first = parameters[0]
+    return {"lr": first.new_tensor(lr) if first.is_cuda else lr, "capturable": first.is_cuda}
 
 
 class CompiledAdam:
@@ -59,3 +72,10 @@ class CompiledAdam:
                 state["step"] += 1
                 arrays = state["own"], state["first"], state["second"]
                 step(gradient, *arrays, state["step"], group["lr"], _BETAS, _EPS)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": adam,
+    "rmsprop": rmsprop,
+    "sgd": torch.optim.SGD,
+}

@@ -1,0 +1,97 @@
+"""What training steps lost, looked at every so many steps."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Steps whose losses lie together: small blocks that outlive a step, one by one between its large
+# ones, keep these from being used again, and a long epoch would grow by gigabytes.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Bad:
+    """The first step whose loss is no number: where it was, counted from 0."""
+
+    loss: float
+    epoch: int
+    batch: int
+    cells: list[int]
+    first: bool
+    """Whether no step before it was looked at with it."""
+
+
+@dataclass
+class Losses:
+    """Losses of steps, on their device until they are read: a look makes a GPU wait for the host.
+
+    Parameters
+    ----------
+    n_obs, kl_weight
+        As in :func:`scuvae.inference.train.train`.
+    """
+
+    n_obs: int
+    kl_weight: float
+    n_epochs: int = 0
+    """Epochs read so far."""
+    _blocks: list[Tensor] = field(default_factory=list)
+    _cells: list[Tensor] = field(default_factory=list)
+    _ends: list[int] = field(default_factory=list)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps not read yet."""
+        return len(self._cells)
+
+    def add(self, losses: Tensor, cells: Tensor) -> None:
+        """A step's sums, as :class:`scuvae.inference.steps.Step` returns them, and its cells."""
+        row = self.n_steps % _ROWS
+        if not row:
+            self._blocks.append(losses.new_zeros(3, _ROWS))
+        self._blocks[-1][:, row] = losses
+        self._cells.append(cells)
+
+    def end_epoch(self) -> None:
+        self._ends.append(self.n_steps)
+
+    def last(self) -> tuple[int, int, list[int]]:
+        """Epoch, batch and cells of the last step."""
+        begin = self._ends[-2] if len(self._ends) > 1 else 0
+        epoch = self.n_epochs + len(self._ends) - 1
+        return epoch, self.n_steps - begin - 1, self._cells[-1].tolist()
+
+    def first_bad(self) -> Bad | None:
+        """The first step whose loss is no number."""
+        fits, divergences, extras = self._values()
+        values = self.kl_weight * divergences - fits + extras
+        wrong = (~values.isfinite()).nonzero()
+        if not len(wrong):
+            return None
+        step = int(wrong[0])
+        epoch = sum(end <= step for end in self._ends)
+        batch = step - (self._ends[epoch - 1] if epoch else 0)
+        cells = self._cells[step].tolist()
+        return Bad(values[step].item(), self.n_epochs + epoch, batch, cells, step == 0)
+
+    def read(self) -> list[dict[str, float]]:
+        """A row for each epoch that was not read yet: nats a cell."""
+        fits, divergences, _ = self._values().double()
+        rows = []
+        for begin, end in zip([0, *self._ends], self._ends, strict=False):
+            fit, kl = (float(part[begin:end].sum()) / self.n_obs for part in (fits, divergences))
+            rows.append(
+                {
+                    "loss": self.kl_weight * kl - fit,
+                    "elbo": fit - kl,
+                    "reconstruction": fit,
+                    "kl": kl,
+                }
+            )
+        self.n_epochs += len(rows)
+        self._blocks, self._cells, self._ends = [], [], []
+        return rows
+
+    def _values(self) -> Tensor:
+        return torch.cat(self._blocks, 1)[:, : self.n_steps].cpu()
