@@ -106,7 +106,7 @@ RECORDED = {
 def test_recorded_steps_are_the_steps(
     name: str, kind: str, local_step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forty epochs of 23 cells in batches of 5, with renewals of precisions, and rates that fall."""
+    """Forty epochs of 23 cells in batches of 5, with renewals of precisions and falling rates."""
     monkeypatch.setattr(replays, "capture", played_again)
     x = counts(23, 12)
     source = Dense(x) if name == "gaussian" else Resident(x)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from scuvae.inference.objectives import descend
 from scuvae.inference.optimizers import Optimizer
@@ -39,6 +40,7 @@ class Step:
         self._base_rates = [float(group["lr"]) for group in groups]
         # Where steps are replayed, what changes between them has to be on their device.
         self._rate: float | Tensor = 1.0
+        self._factor = 1.0
         if self.replayable:
             self._rate = torch.ones((), device=self.parameters[0].device)
 
@@ -50,6 +52,9 @@ class Step:
 
     def set_rate(self, rate: float) -> None:
         """The schedule's factor on all step sizes."""
+        if rate == self._factor:
+            return
+        self._factor = rate
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = _set(group["lr"], base * rate)
         self._rate = _set(self._rate, rate)
@@ -63,8 +68,7 @@ class Step:
         for parameter in self.parameters:  # as zero_grad does, without its hooks
             parameter.grad = None
         terms, slope = descend(model, batch, q, self.n_samples, weight=weight, kl_weight=kl_weight)
-        losses = terms.kl.new_zeros(3)
-        losses[:2] = terms.sums()
+        losses = F.pad(terms.sums(), (0, 1))
         extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
         if extra is not None:
             losses[2] = extra

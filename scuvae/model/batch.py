@@ -89,7 +89,9 @@ class SparseRows:
         at.clamp_max_(len(self.value) - 1)
         ends = torch.cat([starts[:-1], starts.new_full((1,), size)])
         value = self.value.index_select(0, at).masked_fill_(beyond, 0.0)
-        return SparseRows(ends, self.col.index_select(0, at), value, self.n_vars)
+        block = SparseRows(ends, self.col.index_select(0, at), value, self.n_vars)
+        block.__dict__["row"] = row  # what the property would find again
+        return block
 
     def select(self, genes: Tensor) -> "SparseRows":
         """The block restricted to the genes where the boolean mask ``genes`` is true."""

@@ -26,20 +26,35 @@ def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
         from scuvae.model.rising_kernel import rising as compiled_rising
 
         return compiled_rising(x, col, log_theta)
+    # What is done alike to several numbers of a count is done in one call: on a GPU a call of so
+    # few numbers takes as long as one of all.
     theta = log_theta.index_select(0, col).exp()
     shift = _SHIFT.get(x.dtype, 4)
-    upper = theta + shift
-    top = upper + x
-    log1p_top = torch.log1p(x / upper)
-    s_top, s_top_slope = _stirling(top)
-    s_upper, s_upper_slope = _stirling(upper)
-    c = (top - 0.5) * log1p_top - x + s_top - s_upper + x * torch.log1p(shift / theta)
-    slope = log1p_top - (top - 0.5) * x / (upper * top) + s_top_slope - s_upper_slope
-    slope = slope - x * shift / (theta * upper)
-    for i in range(shift):
-        c = c - torch.log1p(x / (theta + i))
-        slope = slope + x / ((theta + i) * (theta + i + x))
-    return c - torch.lgamma(x + 1), theta * slope
+    steps = torch.arange(shift + 1, dtype=x.dtype, device=x.device).unsqueeze(1)
+    up = theta + steps  # θ + i, and θ' at the end
+    ratio = x / up
+    log1p_ratio = ratio.log1p()
+    top = up[-1] + x
+    ends = torch.stack([top, up[-1]])
+    series, series_slope = _stirling(ends)
+    size = (top - 0.5) * log1p_ratio[-1]
+    c = (
+        size
+        - x
+        + (series[0] - series[1])
+        + x * torch.log1p(shift / theta)
+        - log1p_ratio[:-1].sum(0)
+        - torch.lgamma(x + 1)
+    )
+    # The derivatives of log1p(x/(θ+i)) are −x/((θ+i)(θ+i+x)).
+    falls = ratio / (up + x)
+    slope = (
+        log1p_ratio[-1]
+        - (top - 0.5) * falls[-1]
+        + (series_slope[0] - series_slope[1])
+        + falls[:-1].sum(0)
+    )
+    return c, theta * slope - x * (shift / up[-1])
 
 
 def _stirling(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ torch.set_num_threads(1)
 # Cells that an evaluation takes at once: draws × cells × genes stay in a core's cache.
 _CHUNK = 64
 _DRAWS_AT_ONCE = 10
+# Cells that are simulated at once.
+_BLOCK = 10_000
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -63,14 +66,14 @@ def simulated(n_obs: int, n_vars: int, density: float, seed: int = 0) -> sp.csr_
     Of every cell the genes are drawn that are there, by their weights, then their counts: nothing
     of the matrix is ever dense, and its arrays are made once (int32 indices, float32 counts).
     """
-    rng = np.random.default_rng(seed)
-    weights = rng.gamma(0.5, size=(3, n_vars)) + 0.05
+    weights = np.random.default_rng(seed).gamma(0.5, size=(3, n_vars)) + 0.05
     edges = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
     # Some of the draws meet in one gene: with so many, the share is about right.
     draws = _draws_for(weights / weights.sum(1, keepdims=True), density)
-    lengths, columns, values = [], [], []
-    for start in range(0, n_obs, 10_000):
-        n = min(10_000, n_obs - start)
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([seed, start])
+        n = min(_BLOCK, n_obs - start)
         kind = rng.integers(3, size=n)
         size = np.maximum(1, rng.normal(draws, 0.2 * draws, n).astype(np.int64))
         row = np.repeat(np.arange(n), size)
@@ -79,9 +82,12 @@ def simulated(n_obs: int, n_vars: int, density: float, seed: int = 0) -> sp.csr_
             mine = kind[row] == k
             gene[mine] = np.searchsorted(edges[k], rng.random(int(mine.sum())) * edges[k, -1])
         key, count = np.unique(row * n_vars + np.minimum(gene, n_vars - 1), return_counts=True)
-        lengths.append(np.bincount(key // n_vars, minlength=n))
-        columns.append((key % n_vars).astype(np.int32))
-        values.append(count.astype(np.float32))
+        column, value = (key % n_vars).astype(np.int32), count.astype(np.float32)
+        return np.bincount(key // n_vars, minlength=n), column, value
+
+    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter for most of it
+        blocks = list(pool.map(block, range(0, n_obs, _BLOCK)))
+    lengths, columns, values = zip(*blocks, strict=True)
     starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     index = np.int32 if starts[-1] < 2**31 else np.int64
     return sp.csr_matrix(
