@@ -184,6 +184,21 @@ def test_adam_is_torchs() -> None:
         torch.testing.assert_close(own.double(), other, rtol=0, atol=100 * EPS)
 
 
+def test_moments_of_what_gets_no_gradient_end_at_zero() -> None:
+    """In place of the numbers below 1e-38, on which processors take a hundred times as long."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = adam([parameter], lr=0.1)
+    for number in range(2000):
+        slopes = [1.0, 1e-19] if number == 0 else [0.0, 1e-19]
+        parameter.grad = torch.tensor(slopes)
+        optimizer.step()
+    assert isinstance(optimizer, CompiledAdam)
+    state = optimizer.state[parameter]
+    assert state["first"][0] == 0
+    assert state["second"][1] == 0
+    assert state["first"][1] == pytest.approx(1e-19)  # far above these numbers
+
+
 def test_adam_elsewhere_is_torchs_own() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     assert type(adam([parameter])) is torch.optim.Adam
