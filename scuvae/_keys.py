@@ -38,6 +38,7 @@ OBS_NAMES = (
     "novelty_counts",
     "novelty_latent",
     "novelty_distance",
+    "novelty_shared",
     "label",
     "label_share",
     "split",

@@ -3,8 +3,9 @@
 import logging
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,13 +121,38 @@ def test_other_likelihoods(likelihood: str) -> None:
 
 
 def test_no_other_cell_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without neighbours; nor does it matter which cells are looked at together."""
     reference, new = simulated(60, 1), simulated(40, 2)
-    whole = novelty(new.copy(), reference)
+    alone = partial(novelty, n_neighbors=1)
+    whole = alone(new.copy(), reference)
     rows = np.random.default_rng(0).permutation(40)[:15]
     # Sums of float32 in another order, which a local step may amplify.
-    np.testing.assert_allclose(novelty(new[rows].copy(), reference), whole[rows], atol=5e-3)
-    monkeypatch.setattr("scuvae.tl._project.CHUNK", 7)
-    np.testing.assert_allclose(novelty(new.copy(), reference), whole, atol=5e-3)
+    np.testing.assert_allclose(alone(new[rows].copy(), reference), whole[rows], atol=5e-3)
+    together = novelty(new.copy(), reference)
+    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
+    monkeypatch.setattr("scuvae.tl._novelty.CHUNK", 7)
+    np.testing.assert_allclose(alone(new.copy(), reference), whole, atol=5e-3)
+    np.testing.assert_allclose(novelty(new.copy(), reference), together, atol=5e-3)
+
+
+def test_a_kind_is_found_by_its_many_cells() -> None:
+    """Where single ones, of few counts, hardly show."""
+    reference, new = simulated(300, 1), simulated(300, 2)
+    new.X[:100] = programme(new[:100], share=0.12, n_genes=12).X
+    alone, together = novelty(new.copy(), reference, n_neighbors=1), novelty(new, reference)
+    assert auroc(alone[100:], alone[:100]) < 0.65
+    assert auroc(together[100:], together[:100]) > 0.75
+    assert (together[100:] > 1).mean() < 0.2  # their neighbours make no others novel
+
+
+def test_what_all_new_cells_have_in_common_can_be_taken_out() -> None:
+    reference, new = simulated(300, 1), simulated(300, 3)
+    lost = np.random.default_rng(0).uniform(0.3, 1, N_GENES)
+    new.X = np.random.default_rng(1).binomial(new.X.astype(int), lost).astype(np.float32)
+    options: list[dict[str, Any]] = [{}, {"adjust_genes": True}, {"n_neighbors": 1}]
+    usual, adjusted, alone = ((novelty(new.copy(), reference, **o) > 1).mean() for o in options)
+    assert usual > alone + 0.1
+    assert adjusted < alone + 0.05
 
 
 def test_sparse_or_dense_files_and_genes_by_name(tmp_path: Path) -> None:
@@ -153,13 +179,17 @@ def test_slots_seed_and_a_second_projection() -> None:
     with unchanged(new, reference):
         result = tl.novelty(new, reference, copy=True, key_added="k", rng=3)
     assert result is not None
-    parts = ("", "_counts", "_latent", "_distance")
+    parts = ("", "_counts", "_latent", "_distance", "_shared")
     names = {f"k_novelty{part}" for part in parts}
     assert set(result.obs) - set(new.obs) == names
     again = tl.novelty(new, reference, copy=True, key_added="k", random_state=3)
     assert fingerprint(again) == fingerprint(result)
     other = tl.novelty(new, reference, copy=True, key_added="k", rng=4)
     assert fingerprint(other) != fingerprint(result)
+    tl.novelty(result, reference, key_added="k", n_neighbors=1)
+    assert set(result.obs) - set(new.obs) == names - {"k_novelty_shared"}
+    alone = tl.novelty(new[:1].copy(), reference, copy=True)
+    assert "scuvae_novelty_shared" not in alone.obs  # a single cell has no neighbours
     Keys.of("k").clear(result)
     assert not names & set(result.obs)
 
@@ -188,6 +218,10 @@ def test_errors() -> None:
             tl.novelty(new, few)
         with pytest.raises(ValueError, match=r"n_reference=3.*>= 20"):
             tl.novelty(new, few, n_reference=3)
+        with pytest.raises(ValueError, match="n_neighbors=0.*>= 1"):
+            tl.novelty(new, few, n_neighbors=0)
+        with pytest.raises(TypeError, match="adjust_genes"):
+            tl.novelty(new, few, adjust_genes="yes")
         with pytest.raises(ValueError, match="holds no fit"):
             tl.novelty(new, few, key="k")
         with pytest.raises(TypeError, match="reference is a"):

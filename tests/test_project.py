@@ -303,7 +303,7 @@ def test_the_estimate_depends_neither_on_order_nor_on_chunks(
     tl.project(adata, reference, new_batches="estimate")
     tl.project(shuffled, reference, new_batches="estimate")
     tl.project(alone, reference, new_batches="estimate")
-    monkeypatch.setattr("scuvae.tl._project.CHUNK", 7)
+    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
     tl.project(chunked, reference, new_batches="estimate")
     offsets = [
         one.uns["scuvae"]["state"]["decoder"]["offset.weight"][:, 2]

@@ -217,7 +217,7 @@ def test_a_cell_depends_on_no_other_cell(
     ]
     assert sorted(moved)[-2] < REORDERED
     assert max(moved) < 0.2
-    monkeypatch.setattr("scuvae.tl._project.CHUNK", 7)
+    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
     chunked = new_cells(likelihood)
     tl.project(chunked, reference)
     assert_same_up_to_ties(chunked, cells)

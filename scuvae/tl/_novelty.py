@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -13,8 +13,9 @@ from anndata import AnnData
 from torch import Tensor
 from torch.distributions import Distribution
 
-from scuvae._checks import random_state_alias, whole
+from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
+from scuvae.inference.agreement import Neighbours, Residuals, joined, residuals
 from scuvae.inference.neighbours import distance_to_posteriors
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import concatenate
@@ -33,8 +34,10 @@ logger = logging.getLogger("scuvae")
 
 # Below this, neither a regression on three numbers nor a tail says much.
 _FEWEST = 20
-# Reference cells that one is measured by.
-_NEIGHBOURS = 5
+# Reference cells that a cell's distance is measured by.
+_NEAREST = 5
+# Cells at most among which a cell has neighbours: their residuals are held together.
+_POOL = 2000
 # A change of log totals that says nothing.
 _NO_DEPTH = 1e-3
 
@@ -49,26 +52,38 @@ def novelty(
     key_added: str | None = None,
     n_samples: int = 8,
     n_reference: int = 2000,
+    n_neighbors: int = 50,
+    adjust_genes: bool = False,
     rng: int | np.random.Generator | None = 0,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
     """How surprising each cell is under a fit, against the reference's own cells.
 
-    A cell type that the reference lacks surprises a model in three ways. Its z has to lie where the
-    prior expects few cells, which costs KL(q ‖ prior); it lies far from the reference's cells; and
+    A cell type that the reference lacks surprises a model in four ways. Its z has to lie where the
+    prior expects few cells, which costs KL(q ‖ prior); it lies far from the reference's cells;
     whatever its z, its counts are less likely than counts that the model itself would draw there,
-    E_q[log p(x | z)] below E_q E_x̃[log p(x̃ | z)]. How deeply a cell was sequenced must not count:
-    the KL is taken less what depth does to it, found by drawing half of the reference cells' counts
-    and looking again; the distance, to the five nearest of the reference's posteriors, is in units
-    of their scales; and E_q[log p(x | z)] is taken less its regression on its expectation and on
-    log total, in standard deviations that may change with depth. The three are calibrated on the
-    reference's held-out cells, combined, and compared with those cells' own.
+    E_q[log p(x | z)] below E_q E_x̃[log p(x̃ | z)]; and what the model misses in one of its cells it
+    misses in the others as well, which shows where no single cell is striking. How deeply a cell
+    was sequenced must not count: the KL is taken less what depth does to it, found by drawing half
+    of the reference cells' counts and looking again; the distance, to the five nearest of the
+    reference's posteriors, is in units of their scales; E_q[log p(x | z)] is taken less its
+    regression on its expectation and on log total, in standard deviations that may change with
+    depth; and how far a cell's counts lie in the direction in which its neighbours' lie is in
+    standard deviations under the model. The four are calibrated on the reference's held-out cells,
+    combined, and compared with those cells' own.
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
     :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
     clears the slots of its name; genes that it did without are left out here too), and no encoder
-    is needed. A cell's novelty depends on no other cell of ``adata``.
+    is needed.
+
+    Neighbours are new cells, by their posterior means; of more than 2,000, or than there are of the
+    reference's, so many drawn at random are candidates. A kind of some 50 cells among them is
+    enough to gain by them. What all new cells have in common counts as well: genes that another
+    experiment catches more or less often make all its cells look novel. ``adjust_genes=True`` takes
+    that out; ``n_neighbors=1`` does without neighbours, and a cell's novelty then depends on no
+    other cell of ``adata``.
 
     Parameters
     ----------
@@ -89,6 +104,13 @@ def novelty(
         Draws of z per cell, and of x̃.
     n_reference
         Reference cells at most; of more, so many are chosen at random.
+    n_neighbors
+        Cells of a neighbourhood, the cell itself included; 1 for none.
+    adjust_genes
+        Fit what each gene is off by over all cells that have neighbours, a factor for counts and a
+        shift for other values, and take it out of the neighbours' part, of the reference's cells
+        too. For new cells of another experiment, if their batch is none of the fit's. A kind that
+        many of the new cells are of loses some of its novelty.
     rng
         Seed of the draws, Generator or None; ``random_state`` is an alias.
     device
@@ -106,9 +128,11 @@ def novelty(
         tail (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so values far
         above log10 of the number of reference cells rank cells, but are no probabilities.
     ``obs["scuvae_novelty_counts"]``, ``obs["scuvae_novelty_latent"]``,
-    ``obs["scuvae_novelty_distance"]``
+    ``obs["scuvae_novelty_distance"]``, ``obs["scuvae_novelty_shared"]``
         What it combines (Fisher's method, on the same tails): what is left of the counts' and of
-        the KL's part, and the distance, in standard deviations of the reference cells.
+        the KL's part, the distance, and how far the cell's counts lie in the direction of its
+        neighbours', in standard deviations of the reference cells. Without neighbours
+        (``n_neighbors=1``, or a single new cell) the last one is not written.
 
     Raises
     ------
@@ -131,6 +155,8 @@ def novelty(
     keys = Keys.of(key_added)
     n_samples = whole("n_samples", n_samples)
     n_reference = whole("n_reference", n_reference, at_least=_FEWEST)
+    n_neighbors = whole("n_neighbors", n_neighbors)
+    flag("adjust_genes", adjust_genes)
     reference = read_reference(reference)
     fit = read_fit(reference, key)
     where = resolve_device(device)
@@ -145,6 +171,8 @@ def novelty(
         old = match(chosen, fit, device=where, genes=genes).cells
         usual, found = _scores(fit, old, n_samples), _scores(fit, new, n_samples)
         effect = _effect_of_depth(fit, old, usual)
+        pool = min(len(new), len(old), _POOL)
+        candidates = [generator.choice(len(cells), pool, replace=False) for cells in (new, old)]
 
     def against_usual(score: Callable[[_Scores], Tensor]) -> tuple[Tensor, Tensor]:
         reference_scores = score(usual)
@@ -152,7 +180,7 @@ def novelty(
         return new_scores, standardised(reference_scores, reference_scores)
 
     line, counts = Residual.of(-usual.reconstruction, usual.covariates)
-    near = min(_NEIGHBOURS, len(rows) - 1)
+    near = min(_NEAREST, len(rows) - 1)
     pairs = {
         "counts": (line(-found.reconstruction, found.covariates), counts),
         "latent": against_usual(lambda cells: cells.kl - effect * cells.depth),
@@ -160,11 +188,20 @@ def novelty(
             lambda cells: distance_to_posteriors(cells.q.mean, usual.q, near).cpu()
         ),
     }
+    near = min(n_neighbors, pool) - 1
+    if near:
+        # As many candidates on both sides: where cells lie closer, what they miss agrees more.
+        shared = [
+            _shared(fit, cells, scores.q, rows, near, adjust_genes)
+            for cells, scores, rows in zip((new, old), (found, usual), candidates, strict=True)
+        ]
+        pairs["shared"] = standardised(*shared), standardised(shared[1], shared[1])
     own = combine((scores, scores) for _, scores in pairs.values())
     columns = {"novelty": -log_tail(combine(pairs.values()), own) / math.log(10)}
     columns |= {f"novelty_{name}": scores for name, (scores, _) in pairs.items()}
 
     out = target(adata, copy)
+    out.obs.drop(columns=keys.obs["novelty_shared"], errors="ignore", inplace=True)
     for name, values in columns.items():
         out.obs[keys.obs[name]] = values.cpu().numpy().astype(np.float32)
     return out if copy else None
@@ -245,6 +282,23 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
     if change < _NO_DEPTH:  # empty cells alone
         return 0.0
     return float((usual.kl - torch.cat(kl)).mean() / change)
+
+
+def _shared(
+    fit: Fit, cells: Cells, q: Distribution, candidates: np.ndarray, n: int, adjust: bool
+) -> Tensor:
+    """How far each cell lies in the direction of its ``n`` neighbours among the candidates."""
+    where = cells.size_factor.device
+
+    def parts(rows: Tensor) -> Iterator[Residuals]:
+        for batch in cells.loader(rows, CHUNK):
+            yield residuals(fit.model, batch, q.mean[batch.index])
+
+    chosen = torch.as_tensor(np.sort(candidates), device=where)
+    counts = fit.model.likelihood.counts
+    neighbours = Neighbours(joined(parts(chosen)), n, counts=counts, adjust=adjust)
+    everyone = torch.arange(len(cells), device=where)
+    return torch.cat([neighbours.agreement(part) for part in parts(everyone)]).cpu()
 
 
 def _log_total(totals: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ cells (a fifth, never trained on) of the other types; both are projected. Beside
 stand what one would take without it: the ELBO and the importance-weighted bound with their signs
 turned, the ELBO for each count, the KL and the squared length of q's mean, the distance to the
 nearest training cells in latent space, and where there is an encoder its amortization gap. Genes
-are chosen over all cells, those of the left-out type included.
+are chosen over all cells, those of the left-out type included. ``--smooth 15`` averages the scores
+compared with over neighbours, since ``tl.novelty`` uses neighbours too.
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,13 @@ COMPARED = {
     "length": "|mean|²",
     "neighbours": "15-NN",
 }
-OURS = {"novelty": "novelty", "novelty_counts": "its counts", "novelty_latent": "its latent"}
+OURS = {
+    "novelty": "novelty",
+    "novelty_counts": "its counts",
+    "novelty_latent": "its latent",
+    "novelty_distance": "its distance",
+    "novelty_shared": "its shared",
+}
 # What counts as found, and how far below the best single alternative the mean may lie.
 FOUND, BELOW = 0.9, 0.03
 
@@ -58,12 +66,26 @@ def fitted(
     return train
 
 
-def scores(cells: ad.AnnData, reference: ad.AnnData) -> dict[str, np.ndarray]:
+def shifted(cells: ad.AnnData, sd: float, seed: int) -> ad.AnnData:
+    """The cells as another experiment might see them: exp(−|N(0, sd²)|) of each gene's counts."""
+    rng = np.random.default_rng(seed)
+    share = np.exp(-np.abs(rng.normal(0, sd, cells.n_vars)))
+    x = cells.X.tocsr()
+    x.data = rng.binomial(x.data.astype(int), share[x.indices]).astype(np.float32)
+    x.eliminate_zeros()
+    out = ad.AnnData(x, obs=cells.obs, var=cells.var)
+    return out[np.asarray(x.sum(1)).ravel() > 0].copy()
+
+
+def scores(
+    cells: ad.AnnData, reference: ad.AnnData, args: argparse.Namespace
+) -> dict[str, np.ndarray]:
     """Each score of new cells, higher for those that are stranger."""
     from sklearn.neighbors import NearestNeighbors
 
-    scuvae.tl.novelty(cells, reference, device="cpu")
-    out = {name: cells.obs[f"scuvae_{name}"].to_numpy() for name in OURS}
+    scuvae.tl.novelty(cells, reference, device="cpu", **args.novelty_args)
+    ours = [name for name in OURS if f"scuvae_{name}" in cells.obs]
+    out = {name: cells.obs[f"scuvae_{name}"].to_numpy() for name in ours}
     scuvae.tl.project(cells, reference, device="cpu")
     scuvae.tl.score(cells, n_samples=50, device="cpu")
     if scuvae.get.model(cells).encoder is not None:
@@ -77,6 +99,9 @@ def scores(cells: ad.AnnData, reference: ad.AnnData) -> dict[str, np.ndarray]:
     out["length"] = np.square(mean).sum(1)
     near = NearestNeighbors(n_neighbors=15).fit(reference.obsm["X_scuvae"])
     out["neighbours"] = near.kneighbors(mean)[0].mean(1)
+    if args.smooth > 1:
+        near = NearestNeighbors(n_neighbors=args.smooth).fit(mean).kneighbors(mean)[1]
+        out |= {name: values[near].mean(1) for name, values in out.items() if name not in OURS}
     return out
 
 
@@ -88,9 +113,12 @@ def row(
     reference = fitted(other[0], data, seed, left_out, kind, args)
     of_type = adata[adata.obs[args.label] == left_out]
     cells = ad.concat([other[1], of_type], index_unique="-")
-    novel = np.arange(cells.n_obs) >= other[1].n_obs
+    cells.obs["novel"] = np.arange(cells.n_obs) >= other[1].n_obs
+    if args.shift:
+        cells = shifted(cells, args.shift, seed)
+    novel = cells.obs["novel"].to_numpy()
     clock = Clock()
-    found = scores(cells, reference)
+    found = scores(cells, reference, args)
     usual = found["novelty"][~novel]
     return {
         "left_out": left_out,
@@ -174,6 +202,9 @@ def main() -> None:
     add("--label", default="cell_type", help="column of obs with the types")
     add("--n-genes", type=int, default=2000)
     add("--epochs", type=int, help="of a fit, for a quick look; its own number by default")
+    add("--novelty-args", type=json.loads, default={}, help="arguments of tl.novelty, as JSON")
+    add("--smooth", type=int, default=1, help="average compared scores over so many new cells")
+    add("--shift", type=float, default=0.0, help="ln sd of a loss of each gene, in the new cells")
     add("--cache", help="folder for the fits: each is made once")
     add("--json", help="file for all figures")
     args = parser.parse_args()
