@@ -218,7 +218,7 @@ def test_errors() -> None:
             tl.novelty(new, few)
         with pytest.raises(ValueError, match=r"n_reference=3.*>= 20"):
             tl.novelty(new, few, n_reference=3)
-        with pytest.raises(ValueError, match="n_neighbors=0.*>= 1"):
+        with pytest.raises(ValueError, match=r"n_neighbors=0.*>= 1"):
             tl.novelty(new, few, n_neighbors=0)
         with pytest.raises(TypeError, match="adjust_genes"):
             tl.novelty(new, few, adjust_genes="yes")

@@ -289,6 +289,54 @@ def test_a_loss_that_is_no_number_stops_the_training(kind: str, value: float) ->
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("spoiled_at", [None, 2, 12, 14])
+def test_losses_may_be_looked_at_more_rarely(spoiled_at: int | None) -> None:
+    """Every eight steps at least, of epochs of three: after epochs 2, 5 and 6, the last.
+
+    A loss that is no number is named as it is when every epoch is looked at; the state is that
+    after the look before.
+    """
+
+    def run(
+        look_every: int,
+    ) -> tuple[list[dict[str, float]], list[list[Tensor]], list[Tensor], TrainingError | None]:
+        torch.manual_seed(5)
+        model = model_of("gaussian", encoder=True)
+        batches = minibatches(cells_of(model, 12), torch.arange(12).split(4))
+        posterior = posterior_of("unamortized", 12, 2)
+        spoiled = batch_of(torch.full((4, 12), math.nan).double(), index=batches[2].index)
+        cells = Calls(batches, lambda visited: spoiled if visited == spoiled_at else None)
+        rows: list[dict[str, float]] = []
+        states = [snapshot(model, posterior)]
+        error = None
+
+        def on_epoch(row: dict[str, float]) -> None:
+            rows.append(row)
+            states.append(snapshot(model, posterior))
+
+        options = {"n_obs": 12, "optimizer": sgd(model, 1e-4), "max_epochs": 7}
+        try:
+            train(model, posterior, cells, look_every=look_every, on_epoch=on_epoch, **options)
+        except TrainingError as caught:
+            error = caught
+        return rows, states, snapshot(model, posterior), error
+
+    each, states, _, first = run(1)
+    rarely, _, left, error = run(8)
+    looked_at = {None: 7, 2: 0, 12: 3, 14: 3}[spoiled_at]
+    assert [row["loss"] for row in rarely] == [row["loss"] for row in each][:looked_at]
+    if spoiled_at is None:
+        assert len(each) == 7
+        assert error is None
+        return
+    assert first is not None
+    assert error is not None
+    assert (error.epoch, error.batch, error.cells) == (first.epoch, first.batch, first.cells)
+    assert (error.epoch, error.batch) == divmod(spoiled_at, 3)
+    for found, expected in zip(left, states[looked_at], strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", POSTERIORS)
 def test_what_a_diverged_fit_leaves_has_a_finite_loss(kind: str) -> None:
     """The step that ruins the model shows in the next loss: the state before it comes back."""
