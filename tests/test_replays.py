@@ -132,3 +132,44 @@ def test_recorded_steps_are_the_steps(
     for found, expected in zip(fits[1][1], fits[0][1], strict=True):
         # roundings: sums are taken in another order
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+class OnGPU:
+    """Batches that claim to be there."""
+
+    device, resident = torch.device("cuda"), True
+
+    def parts(self) -> Any: ...
+    def gather(self, index: Tensor, on_host: Tensor | None = None) -> Any: ...
+    def __iter__(self) -> Any: ...
+
+
+def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("poisson")
+
+    def recorded(cells: Any, optimizer: torch.optim.Optimizer) -> bool:
+        posterior = posterior_of("unamortized", 3, 2)
+        step = Step(model, posterior, optimizer, n_obs=3, n_samples=1, kl_weight=1.0)
+        return hasattr(replays.steps_over(cells, step), "__self__")
+
+    rate = torch.tensor(0.1)
+    able = torch.optim.Adam(model.parameters(), lr=rate, capturable=True)
+    assert recorded(OnGPU(), able)
+    assert not recorded([], able)
+    assert not recorded(OnGPU(), torch.optim.Adam(model.parameters(), lr=rate))
+    assert not recorded(OnGPU(), torch.optim.SGD(model.parameters(), lr=0.1))
+    elsewhere = OnGPU()
+    elsewhere.resident = False  # the host sends each batch
+    assert not recorded(elsewhere, able)
+    monkeypatch.setenv("SCUVAE_CUDA_GRAPHS", "0")
+    assert not recorded(OnGPU(), able)
+
+
+def test_a_recording_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    with pytest.raises(RuntimeError, match=r"failed: operation not permitted\. Set .*GRAPHS=0"):
+        replays.capture(lambda: torch.zeros(3), None)

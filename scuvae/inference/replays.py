@@ -3,8 +3,10 @@
 A step is some hundred small kernels, and the host takes longer to launch each than the GPU to run
 it. Steps of a kind on as many cells do the same with other numbers, so that one launch of their
 recording does for all of them (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+With the environment variable SCUVAE_CUDA_GRAPHS=0 they are taken one by one.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ def steps_over(cells: Iterable[Batch], step: Step) -> Callable[[], Iterator[tupl
         and cells.device.type == "cuda"
         and cells.resident
         and step.replayable
+        and os.environ.get("SCUVAE_CUDA_GRAPHS") != "0"
     ):
         return _Replays(cells, step).epoch
 
@@ -56,8 +59,14 @@ def steps_over(cells: Iterable[Batch], step: Step) -> Callable[[], Iterator[tupl
 def capture(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
     """Record what a function does: its replay, the tensor that holds its result, their memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = function()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = function()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"recording a training step as a CUDA graph failed: {error}. Set the environment "
+            "variable SCUVAE_CUDA_GRAPHS=0 and start anew, to take steps one by one"
+        ) from error
     return graph.replay, result, graph.pool()
 
 
