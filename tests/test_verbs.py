@@ -33,6 +33,7 @@ from torch.distributions import Independent, MultivariateNormal
 
 from scuvae import datasets, get, tl
 from scuvae.model import LIKELIHOODS
+from scuvae.tl import _shared
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
 every_scheme = pytest.mark.parametrize("amortized", SCHEMES)
@@ -651,3 +652,18 @@ def test_get_by_key() -> None:
     assert get.model(adata, key="k").n_latent == 2
     assert get.posterior(adata, key="k").event_shape == (2,)
     assert len(get.history(adata, key="k")) == 3
+
+
+def test_a_gpu_takes_as_many_cells_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty draws of 16 float32 arrays in four fifths of what is free, 16,384 at most."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(20e9), int(24e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(3e9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(1e9))
+    for n_vars in (200, 2_000, 20_000):
+        expected = 0.8 * (20e9 + 3e9 - 1e9) / (20 * 16 * 4 * n_vars)
+        assert _shared.chunk_on(gpu, n_vars) == min(int(expected), 16_384)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(1e9))
+    assert _shared.chunk_on(gpu, 2_000) == 1
+    assert _shared.chunk_on(torch.device("cpu"), 20_000) == _shared.CHUNK

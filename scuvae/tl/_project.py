@@ -233,7 +233,8 @@ def projected(
 ) -> Iterator[tuple[Batch, Distribution]]:
     """The cells a chunk at a time, in order, and their q."""
     where = cells.size_factor.device
-    for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
+    everyone = torch.arange(len(cells), device=where)
+    for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
         if amortized:
             yield batch, encoded(model, batch, covariance)
         else:

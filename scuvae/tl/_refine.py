@@ -106,7 +106,8 @@ def refine(
 
     parts = []
     with torch.no_grad():
-        for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
+        everyone = torch.arange(len(cells), device=where)
+        for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
             starts = [gaussian(mean[batch.index], raw[batch.index])]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, family))

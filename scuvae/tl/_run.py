@@ -50,7 +50,7 @@ def run(
     judge = None
     if len(validation):
         judge = HeldOutCells(
-            cells.loader(validation, chunk_on(where)),
+            cells.loader(validation, chunk_on(where, model.n_vars)),
             covariance=settings.covariance,
             local_step=settings.local_step,
         )
@@ -102,7 +102,8 @@ def final_posterior(
     if judge is not None and isinstance(posterior, UnamortizedPosterior):
         posterior.store(validation, judge.q())
     where = cells.size_factor.device
-    for batch in cells.loader(torch.arange(len(cells), device=where), chunk_on(where)):
+    everyone = torch.arange(len(cells), device=where)
+    for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
         with torch.no_grad():
             yield _final(model, posterior, batch, settings)
 

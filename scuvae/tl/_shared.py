@@ -27,8 +27,9 @@ logger = logging.getLogger("scuvae")
 # Cells that inference with a frozen decoder takes at once.
 CHUNK = 512
 
-# And on a GPU, which they should keep busy: 33 MB a draw of 2,000 genes.
-_GPU_CHUNK = 4096
+# And at most on a GPU, which they should keep busy; there they may take most of what is free, at so
+# many numbers a gene: 16 arrays of twenty draws.
+_MOST, _NUMBERS, _SHARE = 16_384, 320, 0.8
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -51,9 +52,14 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def chunk_on(device: torch.device) -> int:
-    """Cells that inference with a frozen decoder takes at once on a device."""
-    return CHUNK if device.type == "cpu" else _GPU_CHUNK
+def chunk_on(device: torch.device, n_vars: int) -> int:
+    """Cells of so many genes that inference with a frozen decoder takes at once on a device."""
+    if device.type != "cuda":
+        return CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fitting = int(_SHARE * (free + kept) / (4 * _NUMBERS * n_vars))
+    return max(1, min(fitting, _MOST))
 
 
 @contextmanager
