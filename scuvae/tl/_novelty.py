@@ -201,9 +201,10 @@ def novelty(
     columns |= {f"novelty_{name}": scores for name, (scores, _) in pairs.items()}
 
     out = target(adata, copy)
-    out.obs.drop(columns=keys.obs["novelty_shared"], errors="ignore", inplace=True)
     for name, values in columns.items():
         out.obs[keys.obs[name]] = values.cpu().numpy().astype(np.float32)
+    if "shared" not in pairs and keys.obs["novelty_shared"] in out.obs:
+        del out.obs[keys.obs["novelty_shared"]]  # of an earlier call
     return out if copy else None
 
 
