@@ -71,21 +71,23 @@ class Neighbours:
         Neighbours of each cell, fewer than these cells.
     counts
         Whether values are counts.
-    adjust
-        Take out what every gene is off by over all these cells: a factor for each gene of counts, a
-        shift for other values. For cells of another experiment.
+    adjust_by
+        A mask of some of these cells: what every gene is off by over them is taken out of all, a
+        factor for each gene of counts, a shift for other values. For cells of another experiment.
     """
 
-    def __init__(self, cells: Residuals, n: int, *, counts: bool, adjust: bool = False) -> None:
+    def __init__(
+        self, cells: Residuals, n: int, *, counts: bool, adjust_by: Tensor | None = None
+    ) -> None:
         self.n, self.counts = n, counts
         self.correction: Tensor | None = None
-        if adjust and counts:
+        if adjust_by is not None and counts:
             observed, expected = (
-                part.sum(0) + _FACTOR_COUNTS for part in (cells.value, cells.expected)
+                part[adjust_by].sum(0) + _FACTOR_COUNTS for part in (cells.value, cells.expected)
             )
             self.correction = observed / expected
-        elif adjust:
-            self.correction = cells.residual.mean(0)
+        elif adjust_by is not None:
+            self.correction = cells.residual[adjust_by].mean(0)
         cells = self._corrected(cells)
         self.mean, self.residual, self.variance = cells.mean, cells.residual, cells.variance
 

@@ -107,10 +107,10 @@ def novelty(
     n_neighbors
         Cells of a neighbourhood, the cell itself included; 1 for none.
     adjust_genes
-        Fit what each gene is off by over all cells that have neighbours, a factor for counts and a
-        shift for other values, and take it out of the neighbours' part, of the reference's cells
-        too. For new cells of another experiment, if their batch is none of the fit's. A kind that
-        many of the new cells are of loses some of its novelty.
+        Take out of the neighbours' part what each gene is off by over the new cells that are less
+        novel by themselves, a factor for counts and a shift for other values; and over the
+        reference's. For new cells of another experiment, if their batch is none of the fit's. A
+        kind that no single cell shows loses some of its novelty by it.
     rng
         Seed of the draws, Generator or None; ``random_state`` is an alias.
     device
@@ -190,10 +190,13 @@ def novelty(
     }
     near = min(n_neighbors, pool) - 1
     if near:
+        alone = combine(pairs.values()), combine((scores, scores) for _, scores in pairs.values())
         # As many candidates on both sides: where cells lie closer, what they miss agrees more.
         shared = [
-            _shared(fit, cells, scores.q, rows, near, adjust_genes)
-            for cells, scores, rows in zip((new, old), (found, usual), candidates, strict=True)
+            _shared(fit, cells, scores.q, rows, near, single if adjust_genes else None)
+            for cells, scores, rows, single in zip(
+                (new, old), (found, usual), candidates, alone, strict=True
+            )
         ]
         pairs["shared"] = standardised(*shared), standardised(shared[1], shared[1])
     own = combine((scores, scores) for _, scores in pairs.values())
@@ -286,18 +289,29 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
 
 
 def _shared(
-    fit: Fit, cells: Cells, q: Distribution, candidates: np.ndarray, n: int, adjust: bool
+    fit: Fit,
+    cells: Cells,
+    q: Distribution,
+    candidates: np.ndarray,
+    n: int,
+    adjust_by: Tensor | None,
 ) -> Tensor:
-    """How far each cell lies in the direction of its ``n`` neighbours among the candidates."""
+    """How far each cell lies in the direction of its ``n`` neighbours among the candidates.
+
+    With the novelty of cells by themselves in ``adjust_by``, what genes are off by over the less
+    novel half of the candidates is taken out.
+    """
     where = cells.size_factor.device
 
     def parts(rows: Tensor) -> Iterator[Residuals]:
         for batch in cells.loader(rows, CHUNK):
             yield residuals(fit.model, batch, q.mean[batch.index])
 
-    chosen = torch.as_tensor(np.sort(candidates), device=where)
-    counts = fit.model.likelihood.counts
-    neighbours = Neighbours(joined(parts(chosen)), n, counts=counts, adjust=adjust)
+    chosen = torch.as_tensor(np.sort(candidates))
+    if adjust_by is not None:
+        adjust_by = (adjust_by[chosen] <= adjust_by[chosen].median()).to(where)
+    pool = joined(parts(chosen.to(where)))
+    neighbours = Neighbours(pool, n, counts=fit.model.likelihood.counts, adjust_by=adjust_by)
     everyone = torch.arange(len(cells), device=where)
     return torch.cat([neighbours.agreement(part) for part in parts(everyone)]).cpu()
 
