@@ -17,7 +17,7 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
+from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH, climb, normal_points
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import (
     as_family,
@@ -403,3 +403,28 @@ def test_few_cells_are_stuck_under_a_sharp_decoder() -> None:
     from_the_mean = stuck(prior_start(model, 60, "diagonal"))
     assert from_the_mean > 5  # else there is nothing to be seen here
     assert stuck(likeliest_start(model, batch, "diagonal")) <= from_the_mean / 2
+
+
+def test_a_climb_with_points_around_the_mean() -> None:
+    """Of a quadratic density the average over points whose mean is zero has the same peak."""
+    model = linear_gaussian(n_latent=3)
+    x = cells_of(model, 7)
+    offsets = 0.3 * normal_points(4, torch.zeros(7, 3).double()).expand(-1, 7, -1)
+    # A row of cells stops before the others: their points have to go on with them.
+    first = exact_posterior(model, x)[0] + torch.tensor([0.0, 5.0]).double().repeat(4)[:7, None]
+    found, _ = climb(model, batch_of(x), first, 5, 1e-9, offsets=offsets)
+    torch.testing.assert_close(found, exact_posterior(model, x)[0], rtol=0, atol=1e-6)
+
+
+def test_a_climb_takes_no_step_farther_than_asked() -> None:
+    model = linear_gaussian(n_latent=3)
+    x = cells_of(model, 7)
+    mean, precision = exact_posterior(model, x)
+    width = precision.diagonal().rsqrt()
+    first = mean + 10 * width
+    found, _ = climb(model, batch_of(x), first, 1, 1e-9, farthest=2.0)
+    moved = ((found - first) / width).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full_like(moved, 2.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found - first, (mean - first) * 2 / (10 * 3**0.5), rtol=1e-5, atol=0)
+    near, _ = climb(model, batch_of(x), mean + 0.1 * width, 1, 1e-9, farthest=2.0)
+    torch.testing.assert_close(near, mean, rtol=0, atol=1e-6)

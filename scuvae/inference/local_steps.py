@@ -151,12 +151,20 @@ def climb(
     max_steps: int,
     tolerance: float,
     kl_weight: float = 1.0,
+    *,
+    offsets: Tensor | None = None,
+    farthest: float = torch.inf,
 ) -> tuple[Tensor, Tensor]:
-    """Gauss–Newton steps up the joint density, and the precision where each cell's last began."""
+    """Gauss–Newton steps up the joint density, and the precision where each cell's last began.
+
+    With ``offsets``, (points, cells, latent), up its average over these points around the mean: the
+    mean of a wide q lies elsewhere than the density's own mode, at times in another's reach. No
+    step is longer than ``farthest`` standard deviations of the diagonal q of that precision.
+    """
     mean = mean.clone()
     size = mean.shape[-1]
     target = mean.new_empty(len(batch), size, size)
-    cells = _Active(batch, *_joint_and_gradient(model, batch, mean, kl_weight))
+    cells = _Active(batch, *_joint_and_gradient(model, batch, mean, kl_weight, offsets))
     for _ in range(max_steps):
         rows = cells.rows
         old_mean = mean[rows]
@@ -164,8 +172,14 @@ def climb(
         target[rows] = precision
         factor = natural.scale_tril(precision)
         direction = natural.precondition(factor, cells.gradient)
-        new_mean = old_mean + cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
-        better = cells.update(*_joint_and_gradient(model, cells.batch, new_mean, kl_weight), factor)
+        step = cells.rate[:, None] * natural.cap_length(direction, LONGEST_STEP)
+        if farthest < torch.inf:
+            width = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
+            step = width * natural.cap_length(step / width, farthest)
+        new_mean = old_mean + step
+        around = None if offsets is None else offsets[:, rows]
+        found = _joint_and_gradient(model, cells.batch, new_mean, kl_weight, around)
+        better = cells.update(*found, factor)
         mean[rows] = torch.where(better[:, None], new_mean, old_mean)
         if not cells.narrow(tolerance):
             break
@@ -211,12 +225,18 @@ class _Active:
 
 
 def _joint_and_gradient(
-    model: VAE, batch: Batch, mean: Tensor, kl_weight: float
+    model: VAE, batch: Batch, mean: Tensor, kl_weight: float, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """log p(x | z)/β + log p(z) at the mean, but for a constant, and its gradient."""
+    """log p(x | z)/β + log p(z) at the mean, but for a constant, and its gradient.
+
+    With offsets, averages over the points around it, but for another constant.
+    """
     with torch.enable_grad(), frozen(model):
         z = mean.detach().requires_grad_()
-        value = model.log_likelihood(batch, z)
+        if offsets is None:
+            value = model.log_likelihood(batch, z)
+        else:
+            value = model.log_likelihood(batch, z + offsets).mean(0)
         (slope,) = torch.autograd.grad(value.sum(), z)
     return value.detach() / kl_weight - 0.5 * mean.square().sum(-1), slope / kl_weight - mean
 

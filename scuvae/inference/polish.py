@@ -36,7 +36,10 @@ from scuvae.model import VAE, Batch
 from scuvae.model.vae import frozen
 
 # The mean climbs until a step gains less, in nats, in so many steps at most.
-_CLIMB, _CLIMBS = 6.0, 5
+_CLIMB, _CLIMBS = 6.0, 8
+# Points of the first q that it climbs with: with none, or by longer steps than those that follow,
+# it leaves the reach of the best q more often.
+_AROUND = 4
 # Points that an expectation is taken over, where 2L are fewer.
 _FEWEST = 16
 # A scale at most doubles or halves in a step.
@@ -60,7 +63,12 @@ def refine_diagonal(
     A cell stops by itself when a step promises less than ``tolerance`` nats.
     """
     start = as_family(q, "diagonal")
-    mean, expected = climb(model, batch, start.mean.detach(), min(max_steps, _CLIMBS), _CLIMB)
+    first = start.mean.detach()
+    offsets = start.stddev.detach() * normal_points(_AROUND, first)
+    most = min(max_steps, _CLIMBS)
+    mean, expected = climb(
+        *(model, batch, first, most, _CLIMB), offsets=offsets, farthest=_FARTHEST
+    )
     scale = expected.diagonal(dim1=-2, dim2=-1).rsqrt()
     q = Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
     return polish(model, batch, q, max_steps=max_steps, tolerance=tolerance, expected=expected)
