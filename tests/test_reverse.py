@@ -185,7 +185,7 @@ def test_adam_is_torchs() -> None:
 
 
 def test_moments_of_what_gets_no_gradient_end_at_zero() -> None:
-    """In place of the numbers below 1e-38, on which processors take a hundred times as long."""
+    """In place of the numbers below 1e-38, on which processors can be slow."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = adam([parameter], lr=0.1)
     for number in range(2000):

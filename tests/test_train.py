@@ -47,6 +47,7 @@ class SameDraws(Posterior):
         super().__init__()
         self.inner = inner
         self.noise = noise
+        self.visit = inner.visit
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         q = self.inner(model, batch, kl_weight)
@@ -180,7 +181,7 @@ class Recorded(Posterior):
     def __init__(self, inner: Posterior) -> None:
         super().__init__()
         self.inner = inner
-        self.step, self.descend = inner.step, inner.descend
+        self.visit, self.step, self.descend = inner.visit, inner.step, inner.descend
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         self.q = self.inner(model, batch, kl_weight)

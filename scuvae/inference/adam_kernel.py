@@ -28,8 +28,8 @@ def _step(
         g = gradient[i]
         m = kept_first * first[i] + (one - kept_first) * g
         v = kept_second * second[i] + (one - kept_second) * g * g
-        # Moments of what gets no gradient fall below the normal numbers, where many processors
-        # take a hundred times as long; so small they move nothing.
+        # Moments of what gets no gradient fall below the normal numbers, where processors can take
+        # many times as long; so small they move nothing.
         m = m if abs(m) > _LEAST else f32(0.0)
         v = v if v > _LEAST else f32(0.0)
         first[i], second[i] = m, v

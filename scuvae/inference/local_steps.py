@@ -231,14 +231,22 @@ def _joint_and_gradient(
 
     With offsets, averages over the points around it, but for another constant.
     """
+    value, slope = _likelihood_and_slope(model, batch, mean, offsets)
+    return value / kl_weight - 0.5 * mean.square().sum(-1), slope / kl_weight - mean
+
+
+def _likelihood_and_slope(
+    model: VAE, batch: Batch, mean: Tensor, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log p(x | z) at the mean, or its average over points around it; its gradient in the mean."""
     with torch.enable_grad(), frozen(model):
-        z = mean.detach().requires_grad_()
+        centre = mean.detach().requires_grad_()
         if offsets is None:
-            value = model.log_likelihood(batch, z)
+            value = model.log_likelihood(batch, centre)
         else:
-            value = model.log_likelihood(batch, z + offsets).mean(0)
-        (slope,) = torch.autograd.grad(value.sum(), z)
-    return value.detach() / kl_weight - 0.5 * mean.square().sum(-1), slope / kl_weight - mean
+            value = model.log_likelihood(batch, centre + offsets).mean(0)
+        (slope,) = torch.autograd.grad(value.sum(), centre)
+    return value.detach(), slope
 
 
 @torch.no_grad()
@@ -254,13 +262,10 @@ def _value_and_gradient(
     model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Each cell's ELBO over fixed draws, divided by β, and its gradient in the mean."""
-    with torch.enable_grad(), frozen(model):
-        centre = mean.detach().requires_grad_()
-        z = centre + (tril @ points.unsqueeze(-1)).squeeze(-1)
-        expected = model.log_likelihood(batch, z).mean(0)
-        (slope,) = torch.autograd.grad(expected.sum(), centre)
+    offsets = (tril @ points.unsqueeze(-1)).squeeze(-1)
+    expected, slope = _likelihood_and_slope(model, batch, mean, offsets)
     q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    value = expected.detach() / kl_weight - kl_to_prior(q)
+    value = expected / kl_weight - kl_to_prior(q)
     return value, slope / kl_weight - mean
 
 

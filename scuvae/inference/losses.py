@@ -1,5 +1,6 @@
 """What training steps lost, looked at every so many steps."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -62,36 +63,33 @@ class Losses:
         epoch = self.n_epochs + len(self._ends) - 1
         return epoch, self.n_steps - begin - 1, self._cells[-1].tolist()
 
-    def first_bad(self) -> Bad | None:
-        """The first step whose loss is no number."""
-        fits, divergences, extras = self._values()
+    def read(self) -> tuple[list[dict[str, float]], Bad | None]:
+        """A row for each epoch that was not read yet, in nats a cell; or no rows, and the first
+        step whose loss is no number."""
+        fits, divergences, extras = torch.cat(self._blocks, 1)[:, : self.n_steps].cpu()
         values = self.kl_weight * divergences - fits + extras
         wrong = (~values.isfinite()).nonzero()
-        if not len(wrong):
-            return None
-        step = int(wrong[0])
-        epoch = sum(end <= step for end in self._ends)
-        batch = step - (self._ends[epoch - 1] if epoch else 0)
-        cells = self._cells[step].tolist()
-        return Bad(values[step].item(), self.n_epochs + epoch, batch, cells, step == 0)
-
-    def read(self) -> list[dict[str, float]]:
-        """A row for each epoch that was not read yet: nats a cell."""
-        fits, divergences, _ = self._values().double()
+        if len(wrong):
+            return [], self._bad(int(wrong[0]), values)
         rows = []
         for begin, end in zip([0, *self._ends], self._ends, strict=False):
-            fit, kl = (float(part[begin:end].sum()) / self.n_obs for part in (fits, divergences))
+            sums = (part[begin:end].double().sum() for part in (fits, divergences))
+            fit, kl = (float(total) / self.n_obs for total in sums)
             rows.append(
                 {
                     "loss": self.kl_weight * kl - fit,
                     "elbo": fit - kl,
                     "reconstruction": fit,
                     "kl": kl,
+                    "validation_elbo": math.nan,
                 }
             )
         self.n_epochs += len(rows)
         self._blocks, self._cells, self._ends = [], [], []
-        return rows
+        return rows, None
 
-    def _values(self) -> Tensor:
-        return torch.cat(self._blocks, 1)[:, : self.n_steps].cpu()
+    def _bad(self, step: int, values: Tensor) -> Bad:
+        epoch = sum(end <= step for end in self._ends)
+        batch = step - (self._ends[epoch - 1] if epoch else 0)
+        cells = self._cells[step].tolist()
+        return Bad(values[step].item(), self.n_epochs + epoch, batch, cells, step == 0)

@@ -218,16 +218,16 @@ class _NaturalRule:
     def __init__(self, table: UnamortizedPosterior, optimizer: str, learning_rate: float) -> None:
         # On the host, so that no device is asked which cells are due.
         self.visits = np.zeros(len(table.mean), np.int32)
-        self.due = np.zeros(0, bool)
+        self.due: np.ndarray | None = None
 
     def visit(self, on_host: Tensor) -> str | None:
         rows = on_host.numpy()
         visits = self.visits[rows]
         self.visits[rows] = visits + 1
-        self.due = (visits % self.period == 0) | (visits == self.early)
-        if self.due.all():
+        self.due = due = (visits % self.period == 0) | (visits == self.early)
+        if due.all():
             return "renewal"
-        return None if self.due.any() else "natural"
+        return None if due.any() else "natural"
 
     def step(
         self,
@@ -240,11 +240,13 @@ class _NaturalRule:
         kl_weight: float,
         rate: float | Tensor,
     ) -> None:
-        rows, mean = batch.index, q.mean
-        if self.due.all():
+        rows, mean, due = batch.index, q.mean, self.due
+        if due is None:
+            raise RuntimeError("step() follows visit()")
+        if due.all():
             q = self._renew(table, model, batch, mean, kl_weight)
-        elif self.due.any():
-            some = torch.from_numpy(self.due.nonzero()[0]).to(rows.device)
+        elif due.any():
+            some = torch.from_numpy(due.nonzero()[0]).to(rows.device)
             self._renew(table, model, batch.take(some), mean[some], kl_weight)
             q = gaussian(mean, table.raw[rows])
         (of_draws,) = gradients

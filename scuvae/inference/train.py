@@ -110,9 +110,11 @@ def train(
     losses = Losses(n_obs, kl_weight)
     history: list[dict[str, float]] = []
     last_good: dict[str, Any] = {}
-    before = _snapshot(model, posterior)
+    before: dict[str, Any] = {}
 
     for epoch in range(max_epochs):
+        if not losses.n_steps:  # all that was lost has been looked at
+            before = _snapshot(model, posterior)
         step.set_rate(learning_rate_at(epoch / max_epochs))
         model.train()
         for sums, index in epoch_of_steps():
@@ -120,10 +122,11 @@ def train(
         losses.end_epoch()
 
         last_epoch = epoch == max_epochs - 1
-        judged = held_out is not None and ((epoch + 1) % evaluate_every == 0 or last_epoch)
-        if losses.n_steps < look_every and not (judged or last_epoch):
+        judge = held_out if (epoch + 1) % evaluate_every == 0 or last_epoch else None
+        if losses.n_steps < look_every and judge is None and not last_epoch:
             continue
-        bad = losses.first_bad()
+        last_step = losses.last()
+        rows, bad = losses.read()
         if bad is not None:
             # A last step can ruin what only the next loss shows: a first loss that is no number
             # condemns the state that its steps began with.
@@ -133,13 +136,11 @@ def train(
         # The last of the steps has no loss after it that would show what it did.
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
-            raise TrainingError(math.nan, *losses.last())
-        last_step = losses.last()
-        rows = [{**row, "validation_elbo": math.nan} for row in losses.read()]
+            raise TrainingError(math.nan, *last_step)
         stop = False
-        if judged and held_out is not None:
+        if judge is not None:
             model.eval()
-            value = held_out.elbo(model)
+            value = judge.elbo(model)
             if not math.isfinite(value):
                 _restore(last_good, model, posterior)
                 raise TrainingError(value, *last_step)
@@ -151,7 +152,6 @@ def train(
             on_epoch(row)
         if stop:
             break
-        before = _snapshot(model, posterior)
 
     if early_stopping is not None and early_stopping.state:
         _restore(early_stopping.state, model, posterior)

@@ -90,7 +90,7 @@ class SparseSource(Source):
     def rows(
         self, index: Tensor, on_host: Tensor | None = None, size: int | None = None
     ) -> SparseRows:
-        if self.device.type == "cpu" or self.resident:
+        if self.resident:
             return self.matrix.take(index, size)
         found = self.matrix.take(index.cpu() if on_host is None else on_host)
         parts = (found.starts, found.col, found.value)

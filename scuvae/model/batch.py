@@ -77,14 +77,12 @@ class SparseRows:
         length = self.starts.index_select(0, rows + 1) - first
         starts = _starts(length)
         if size is None:
-            # Where a row's entries lie in the matrix, less where they lie in the new block.
-            at = torch.repeat_interleave(first - starts[:-1], length)
-            at += torch.arange(len(at), device=at.device)
-            return SparseRows(starts, self.col[at], self.value[at], self.n_vars)
+            size = int(starts[-1])
         position = torch.arange(size, device=rows.device)
         beyond = position >= starts[-1]
         # The row of each entry, by the number of rows that end before it.
         row = torch.searchsorted(starts[1:], position, right=True).clamp_max_(len(rows) - 1)
+        # Where a row's entries lie in the matrix, less where they lie in the new block.
         at = (first - starts[:-1]).index_select(0, row).add_(position)
         at.clamp_max_(len(self.value) - 1)
         ends = torch.cat([starts[:-1], starts.new_full((1,), size)])

@@ -116,8 +116,8 @@ def fit(
         False lets fractional values pass under a count likelihood.
     device
         ``"auto"`` (CUDA where there is one, else CPU), ``"cpu"``, ``"cuda"``, ``"mps"``. On CUDA
-        devices training steps are recorded as graphs, a tenth of the time of steps one by one,
-        which the environment variable ``SCUVAE_CUDA_GRAPHS=0`` brings back.
+        devices training steps are recorded as graphs and replayed; with ``SCUVAE_CUDA_GRAPHS=0`` in
+        the environment they are taken one by one.
     rng
         Seed, :class:`numpy.random.Generator` or None. Global random states are neither read nor
         changed; the same seed on the same machine's CPU writes the same bytes, while a GPU adds in

@@ -188,12 +188,14 @@ def novelty(
             lambda cells: distance_to_posteriors(cells.q.mean, usual.q, near).cpu()
         ),
     }
-    near = min(n_neighbors, pool) - 1
-    if near:
-        alone = combine(pairs.values()), combine((scores, scores) for _, scores in pairs.values())
+    others = min(n_neighbors, pool) - 1
+    if others:
+        alone: list[Tensor | None] = [None, None]
+        if adjust_genes:
+            alone = [combine(pairs.values()), combine((own, own) for _, own in pairs.values())]
         # As many candidates on both sides: where cells lie closer, what they miss agrees more.
         shared = [
-            _shared(fit, cells, scores.q, rows, near, single if adjust_genes else None)
+            _shared(fit, cells, scores.q, rows, others, single)
             for cells, scores, rows, single in zip(
                 (new, old), (found, usual), candidates, alone, strict=True
             )

@@ -184,9 +184,9 @@ def least_ms(args: argparse.Namespace, n_nonzeros: float, n_hidden: int = 128) -
     written; each nonzero and its gene read. η and what comes of it never need to leave the device's
     caches.
     """
-    size = 8192 if args.device != "cpu" else 2048
+    size, numbers = (2048, 2**25) if args.device == "cpu" else (8192, 2**28)
     a, b, out = (torch.randn(size, size, device=args.device) for _ in range(3))
-    long, copied = (torch.empty(2**28, device=args.device) for _ in range(2))
+    long, copied = (torch.empty(numbers, device=args.device) for _ in range(2))
 
     def seconds(work: Callable[[], Any]) -> float:
         work()
