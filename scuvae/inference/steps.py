@@ -19,7 +19,7 @@ class Step:
         Over the model's parameters.
     n_obs
         Number of training cells: the loss of a batch of B cells weighs n/B.
-    n_samples, kl_weight
+    n_samples, kl_weight, output_precision
         As in :func:`scuvae.inference.train.train`.
     """
 
@@ -32,9 +32,11 @@ class Step:
         n_obs: int,
         n_samples: int,
         kl_weight: float,
+        output_precision: Tensor | None = None,
     ) -> None:
         self.model, self.posterior, self.optimizer = model, posterior, optimizer
         self.n_obs, self.n_samples, self.kl_weight = n_obs, n_samples, kl_weight
+        self.output_precision = output_precision
         groups = optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._base_rates = [float(group["lr"]) for group in groups]
@@ -73,6 +75,10 @@ class Step:
         if extra is not None:
             losses[2] = extra
         posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=self._rate)
+        if self.output_precision is not None:
+            weight = model.decoder.output.weight
+            if weight.grad is not None:
+                weight.grad.addcmul_(weight.detach(), self.output_precision)
         self.optimizer.step()
         return losses
 

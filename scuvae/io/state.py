@@ -29,6 +29,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_vars,
         n_covariates=len(params.get("batches", ())),
         dropout=float(params["dropout"]),
+        linear_path=bool(params.get("linear_path", False)),
         n_hidden=n_hidden,
         n_layers=n_layers,
     )

@@ -17,7 +17,7 @@ from scuvae.inference.posteriors import (
     UnamortizedPosterior,
 )
 from scuvae.inference.refine import refine
-from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
+from scuvae.inference.starts import MOST_CELLS, WhitenedPCA, start_decoder
 from scuvae.inference.train import EarlyStopping, train
 from scuvae.inference.validation import HeldOutCells, encoded, start
 from scuvae.io.sources import Cells
@@ -28,6 +28,8 @@ from scuvae.model.gaussian import n_scale_parameters, pack
 from scuvae.tl._settings import INFERENCE, Settings
 from scuvae.tl._shared import chunk_on, show_progress
 
+# Cells that the decoder's start is fitted to.
+_MOST_TO_START = 5000
 # Steps between two looks at a GPU's losses, for which it has to be waited for.
 _LOOK_EVERY = 64
 
@@ -47,6 +49,11 @@ def run(
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
+    counts = model.likelihood.counts
+    natural = settings.optimizer == "adam" and settings.local_step == "natural"
+    if natural and isinstance(posterior, UnamortizedPosterior):
+        some = training[torch.randperm(len(training))[:_MOST_TO_START].sort().values]
+        start_decoder(model, cells.batch(some), posterior.mean[some])
     judge = None
     if len(validation):
         judge = HeldOutCells(
@@ -72,6 +79,7 @@ def run(
             max_epochs=settings.max_epochs,
             n_samples=settings.n_samples,
             kl_weight=settings.kl_weight,
+            output_precision=model.decoder.output_precision() if natural and counts else None,
             learning_rate_at=_cosine if cosine else lambda progress: 1.0,
             held_out=judge,
             evaluate_every=every,
@@ -82,10 +90,16 @@ def run(
     if model.encoder is not None:
         settling = cells.loader(training, settings.batch_size)
         model.encoder.settle(dense(batch.x) for batch in settling)
-    parts = final_posterior(model, posterior, cells, settings, judge, validation)
-    return moments(parts, settings.covariance), history
-
-
+    if judge is not None and isinstance(posterior, UnamortizedPosterior):
+        posterior.store(validation, judge.q())
+    q = partial(_first, model, posterior, settings=settings)
+    if not counts:
+        return moments((q for _, q in _everyone(model, cells, finished)), settings.covariance), history
+    # Means move q a little, and q means: what is left after a second round shows nowhere.
+    totals = GeneTotals(model)
+    for batch, q in _everyone(model, cells, partial(_present, model, posterior, settings)):
+        totals.add(batch, q)
+    totals.give_back()
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
