@@ -208,6 +208,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "encoder_input": "profile" if settings.amortized and chosen.counts else None,
         "layer": layer,
         "batch_key": batch_key,
         "batches": np.array(batches, dtype=object) if batches else None,

@@ -18,8 +18,9 @@ from scuvae.inference.posteriors import (
 )
 from scuvae.inference.refine import refine
 from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
+from scuvae.inference.thinning import with_shallow
 from scuvae.inference.train import EarlyStopping, train
-from scuvae.inference.validation import HeldOutCells, encoded, start
+from scuvae.inference.validation import HeldOutCells, encoded
 from scuvae.io.sources import Cells
 from scuvae.io.state import moments
 from scuvae.model import VAE, Batch
@@ -81,7 +82,8 @@ def run(
         )
     if model.encoder is not None:
         settling = cells.loader(training, settings.batch_size)
-        model.encoder.settle(dense(batch.x) for batch in settling)
+        seen = with_shallow if model.likelihood.counts else lambda batch: batch
+        model.encoder.settle(dense(seen(batch).x) for batch in settling)
     parts = final_posterior(model, posterior, cells, settings, judge, validation)
     return moments(parts, settings.covariance), history
 
@@ -99,7 +101,7 @@ def final_posterior(
     validation: torch.Tensor,
 ) -> Iterator[Distribution]:
     """q of every cell under the final decoder, in parts: the encoder's, or refined."""
-    if judge is not None and isinstance(posterior, UnamortizedPosterior):
+    if judge is not None and isinstance(posterior, UnamortizedPosterior | SemiAmortizedPosterior):
         posterior.store(validation, judge.q())
     where = cells.size_factor.device
     everyone = torch.arange(len(cells), device=where)
@@ -111,20 +113,15 @@ def final_posterior(
 def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
     if isinstance(posterior, AmortizedPosterior):
         return encoded(model, batch, settings.covariance)
-    if isinstance(posterior, UnamortizedPosterior):
-        first = posterior(model, batch)
-    else:
-        first = start(model, batch, settings.covariance)
-    return refine(
-        model, batch, [first], local_step=settings.local_step, kl_weight=settings.kl_weight
-    )
+    first = [posterior(model, batch)]
+    if model.encoder is not None:
+        first.append(encoded(model, batch, settings.covariance))
+    return refine(model, batch, first, local_step=settings.local_step, kl_weight=settings.kl_weight)
 
 
 def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
     kind = POSTERIORS[INFERENCE[settings.amortized]]
-    if kind is SemiAmortizedPosterior:
-        return SemiAmortizedPosterior(local_step=settings.local_step)
-    if kind is not UnamortizedPosterior:
+    if kind is not UnamortizedPosterior and kind is not SemiAmortizedPosterior:
         return kind()
     shape = len(cells), settings.n_latent
     like = cells.size_factor
@@ -139,7 +136,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
             mean[batch.index] = pca(batch)
         diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3
         raw_of_each = _raw_from_diagonal(diagonal, settings.covariance).to(like)
-    return UnamortizedPosterior(
+    return kind(
         mean,
         raw_of_each.repeat(len(cells), 1),
         local_step=settings.local_step,
