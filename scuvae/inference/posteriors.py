@@ -340,7 +340,7 @@ class SemiAmortizedPosterior(Posterior):
             mean, raw, local_step=local_step, optimizer=optimizer, learning_rate=learning_rate
         )
         self._drawn: Batch | None = None
-        self._n_steps = 0
+        self._age = 0
 
     def visit(self, on_host: Tensor) -> str | None:
         self.table.visit(on_host)
@@ -379,7 +379,8 @@ class SemiAmortizedPosterior(Posterior):
     def _cells(self, model: VAE, batch: Batch) -> Batch:
         """What the encoder learns from in this step: drawn cells, own ones, thinned ones."""
         counts = model.likelihood.counts
-        if self._drawn is None or self._n_steps % self.draw_every == 0:
+        old = self._drawn
+        if old is None or (self._age >= self.draw_every and len(batch) >= len(old)):
             drawn = simulated(model, batch, self.table(model, batch))
             if counts:
                 x = sparse(drawn.x)
@@ -387,11 +388,11 @@ class SemiAmortizedPosterior(Posterior):
                 totals = batch.size_factor == sparse(batch.x).sum()
                 size_factor = torch.where(totals, x.sum().clamp_min(1), batch.size_factor)
                 drawn = replace(drawn, x=x, size_factor=size_factor)
-            self._drawn = drawn
-        self._n_steps += 1
+            old, self._age = drawn, 0
+        self._drawn, self._age = old, self._age + 1
         n_own = len(batch) // self.own_one_of
-        some = torch.randperm(len(self._drawn))[: len(batch) - n_own].to(batch.index.device)
-        seen = self._drawn.take(some)
+        some = torch.randperm(len(old))[: len(batch) - n_own].to(batch.index.device)
+        seen = old.take(some)
         if n_own:
             seen = seen.followed_by(batch.take(torch.arange(n_own, device=batch.index.device)))
         return with_shallow(seen) if counts else seen

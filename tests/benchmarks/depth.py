@@ -2,9 +2,9 @@
 
     python tests/benchmarks/depth.py DATA.h5ad ... --seeds 0 1 2 --cache DIR --json out.json
 
-Every count of a held-out cell is thinned binomially so that its total over the modelled genes is 20,
-50, 100, 200 or 400 on average; cells that have fewer stay as they are. Training cells, which have
-the labels, are as deep as they were. Labels by the 15 nearest training cells among
+Every count of a held-out cell is thinned binomially, so that its total over the modelled genes is
+20, 50, 100, 200 or 400 on average; cells that have fewer stay as they are. Training cells, which
+have the labels, are as deep as they were. Labels by the 15 nearest training cells among
 
 - posterior means of an unamortized fit (``tl.project``), and in its map: the decoder's means at one
   common total, each gene in its variance-stabilising coordinate, 30 principal components;
