@@ -8,7 +8,7 @@ through the leaves that the call made.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -350,17 +350,8 @@ class SemiAmortizedPosterior(Posterior):
         q: Distribution = self.table(model, batch, kl_weight)
         return q
 
-    def step(
-        self,
-        model: VAE,
-        batch: Batch,
-        slope: Tensor,
-        *,
-        scale: float,
-        kl_weight: float,
-        rate: float | Tensor = 1.0,
-    ) -> None:
-        self.table.step(model, batch, slope, scale=scale, kl_weight=kl_weight, rate=rate)
+    def step(self, model: VAE, batch: Batch, slope: Tensor, **options: Any) -> None:
+        self.table.step(model, batch, slope, **options)
 
     def descend(
         self, model: VAE, batch: Batch, *, weight: float, kl_weight: float

@@ -57,8 +57,8 @@ def to_encoder(
 
     The encoder, of the fit's width, depth and covariance, maximises the ELBO of its own q under
     the finished decoder: on the training cells, and on cells drawn from the decoder at their
-    posteriors, new ones at every step. The held-out cells decide when to stop. What it still
-    loses is measured for every cell.
+    posteriors, new ones at every step; of counts, on some of both thinned to fewer. The held-out
+    cells decide when to stop. What it still loses is measured for every cell.
 
     The cells keep the posteriors that they have, which are better than the encoder's;
     ``scuvae.tl.project(new, adata, amortized=True)`` hands out the encoder's for new ones.
