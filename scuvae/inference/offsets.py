@@ -11,10 +11,10 @@ at once. Three steps that raise F take turns until it stands still:
 
 1. local steps on every q_i, which start anew too when F stands still;
 2. L-BFGS on o with every q_i fixed, over fixed draws;
-3. all means move by a common c, o by −W c and o' by −V c: a and η, hence the likelihood, stays as it is, and the
-   c that is best for KL and prior has a closed form. The two steps before it pass slowly from q
-   to o what W z and o can both say, for each holds the other in place: without this one they
-   ended .4 nats a cell lower (429 cells, 1,287 genes).
+3. all means move by a common c, o by −W c and o' by −V c: a and η, hence the likelihood, stay as
+   they are, and the c that is best for KL and prior has a closed form. The two steps before it pass
+   slowly from q to o what W z and o can both say, for each holds the other in place: without this
+   one they ended .4 nats a cell lower (429 cells, 1,287 genes).
 """
 
 import copy
@@ -190,7 +190,9 @@ class _Climb:
     def move_offset(self) -> None:
         offsets = [block.value.requires_grad_() for block in self.blocks]
         before = [offset.detach().clone() for offset in offsets]
-        optimizer = torch.optim.LBFGS(offsets, max_iter=_OFFSET_STEPS, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            offsets, max_iter=_OFFSET_STEPS, line_search_fn="strong_wolfe"
+        )
         values: list[float] = []
 
         @torch.enable_grad()

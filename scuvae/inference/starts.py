@@ -116,7 +116,9 @@ def start_decoder(model: VAE, batch: Batch, z: Tensor) -> None:
 
 
 @torch.no_grad()
-def fit_loadings(batch: Batch, z: Tensor, *, counts: bool, n_steps: int = 6) -> tuple[Tensor, Tensor]:
+def fit_loadings(
+    batch: Batch, z: Tensor, *, counts: bool, n_steps: int = 6
+) -> tuple[Tensor, Tensor]:
     """Intercepts, (genes,), and loadings, (genes, latent + batches), of a linear decoder, z given.
 
     Of counts those of a Poisson regression with log link and each cell's total as exposure, by

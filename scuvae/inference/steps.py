@@ -65,12 +65,13 @@ class Step:
         """Take the step. Returned are sums over the batch, (3,), in nats: reconstruction, KL, and
         what the posterior minimises beside their loss."""
         model, posterior, kl_weight = self.model, self.posterior, self.kl_weight
-        q = posterior(model, batch, kl_weight)
+        seen = posterior.seen(model, batch)
+        q = posterior(model, seen, kl_weight)
         weight = self.n_obs / len(batch)
         for parameter in self.parameters:  # as zero_grad does, without its hooks
             parameter.grad = None
-        terms, slope = descend(model, batch, q, self.n_samples, weight=weight, kl_weight=kl_weight)
-        losses = F.pad(terms.sums(), (0, 1))
+        terms, slope = descend(model, seen, q, self.n_samples, weight=weight, kl_weight=kl_weight)
+        losses = F.pad(terms.sums(len(batch)), (0, 1))
         extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
         if extra is not None:
             losses[2] = extra

@@ -12,7 +12,6 @@ from scuvae.model.gaussian import gaussian, n_scale_parameters
 from scuvae.model.rising import asks_gradient, compiled
 from scuvae.model.rows import accumulate
 
-
 # Precisions of a normal prior of the weights that make η, where η is a logarithm: so many counts
 # of a gene say as much. What hidden units add to the linear path has to be earned.
 _HIDDEN_PRECISION, _LINEAR_PRECISION = 100.0, 3.0
@@ -241,6 +240,26 @@ NORMALIZATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+INPUTS = ("values", "log1p", "profile")
+
+# What a cell's counts are scaled to before their logarithm: about a shallow cell's total.
+_TOTAL = 1000.0
+
+
+def encoder_input(x: Tensor, kind: str) -> Tensor:
+    """What an encoder sees of values x, (cells, genes): see :class:`Encoder`.
+
+    A profile is log(1 + 1000 x / ℓ), ℓ the cell's total, with ½ ln ℓ − 3 as one more column:
+    (cells, genes + 1).
+    """
+    if kind == "values":
+        return x
+    if kind == "log1p":
+        return x.log1p()
+    total = x.sum(-1, keepdim=True).clamp_min(1.0)
+    return torch.cat([(x * (_TOTAL / total)).log1p(), 0.5 * total.log() - 3], -1)
+
+
 class Encoder(nn.Module):
     """A multilayer perceptron genes → n_hidden (ReLU, norm) × n_layers → mean and scale of q.
 
@@ -252,8 +271,11 @@ class Encoder(nn.Module):
         Width and number of hidden layers.
     covariance
         ``"diagonal"`` or ``"full"``: which q it hands out.
-    log1p
-        Whether values enter as log(1 + x): counts do.
+    inputs
+        How values enter: as they are (``"values"``), as log(1 + x) (``"log1p"``), or as the
+        logarithm of a profile of one total beside the logarithm of the cell's own (``"profile"``).
+        Hidden units that see log(1 + x) are moved by depth more than by anything else, and are led
+        astray by depths that they have not seen.
     normalization
         ``"batch"``, ``"layer"`` or ``"none"``, after each ReLU.
     """
@@ -266,22 +288,22 @@ class Encoder(nn.Module):
         n_hidden: int = 128,
         n_layers: int = 1,
         covariance: str = "diagonal",
-        log1p: bool = False,
+        inputs: str = "values",
         normalization: str = "batch",
     ) -> None:
         super().__init__()
         hidden: list[nn.Module] = []
-        widths = [n_vars, *[n_hidden] * n_layers]
+        widths = [n_vars + (inputs == "profile"), *[n_hidden] * n_layers]
         for a, b in pairwise(widths):
             hidden += [nn.Linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
         self.hidden = nn.Sequential(*hidden)
         self.mean = nn.Linear(widths[-1], n_latent)
         self.scale = nn.Linear(widths[-1], n_scale_parameters(n_latent, covariance))
-        self.log1p = log1p
+        self.inputs = inputs
 
     def forward(self, x: Tensor) -> Distribution:
         """q(z | x) for values x of shape (cells, genes)."""
-        h = self.hidden(x.log1p() if self.log1p else x)
+        h = self.hidden(encoder_input(x, self.inputs))
         return gaussian(self.mean(h), self.scale(h))
 
     @torch.no_grad()

@@ -57,17 +57,21 @@ def fit(
     """Fit a variational autoencoder to the cells of ``adata``, with or without an encoder.
 
     z ~ N(0, I), x ~ likelihood(decoder(z)). Every cell gets an approximate posterior q(z), a
-    Gaussian: from parameters of its own (the default), from an encoder network, or from an
-    encoder followed by local steps. The training cells maximise the ELBO; a held-out part, whose q
-    is optimised with the decoder frozen, decides when to stop.
+    Gaussian: from parameters of its own (the default), from an encoder network, or from parameters
+    of its own with an encoder trained beside them. The training cells maximise the ELBO; a held-out
+    part, whose q is optimised with the decoder frozen, decides when to stop.
 
     Parameters
     ----------
     adata
         Cells × genes. Raw counts for count likelihoods.
     amortized
-        ``False``: every cell its own parameters. ``True``: an encoder. ``"semi"``: an encoder,
-        then local steps.
+        ``False``: every cell its own parameters. ``True``: an encoder. ``"semi"``: every cell its
+        own parameters, under which the decoder is fitted, and an encoder that follows the decoder;
+        at the end each cell's q is refined from the better of the two. It fits as ``False`` does
+        and costs up to twice as much as ``True``: for those who want an encoder as well, and better
+        posteriors than an encoder's. Encoders of counts learn from cells of fewer counts too,
+        thinned to 10 and more.
     likelihood
         ``"gaussian"``, ``"poisson"``, ``"negative_binomial"`` (``"nb"``),
         ``"zero_inflated_negative_binomial"`` (``"zinb"``), an instance of a registered
@@ -208,6 +212,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "encoder_input": "profile" if settings.amortized and chosen.counts else None,
         "layer": layer,
         "batch_key": batch_key,
         "batches": np.array(batches, dtype=object) if batches else None,

@@ -81,8 +81,8 @@ class Settings:
             dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
-            if amortized is False and optimizer == "adam" and local_step == "natural":
-                # No encoder has to follow the decoder: it can take longer steps.
+            if amortized is not True and optimizer == "adam" and local_step == "natural":
+                # The decoder does not wait for an encoder: it can take longer steps.
                 learning_rate *= 2
         return cls(
             amortized=amortized,
