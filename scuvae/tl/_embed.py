@@ -117,9 +117,7 @@ def new_map(
     return placed(model, mean, entry, n_batches), entry
 
 
-def placed(
-    model: VAE, mean: torch.Tensor, entry: dict[str, Any], n_categories: int
-) -> np.ndarray:
+def placed(model: VAE, mean: torch.Tensor, entry: dict[str, Any], n_categories: int) -> np.ndarray:
     """Coordinates in the map that ``uns[...]["embed"]`` holds."""
     centre, components = (
         torch.as_tensor(np.array(entry[name]), device=mean.device)
