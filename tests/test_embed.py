@@ -1,4 +1,4 @@
-"""The map: coordinates against quadrature and finite differences, and what it must not depend on."""
+"""The map: coordinates against quadrature and finite differences, and what must not matter."""
 
 import anndata as ad
 import numpy as np

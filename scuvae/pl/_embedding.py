@@ -50,8 +50,8 @@ def embedding_scores(
         The fit; None for the default.
     color
         None: those of ``"amortization_gap"``, ``"scale"``, ``"neighbor_stability"``, ``"elbo"`` and
-        ``"novelty"`` that there are. Or one or several of: ``"scale"``, the geometric mean of a cell's posterior standard deviations
-        over the latent dimensions (1 for the prior, small where the counts say much);
+        ``"novelty"`` that there are. Or one or several of: ``"scale"``, the geometric
+        mean of a cell's posterior standard deviations over the latent dimensions (1 for the prior, small where the counts say much);
         ``"amortization_gap"``; any other per-cell score of the fit, such as ``"elbo"`` or
         ``"pareto_k"`` from :func:`scuvae.tl.score`.
     ax
@@ -98,7 +98,7 @@ def embedding_scores(
 
 
 def _present(adata: AnnData, key: str | None) -> list[str]:
-    """Those of the default's scores that can be drawn; the scale, to be missed, if there is none."""
+    """Those of the default's scores that can be drawn; else the scale, to be missed."""
     found = slots(adata, key)
     there = {"scale"} if found.scale in adata.obsm else set()
     for name in DEFAULTS:

@@ -68,8 +68,8 @@ def refine(
     Returns
     -------
     None, or with ``copy=True`` the AnnData. Replaces ``obsm["X_scuvae"]``,
-    ``obsm["X_scuvae_scale"]``, ``obsm["X_scuvae_covariance"]``, ``obsm["X_scuvae_embed"]`` (the same
-    map) and ``obs["scuvae_scale"]``; removes the fit's per-cell
+    ``obsm["X_scuvae_scale"]``, ``obsm["X_scuvae_covariance"]``, ``obsm["X_scuvae_embed"]``
+    (the same map) and ``obs["scuvae_scale"]``; removes the fit's per-cell
     scores from ``obs``, which no longer hold.
 
     Raises
