@@ -51,7 +51,8 @@ def embedding_scores(
     color
         None: those of ``"amortization_gap"``, ``"scale"``, ``"neighbor_stability"``, ``"elbo"`` and
         ``"novelty"`` that there are. Or one or several of: ``"scale"``, the geometric
-        mean of a cell's posterior standard deviations over the latent dimensions (1 for the prior, small where the counts say much);
+        mean of a cell's posterior standard deviations over the latent dimensions (1
+        for the prior, small where the counts say much);
         ``"amortization_gap"``; any other per-cell score of the fit, such as ``"elbo"`` or
         ``"pareto_k"`` from :func:`scuvae.tl.score`.
     ax
