@@ -42,6 +42,8 @@ OBS_NAMES = (
     "label",
     "label_share",
     "split",
+    "scale",
+    "neighbor_stability",
 )
 
 
@@ -60,6 +62,7 @@ class Keys:
     variance: str
     encoder: str
     encoder_scale: str
+    embed: str
     obs: dict[str, str]
     layer: str
     sample: str
@@ -99,6 +102,7 @@ class Keys:
             variance=f"{mean}_variance",
             encoder=f"{mean}_encoder",
             encoder_scale=f"{mean}_encoder_scale",
+            embed=f"{mean}_embed",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
             layer=f"{uns}_denoised",
             sample=f"{uns}_sample",
@@ -109,7 +113,7 @@ class Keys:
     @property
     def obsm(self) -> tuple[str, ...]:
         moments = (self.mean, self.scale, self.covariance, self.variance)
-        return (*moments, self.encoder, self.encoder_scale)
+        return (*moments, self.encoder, self.encoder_scale, self.embed)
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""

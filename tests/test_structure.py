@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "inference": {"model"},
     "model": set(),
     "pl": set(),
-    "pp": {"io"},
+    "pp": {"inference", "io"},
     "datasets": set(),
 }
 HELPERS = {"_keys", "_checks", "_errors"}
@@ -180,6 +180,7 @@ FIT_DEFAULTS: dict[str, Any] = {
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "project": {"key": None, "layer": None, "key_added": None},
     "novelty": {"key": None, "layer": None, "key_added": None, "rng": 0},
+    "embed": {"key": None},
     "refine": {"key": None, "key_added": None},
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},
@@ -193,7 +194,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def public() -> Iterator[tuple[str, Callable[..., object]]]:
-    for part in ("tl", "get", "pl", "datasets"):
+    for part in ("tl", "pp", "get", "pl", "datasets"):
         module = importlib.import_module(f"scuvae.{part}")
         for name in module.__all__:
             yield f"{part}.{name}", getattr(module, name)

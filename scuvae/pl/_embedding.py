@@ -19,6 +19,8 @@ COLUMNS = 3
 # Colours end where one cell in a hundred lies beyond them.
 ROBUST = 1.0
 MISSING = "lightgray"
+# What is drawn unless asked otherwise, where there is such a column.
+DEFAULTS = ("amortization_gap", "scale", "neighbor_stability", "elbo", "novelty")
 
 
 def embedding_scores(
@@ -26,7 +28,7 @@ def embedding_scores(
     *,
     basis: str = "umap",
     key: str | None = None,
-    color: str | Sequence[str] = ("amortization_gap", "scale"),
+    color: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -47,8 +49,10 @@ def embedding_scores(
     key
         The fit; None for the default.
     color
-        One or several of: ``"scale"``, the geometric mean of a cell's posterior standard deviations
-        over the latent dimensions (1 for the prior, small where the counts say much);
+        None: those of ``"amortization_gap"``, ``"scale"``, ``"neighbor_stability"``, ``"elbo"`` and
+        ``"novelty"`` that there are. Or one or several of: ``"scale"``, the geometric
+        mean of a cell's posterior standard deviations over the latent dimensions (1
+        for the prior, small where the counts say much);
         ``"amortization_gap"``; any other per-cell score of the fit, such as ``"elbo"`` or
         ``"pareto_k"`` from :func:`scuvae.tl.score`.
     ax
@@ -78,6 +82,8 @@ def embedding_scores(
     >>> [ax.get_title() for ax in axes]
     ['Amortization gap', 'Posterior scale']
     """
+    if color is None:
+        color = _present(adata, key)
     names = [color] if isinstance(color, str) else list(color)
     if not names:
         raise ValueError("color is empty: pass one or several scores, such as 'amortization_gap'")
@@ -92,13 +98,24 @@ def embedding_scores(
     return finish(axes, axes[0], own=own, show=show, return_fig=return_fig)
 
 
+def _present(adata: AnnData, key: str | None) -> list[str]:
+    """Those of the default's scores that can be drawn; else the scale, to be missed."""
+    found = slots(adata, key)
+    there = {"scale"} if found.scale in adata.obsm else set()
+    for name in DEFAULTS:
+        values = adata.obs.get(found.obs[name])
+        if values is not None and np.isfinite(values.to_numpy(dtype=float)).any():
+            there.add(name)
+    return [name for name in DEFAULTS if name in there] or ["scale"]
+
+
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
     if name == "scale":
         scale = latent(adata, slots(adata, key).scale)
         with np.errstate(divide="ignore", invalid="ignore"):
             values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
     else:
-        known = [n for n in OBS_NAMES if n not in ("split", "label")]
+        known = [n for n in OBS_NAMES if n not in ("split", "label", "scale")]
         if name not in known:
             raise ValueError(
                 f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}"
@@ -144,6 +161,6 @@ def _names(name: str) -> tuple[str, str]:
         return "Posterior scale", "prior standard deviations"
     if name == "effective_sample_size":
         return title, "draws"
-    if name == "pareto_k":
+    if name in ("neighbor_stability", "pareto_k") or name.startswith("novelty"):
         return title, ""
     return (f"{title}, standard error" if name.endswith("_se") else title), "nats per cell"

@@ -18,6 +18,7 @@ from scuvae.io import inputs
 from scuvae.io.sources import Cells, source_of
 from scuvae.io.state import build_model, model_to_arrays, write_posterior
 from scuvae.model import LIKELIHOODS, Likelihood
+from scuvae.tl._embed import common_total, new_map, posterior_scale
 from scuvae.tl._run import run
 from scuvae.tl._settings import Settings
 from scuvae.tl._shared import logger, random_state, resolve_device, target
@@ -145,6 +146,11 @@ def fit(
     ``uns["scuvae"]``
         ``params``, ``history`` (nats per cell and epoch), ``var_names``, and ``state``: the model
         as plain arrays. With it ``adata`` is a complete model, also when read back from a file.
+        ``embed``: the map's basis.
+    ``obsm["X_scuvae_embed"]``
+        The map, float32 (n_obs, 30): see :func:`scuvae.tl.embed`.
+    ``obs["scuvae_scale"]``
+        Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
         Categorical: ``train`` or ``validation``.
 
@@ -249,6 +255,9 @@ def fit(
             seed=int(generator.integers(2**63)),
         )
 
+    mean = torch.as_tensor(q["mean"], device=where)
+    coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
+
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, q)
@@ -260,7 +269,10 @@ def fit(
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
         "state": model_to_arrays(model),
+        "embed": basis,
     }
+    out.obsm[keys.embed] = coordinates
+    out.obs[keys.obs["scale"]] = posterior_scale(q["scale"])
     return out if copy else None
 
 

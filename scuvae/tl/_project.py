@@ -32,6 +32,7 @@ from scuvae.io.state import (
 )
 from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
+from scuvae.tl._embed import placed, posterior_scale
 from scuvae.tl._shared import (
     CHUNK,
     Matched,
@@ -130,7 +131,9 @@ def project(
     -------
     None, or with ``copy=True`` the AnnData. Sets ``obsm["X_scuvae"]``, ``obsm["X_scuvae_scale"]``,
     for a full covariance ``obsm["X_scuvae_covariance"]``, and ``uns["scuvae"]`` with the
-    reference's model, so that ``adata`` can be scored and denoised by itself. Beside it:
+    reference's model, so that ``adata`` can be scored and denoised by itself;
+    ``obsm["X_scuvae_embed"]``, the cells' places in the reference's map (:func:`scuvae.tl.embed`);
+    ``obs["scuvae_scale"]``, geometric means of posterior standard deviations. Beside it:
 
     ``uns["scuvae"]["genes"]``
         ``n_reference``, ``n_observed`` and ``n_unused``: how many genes the reference has, how
@@ -220,9 +223,17 @@ def project(
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
+    found_moments = moments(parts, covariance)
+    coordinates = None
+    if "embed" in entry:  # fits of earlier versions have none
+        mean = torch.as_tensor(found_moments["mean"], device=where)
+        coordinates = placed(model, mean, entry["embed"], len(matched.batches))
     out = target(adata, copy)
     keys.clear(out)
-    write_posterior(out, key_added, moments(parts, covariance))
+    write_posterior(out, key_added, found_moments)
+    out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
+    if coordinates is not None:
+        out.obsm[keys.embed] = coordinates
     out.uns[keys.uns] = entry
     return out if copy else None
 
