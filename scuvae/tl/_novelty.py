@@ -20,7 +20,7 @@ from scuvae.inference.neighbours import distance_to_posteriors
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import concatenate
 from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Residual, combine, log_tail, standardised
+from scuvae.inference.tails import Alike, Residual, combine, log_tail, standardised
 from scuvae.inference.thinning import thinned
 from scuvae.inference.unseen import infer
 from scuvae.io import inputs
@@ -188,11 +188,16 @@ def novelty(
             lambda cells: distance_to_posteriors(cells.q.mean, usual.q, near).cpu()
         ),
     }
+    # What a tail is read from: reference cells of about the same depth.
+    there, here = Alike.of(found.depth, usual.depth), Alike.of(usual.depth, usual.depth)
     others = min(n_neighbors, pool) - 1
     if others:
         alone: list[Tensor | None] = [None, None]
         if adjust_genes:
-            alone = [combine(pairs.values()), combine((own, own) for _, own in pairs.values())]
+            alone = [
+                combine(pairs.values(), there),
+                combine(((own, own) for _, own in pairs.values()), here),
+            ]
         # As many candidates on both sides: where cells lie closer, what they miss agrees more.
         shared = [
             _shared(fit, cells, scores.q, rows, others, single)
@@ -201,8 +206,9 @@ def novelty(
             )
         ]
         pairs["shared"] = standardised(*shared), standardised(shared[1], shared[1])
-    own = combine((scores, scores) for _, scores in pairs.values())
-    columns = {"novelty": -log_tail(combine(pairs.values()), own) / math.log(10)}
+    own = combine(((scores, scores) for _, scores in pairs.values()), here)
+    combined = combine(pairs.values(), there)
+    columns = {"novelty": -log_tail(combined, own, there) / math.log(10)}
     columns |= {f"novelty_{name}": scores for name, (scores, _) in pairs.items()}
 
     out = target(adata, copy)
