@@ -70,13 +70,20 @@ def novelty(
     reference's posteriors, is in units of their scales; E_q[log p(x | z)] is taken less its
     regression on its expectation and on log total, in standard deviations that may change with
     depth; and how far a cell's counts lie in the direction in which its neighbours' lie is in
-    standard deviations under the model. The four are calibrated on the reference's held-out cells,
-    combined, and compared with those cells' own.
+    standard deviations under the model. The four are compared with those of the reference's
+    held-out cells, and combined; what comes out is compared with those cells' own. Each time cells
+    of like depth weigh most, by a Gaussian kernel over depths' ranks.
+
+    So a tenth of ordinary cells is above 1 at any depth, on average over references: of some
+    hundred held-out cells a quarter of the depths has a few dozen, and its share above 1 is known
+    to about .04. It does not hold type by type. Types of few cells in the reference, which the
+    decoder knows least, have more than a tenth above 1, at times more than half: look at the share
+    above 1 among the reference's own held-out cells of a type before calling new ones novel.
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
-    :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
-    clears the slots of its name; genes that it did without are left out here too), and no encoder
-    is needed.
+    :func:`scuvae.tl.project` does with ``polish=False``: ``adata`` may be projected or not (if so,
+    project first: that clears the slots of its name; genes that it did without are left out here
+    too), and no encoder is needed.
 
     Neighbours are new cells, by their posterior means; of more than 2,000, or than there are of the
     reference's, so many drawn at random are candidates. A kind of some 50 cells among them is
@@ -123,7 +130,7 @@ def novelty(
     None, or with ``copy=True`` the AnnData. Sets, per cell, float32, higher is more novel:
 
     ``obs["scuvae_novelty"]``
-        −log10 of the share of reference cells of the same depth that are at least so surprising:
+        −log10 of the share of reference cells of about the same depth that are as surprising:
         1 is one in ten, 2 one in a hundred. Beyond the reference's highest tenth by an exponential
         tail (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so values far
         above log10 of the number of reference cells rank cells, but are no probabilities.
