@@ -118,7 +118,7 @@ def knn(halves: Halves) -> dict[str, Any]:
             tried[n, k] = halves.best_mixed(methods.neighbour_sums(halves.seen, k, points))
         best = max(tried, key=lambda key: tried[key][0])
         tried = {key: found for key, found in tried.items() if key[0] in (n, best[0])}
-    seconds = clock.seconds() / len(COMPONENTS) / len(NEIGHBOURS)
+    seconds = clock.seconds() / len(COMPONENTS) / len(NEIGHBOURS)  # of one choice
     n, k = max(tried, key=lambda key: tried[key][0])
     row = halves.row(tried[n, k][1])
     others = [
