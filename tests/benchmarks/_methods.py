@@ -195,8 +195,8 @@ def scvi(data: Data, seed: int, *, half: sp.csr_matrix | None = None) -> dict[st
     """SCVI of default epochs on all counts, or on a half of the molecules.
 
     ``latent``, its means; with a half ``profiles``, ``get_normalized_expression`` averaged over 16
-    draws; ``cpu_s`` of its training, from the time of a few epochs. All cells train, as ``_scvi`` has it; the KL warm-up of 400
-    epochs is inside a run of up to 20,000 cells.
+    draws; ``cpu_s`` of its training, from the time of a few epochs. All cells train, as ``_scvi``
+    has it; the KL warm-up of 400 epochs is inside a run of up to 20,000 cells.
     """
     likelihood = data.args.scvi_likelihood
     stem = row_name("scvi", data.args) + ("" if half is None else "_half")

@@ -1,4 +1,4 @@
-"""scvi-tools' negative binomial at less cost, so that three seeds of its default epochs take less long.
+"""scvi-tools' negative binomial at less cost, for runs of its default epochs.
 
 The same formula, with its gradients in closed form and the gamma functions taken at the counts that
 are not zero: elsewhere lgamma(x + θ) − lgamma(θ) − lgamma(x + 1) is zero. A run differs from
