@@ -17,7 +17,7 @@ import _views as views
 import anndata as ad
 import numpy as np
 import torch
-from _common import Clock, load, name_of
+from _common import Clock, load, name_of, print_table
 from scipy import sparse as sp
 
 import scuvae
@@ -120,6 +120,22 @@ class Data:
             partial.replace(path)
         with np.load(path) as arrays:
             return dict(arrays)
+
+
+def print_all(results: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
+    """One table of several sets, medians alone."""
+    rows = []
+    for result in results:
+        for row in result["table"]:
+            plain = {name: value for name, value in row.items() if not name.endswith("_range")}
+            rows.append({"data": result["data"], **plain})
+    shown = {name: form for name, form in columns.items() if any(name in row for row in rows)}
+    print("\nAll sets, medians\n")
+    print_table(rows, {"data": ("data", ""), **shown})
+
+
+def say(row: dict[str, Any]) -> None:
+    print({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 # --- ours ----------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def ours(data: Data, seed: int, label: str, arguments: dict[str, Any]) -> list[d
                 "split_chance": chance,
             }
         )
-        say(out[-1])
+        methods.say(out[-1])
     return out
 
 
@@ -84,7 +84,7 @@ def others(data: Data, args: Any, seed: int) -> list[dict[str, Any]]:
             return {"cpu_s": seconds, **judged(data, points)}
 
         out.append({"model": label, "seed": seed, **data.remember(f"map_{what}", row)})
-        say(out[-1])
+        methods.say(out[-1])
 
     def pca(n: int) -> tuple[np.ndarray, float]:
         clock = Clock()
@@ -124,10 +124,6 @@ def measure(path: str, args: Any) -> dict[str, Any]:
     return {"data": data.name, "table": table, "rows": rows}
 
 
-def say(row: dict[str, Any]) -> None:
-    print({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-
-
 def main() -> None:
     default = ["unamortized", "amortized", "pca", "harmony", "scvi"]
     args = methods.parser(__doc__, MODELS, default).parse_args()
@@ -139,6 +135,7 @@ def main() -> None:
         arguments = {k: v for k, v in vars(args).items() if k not in ("json", "cache")}
         content = {"arguments": arguments, "platform": platform_of(), "results": results}
         write_json(args.json, content)
+    methods.print_all(results, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -196,21 +196,17 @@ def measure(path: str, args: Any) -> dict[str, Any]:
         halves = Halves(data, seed)
         for label, arguments in methods.fits_of(args):
             rows.append({"model": label, "seed": seed, **ours(halves, arguments)})
-            _say(rows[-1])
+            methods.say(rows[-1])
         for name in (name for name in OTHERS if name in args.models):
             label, method = OTHERS[name]
             what = f"molecules_{methods.row_name(name, args)}_seed{seed}"
             found = data.remember(what, lambda method=method, halves=halves: method(halves))
             rows.append({"model": label, "seed": seed, **found})
-            _say(rows[-1])
+            methods.say(rows[-1])
     print(f"\n{data}; halves of the molecules, medians of seeds {args.seeds} (lowest to highest)\n")
     table = medians(rows, "model")
     print_table(table, COLUMNS)
     return {"data": data.name, "table": table, "rows": rows}
-
-
-def _say(row: dict[str, Any]) -> None:
-    print({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 def main() -> None:
@@ -224,6 +220,7 @@ def main() -> None:
         arguments = {k: v for k, v in vars(args).items() if k not in ("json", "cache")}
         content = {"arguments": arguments, "platform": platform_of(), "results": results}
         write_json(args.json, content)
+    methods.print_all(results, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def main() -> None:
         arguments = {k: v for k, v in vars(args).items() if k not in ("json", "cache")}
         content = {"arguments": arguments, "platform": platform_of(), "results": results}
         write_json(args.json, content)
+    methods.print_all(results, COLUMNS)
 
 
 if __name__ == "__main__":
