@@ -264,10 +264,9 @@ def _train_scvi(data: Data, counts: sp.csr_matrix, seed: int, likelihood: str) -
 # --- averages over neighbours --------------------------------------------------------------------
 
 
-def neighbour_sums(half: sp.csr_matrix, k: int, points: np.ndarray) -> np.ndarray:
-    """Profiles of each cell's molecules and those of its ``k`` − 1 nearest neighbours, summed."""
-    near = views.neighbours(points, k - 1)
-    n = len(near)
+def neighbour_sums(half: sp.csr_matrix, near: np.ndarray) -> np.ndarray:
+    """Profiles of each cell's molecules and its neighbours' together; ``near`` are their rows."""
+    n, k = len(near), near.shape[1] + 1
     rows = np.repeat(np.arange(n), k)
     columns = np.concatenate([np.arange(n)[:, None], near], 1).ravel()
     sums = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (n, n)) @ half

@@ -81,9 +81,13 @@ class Halves:
 
     def best_mixed(self, profiles: np.ndarray) -> tuple[float, np.ndarray, float]:
         """Of some pseudocounts the one of the best Poisson score: that, the profiles, the share."""
-        tried = [(self.poisson(views.mixed(profiles, self.mean, s)), s) for s in PSEUDOCOUNTS]
-        score, share = max(tried)
-        return score, views.mixed(profiles, self.mean, share), share
+        x = self.hidden.tocoo()
+        own, mean = profiles[x.row, x.col], self.mean[0, x.col]
+        # Up to what all shares have in common.
+        gain = [x.data @ np.log((1 - s) * own + s * mean) for s in PSEUDOCOUNTS]
+        share = PSEUDOCOUNTS[int(np.argmax(gain))]
+        best = views.mixed(profiles, self.mean, share)
+        return self.poisson(best), best, share
 
 
 # --- methods: CPU seconds and profiles -----------------------------------------------------------
@@ -113,9 +117,10 @@ def knn(halves: Halves) -> dict[str, Any]:
     values = views.log_normalised(halves.seen)
     tried: dict[tuple[int, int], tuple[float, np.ndarray, float]] = {}
     for n in COMPONENTS:
-        points = views.pca(values, n)
-        for k in (k for k in NEIGHBOURS if k < len(points)):
-            tried[n, k] = halves.best_mixed(methods.neighbour_sums(halves.seen, k, points))
+        near = views.neighbours(views.pca(values, n), max(NEIGHBOURS) - 1)
+        for k in NEIGHBOURS:
+            profiles = methods.neighbour_sums(halves.seen, near[:, : k - 1])
+            tried[n, k] = halves.best_mixed(profiles)
         best = max(tried, key=lambda key: tried[key][0])
         tried = {key: found for key, found in tried.items() if key[0] in (n, best[0])}
     seconds = clock.seconds() / len(COMPONENTS) / len(NEIGHBOURS)  # of one choice
