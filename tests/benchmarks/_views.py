@@ -18,7 +18,7 @@ Ints = NDArray[np.integer]
 FLOOR = 1e-12
 # ln θ that a negative binomial's maximum is looked for in.
 _LOG_THETA = -6.0, 9.0
-_CHUNK = 1024
+_CHUNK = 256
 
 
 # --- molecules -----------------------------------------------------------------------------------
@@ -67,11 +67,9 @@ def poisson_score(held_out: sp.csr_matrix, profiles: Floats) -> Floats:
     """Each cell's Σ x ln μ − μ in nats, μ = (Σ x) π. One profile may stand for all cells."""
     x = held_out.tocoo()
     size = totals(held_out)
-    one = len(profiles) == 1
-    shares = profiles[0, x.col] if one else profiles[x.row, x.col]
-    log_mean = np.log(size[x.row]) + np.log(np.maximum(shares, FLOOR))
+    log_mean = np.log(size[x.row]) + np.log(_shares(profiles, x))
     value = np.bincount(x.row, x.data * log_mean, minlength=x.shape[0])
-    return value - size * (profiles.sum(1, dtype=np.float64) if not one else profiles.sum())
+    return value - size * profiles.sum(1, dtype=np.float64)
 
 
 def nb_log_likelihood(
@@ -81,22 +79,26 @@ def nb_log_likelihood(
     x = counts.tocoo()
     size = totals(counts)
     theta = np.exp(np.asarray(log_theta, np.float64))
-    out = np.zeros(counts.shape[1 - axis])
-    for start in range(0, len(size), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        mean = size[rows, None] * _rows(profiles, rows)
-        # θ ln(θ / (θ + μ)), all there is where the count is zero.
-        dense = -theta * np.log1p(mean / theta)
-        if axis == 1:
-            out[rows] = dense.sum(1)
-        else:
-            out += dense.sum(0)
-    shares = profiles[0, x.col] if len(profiles) == 1 else profiles[x.row, x.col]
-    mean, size_of_count = size[x.row] * np.maximum(shares, FLOOR), theta[x.col]
+    out = _zeros(size, profiles, theta, axis)
+    mean, size_of_count = size[x.row] * _shares(profiles, x), theta[x.col]
     there = gammaln(x.data + size_of_count) - gammaln(size_of_count) - gammaln(x.data + 1.0)
     there += x.data * np.log(mean / (size_of_count + mean))
     where = x.row if axis == 1 else x.col
     return out + np.bincount(where, there, minlength=len(out))
+
+
+def _zeros(size: Floats, profiles: Floats, theta: Floats, axis: int) -> Floats:
+    """Σ θ ln(θ / (θ + μ)), all that there is of a count of zero."""
+    out = np.zeros((len(size), len(theta))[1 - axis])
+    for start in range(0, len(size), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        block = size[rows, None] * _rows(profiles, rows) / theta
+        np.log1p(block, out=block)
+        if axis == 1:
+            out[rows] = block @ -theta
+        else:
+            out -= theta * block.sum(0)
+    return out
 
 
 def fit_log_theta(counts: sp.csr_matrix, profiles: Floats) -> Floats:
@@ -104,9 +106,25 @@ def fit_log_theta(counts: sp.csr_matrix, profiles: Floats) -> Floats:
 
     A grid, then golden sections: right to .02 in ln θ. Genes without counts get the greatest.
     """
+    x = counts.tocoo()
+    size = totals(counts)
+    mean = size[x.row] * np.maximum(
+        profiles[0, x.col] if len(profiles) == 1 else profiles[x.row, x.col], FLOOR
+    )
+    # The gamma functions of each gene and count that occur, once.
+    top = int(x.data.max()) + 1
+    pair, times = np.unique(
+        x.col.astype(np.int64) * top + x.data.astype(np.int64), return_counts=True
+    )
+    gene, count = pair // top, pair % top
 
     def value(log_theta: Floats) -> Floats:
-        return nb_log_likelihood(counts, profiles, log_theta, axis=0)
+        """As :func:`nb_log_likelihood` of each gene, up to what does not depend on θ."""
+        theta = np.exp(log_theta)
+        gamma = times * (gammaln(count + theta[gene]) - gammaln(theta)[gene])
+        out = np.bincount(gene, gamma, minlength=len(theta))
+        out -= np.bincount(x.col, x.data * np.log(theta[x.col] + mean), minlength=len(theta))
+        return out + _zeros(size, profiles, theta, axis=0)
 
     grid = np.linspace(*_LOG_THETA, 11)
     found = np.stack([value(np.full(counts.shape[1], at)) for at in grid])
@@ -197,6 +215,12 @@ def open_problems(
         poisson += float((mean - truth * np.log(mean + 1e-6)).sum())
     n = fitted.shape[0] * fitted.shape[1]
     return {"op_mse": mse / n, "op_poisson": poisson / n}
+
+
+def _shares(profiles: Floats, x: sp.coo_matrix) -> Floats:
+    """The shares at the nonzeros, none of them nothing."""
+    shares = profiles[0, x.col] if len(profiles) == 1 else profiles[x.row, x.col]
+    return np.maximum(shares, FLOOR)
 
 
 def _rows(profiles: Floats, rows: slice) -> Floats:
