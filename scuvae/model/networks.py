@@ -14,7 +14,8 @@ from scuvae.model.rows import accumulate
 
 # Precisions of a normal prior of the weights that make η, where η is a logarithm: so many counts
 # of a gene say as much. What hidden units add to the linear path has to be earned.
-_HIDDEN_PRECISION, _LINEAR_PRECISION = 100.0, 3.0
+import os
+_HIDDEN_PRECISION, _LINEAR_PRECISION = float(os.environ.get("S_LW", "100")), float(os.environ.get("S_LV", "3"))
 
 
 class Decoder(nn.Module):
