@@ -1,8 +1,9 @@
 """Variational autoencoders for single-cell counts, with or without an encoder.
 
-``scuvae.tl`` fits and uses them, ``scuvae.pl`` draws them, ``scuvae.get`` reads a fit back,
-``scuvae.datasets`` has data to try them on, ``scuvae.external`` bridges to scvi-tools. Submodules
-load on first use, so that ``import scuvae`` costs next to nothing.
+``scuvae.tl`` fits and uses them, ``scuvae.pp`` makes neighbour graphs of them, ``scuvae.pl`` draws
+them, ``scuvae.get`` reads a fit back, ``scuvae.datasets`` has data to try them on,
+``scuvae.external`` bridges to scvi-tools. Submodules load on first use, so that ``import scuvae``
+costs next to nothing.
 """
 
 from importlib import import_module
@@ -10,7 +11,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("datasets", "external", "get", "io", "pl", "tl")
+_SUBMODULES = ("datasets", "external", "get", "io", "pl", "pp", "tl")
 __all__ = ["__version__", *_SUBMODULES]
 
 

@@ -9,8 +9,8 @@ DEFAULT = "scuvae"
 # The default of ``external.scvi``, whose slots are no fit of ours.
 SCVI = "scvi"
 
-# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, and for what says
-# how importance weights do.
+# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares, and
+# for what says how importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",
@@ -42,6 +42,7 @@ OBS_NAMES = (
     "label",
     "label_share",
     "split",
+    "neighbor_stability",
 )
 
 
@@ -60,6 +61,7 @@ class Keys:
     variance: str
     encoder: str
     encoder_scale: str
+    embed: str
     obs: dict[str, str]
     layer: str
     sample: str
@@ -99,6 +101,7 @@ class Keys:
             variance=f"{mean}_variance",
             encoder=f"{mean}_encoder",
             encoder_scale=f"{mean}_encoder_scale",
+            embed=f"{mean}_embed",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
             layer=f"{uns}_denoised",
             sample=f"{uns}_sample",
@@ -109,7 +112,7 @@ class Keys:
     @property
     def obsm(self) -> tuple[str, ...]:
         moments = (self.mean, self.scale, self.covariance, self.variance)
-        return (*moments, self.encoder, self.encoder_scale)
+        return (*moments, self.encoder, self.encoder_scale, self.embed)
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""

@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "inference": {"model"},
     "model": set(),
     "pl": set(),
-    "pp": {"io"},
+    "pp": {"inference", "io", "model"},
     "datasets": set(),
 }
 HELPERS = {"_keys", "_checks", "_errors"}
@@ -193,7 +193,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def public() -> Iterator[tuple[str, Callable[..., object]]]:
-    for part in ("tl", "get", "pl", "datasets"):
+    for part in ("tl", "pp", "get", "pl", "datasets"):
         module = importlib.import_module(f"scuvae.{part}")
         for name in module.__all__:
             yield f"{part}.{name}", getattr(module, name)

@@ -19,6 +19,8 @@ COLUMNS = 3
 # Colours end where one cell in a hundred lies beyond them.
 ROBUST = 1.0
 MISSING = "lightgray"
+# What is drawn by default, if the fit has it.
+USUAL = ("scale", "neighbor_stability", "elbo", "novelty", "amortization_gap")
 
 
 def embedding_scores(
@@ -26,7 +28,7 @@ def embedding_scores(
     *,
     basis: str = "umap",
     key: str | None = None,
-    color: str | Sequence[str] = ("amortization_gap", "scale"),
+    color: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -49,8 +51,10 @@ def embedding_scores(
     color
         One or several of: ``"scale"``, the geometric mean of a cell's posterior standard deviations
         over the latent dimensions (1 for the prior, small where the counts say much);
-        ``"amortization_gap"``; any other per-cell score of the fit, such as ``"elbo"`` or
-        ``"pareto_k"`` from :func:`scuvae.tl.score`.
+        ``"neighbor_stability"`` from :func:`scuvae.pp.neighbors`; ``"elbo"`` from
+        :func:`scuvae.tl.score`; ``"novelty"``; ``"amortization_gap"``; any other per-cell score of
+        the fit, such as ``"pareto_k"``. None for those of the five named first that the fit has:
+        after :func:`scuvae.tl.fit` alone, the scale.
     ax
         Axes to draw in, one per panel; None makes a figure.
     show
@@ -65,7 +69,8 @@ def embedding_scores(
     Raises
     ------
     ValueError
-        If the embedding, the posterior or a score does not exist, or a score has no value at all.
+        If the embedding, the posterior or a score does not exist, a score has no value at all, or
+        with ``color=None`` the fit has no score.
 
     Examples
     --------
@@ -76,9 +81,12 @@ def embedding_scores(
     >>> adata.obs["scuvae_amortization_gap"] = np.linspace(0, 9, adata.n_obs)
     >>> axes = scuvae.pl.embedding_scores(adata, show=False)
     >>> [ax.get_title() for ax in axes]
-    ['Amortization gap', 'Posterior scale']
+    ['Posterior scale', 'Amortization gap']
     """
-    names = [color] if isinstance(color, str) else list(color)
+    if color is None:
+        names = _usual(adata, key)
+    else:
+        names = [color] if isinstance(color, str) else list(color)
     if not names:
         raise ValueError("color is empty: pass one or several scores, such as 'amortization_gap'")
     place, label = coordinates(adata, basis)
@@ -92,6 +100,24 @@ def embedding_scores(
     return finish(axes, axes[0], own=own, show=show, return_fig=return_fig)
 
 
+def _usual(adata: AnnData, key: str | None) -> list[str]:
+    """Those of :data:`USUAL` that the fit has a value of, in some cell."""
+    keys = slots(adata, key)
+    found = []
+    for name in USUAL:
+        there = keys.obs[name] in adata.obs if name != "scale" else keys.scale in adata.obsm
+        if there and np.isfinite(_values(adata, key, name)).any():
+            found.append(name)
+    if not found:
+        columns = ", ".join(repr(keys.obs[name]) for name in USUAL if name != "scale")
+        raise ValueError(
+            f"nothing to draw: adata.obsm has no {keys.scale!r}, and adata.obs none of {columns} "
+            "with a value. scuvae.tl.fit(adata) and scuvae.external.scvi.refine(model) write "
+            f"posteriors. {near(keys.scale, adata.obsm)}"
+        )
+    return found
+
+
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
     if name == "scale":
         scale = latent(adata, slots(adata, key).scale)
@@ -103,10 +129,18 @@ def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
             raise ValueError(
                 f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}"
             )
-        values = scores(adata, key, name, "amortization_gap" if "gap" in name else "score")
+        values = scores(adata, key, name, _verb(name))
     if not np.isfinite(values).any():
         raise ValueError(f"color={name!r} has no finite value in any of the {adata.n_obs} cells")
     return values
+
+
+def _verb(name: str) -> str:
+    """The function that writes a score."""
+    if name.startswith("novelty"):
+        return "novelty"
+    writers = {"neighbor_stability": "neighbors", "label_share": "transfer_labels"}
+    return writers.get(name, "amortization_gap" if "gap" in name else "score")
 
 
 def _draw(ax: Axes, place: np.ndarray, name: str, values: np.ndarray) -> None:
@@ -142,8 +176,17 @@ def _names(name: str) -> tuple[str, str]:
     title = {"Elbo": "ELBO", "Kl": "KL to the prior", "Pareto k": "Pareto k"}.get(title, title)
     if name == "scale":
         return "Posterior scale", "prior standard deviations"
-    if name == "effective_sample_size":
-        return title, "draws"
-    if name == "pareto_k":
-        return title, ""
+    units = {
+        "effective_sample_size": "draws",
+        "pareto_k": "",
+        "neighbor_stability": "share of neighbours that stay",
+        "label_share": "share of votes",
+        "novelty": "−log10 share of reference cells",
+        "novelty_counts": "standard deviations",
+        "novelty_latent": "standard deviations",
+        "novelty_distance": "standard deviations",
+        "novelty_shared": "standard deviations",
+    }
+    if name in units:
+        return title, units[name]
     return (f"{title}, standard error" if name.endswith("_se") else title), "nats per cell"

@@ -1,0 +1,182 @@
+"""pp.neighbors: a neighbour graph that knows what the posteriors do not know."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from scuvae._checks import flag, random_state_alias, whole
+from scuvae._keys import DEFAULT, Keys
+from scuvae.inference.local_steps import draw
+from scuvae.io import inputs, state
+from scuvae.model import VAE
+from scuvae.pp._graph import nearest, rows, stability, times_near
+from scuvae.pp._shared import generator_of, target
+
+# Cells that are decoded at once.
+CHUNK = 512
+
+
+@random_state_alias
+def neighbors(
+    adata: AnnData,
+    *,
+    key: str | None = None,
+    n_neighbors: int = 15,
+    n_samples: int = 20,
+    key_added: str | None = None,
+    rng: int | np.random.Generator | None = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Neighbour graph from posteriors: an edge weighs how often its two cells are neighbours.
+
+    Every cell is drawn from its posterior, all cells anew ``n_samples`` times, and placed in the
+    map of :func:`scuvae.tl.embed`; each draw has nearest neighbours of its own. Two cells that the
+    counts put side by side have an edge of weight 1; a cell that may lie in many places has many
+    edges, all of them light. ``sc.tl.umap``, ``sc.tl.leiden``, ``sc.tl.paga`` and
+    ``sc.tl.diffmap`` run on the graph as on one of ``sc.pp.neighbors``.
+
+    Parameters
+    ----------
+    adata
+        Fitted by :func:`scuvae.tl.fit`, or projected, with its map.
+    key
+        The fit; None for the default.
+    n_neighbors
+        Size of a neighbourhood. As in scanpy the cell itself counts: it has ``n_neighbors − 1``
+        neighbours in each draw.
+    n_samples
+        Draws, at least 2. A weight's standard error is at most .5/√n_samples; a cell has at most
+        ``(n_neighbors − 1) · n_samples`` edges of its own.
+    key_added
+        None for scanpy's own slots; ``"k"`` for ``uns["k"]``, ``obsp["k_connectivities"]`` and
+        ``obsp["k_distances"]``, to be named to scanpy as ``neighbors_key="k"``.
+    rng
+        Seed, Generator or None; ``random_state`` is an alias.
+    copy
+        Return a copy with the result and leave ``adata`` alone.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the AnnData. Sets:
+
+    ``obsp["connectivities"]``
+        Symmetric, sparse, float32, 0 to 1: (P + Pᵀ)/2, where P_ij is the share of draws in which
+        j is among the neighbours of i. All weights sum to n_obs · (n_neighbors − 1).
+    ``obsp["distances"]``
+        Sparse, ``n_neighbors − 1`` entries a cell: the distances in the map between posterior
+        means, as ``sc.pp.neighbors(adata, use_rep="X_scuvae_embed")`` would have them.
+    ``uns["neighbors"]``
+        Scanpy's description of the graph.
+    ``obs["scuvae_neighbor_stability"]``
+        The share of a cell's neighbours that two draws are expected to have in common, 0 to 1,
+        float32: low where a cell's place among the others is not known.
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``, or no map of it; ``n_neighbors`` is not below the
+        number of cells; ``key_added`` is the name of a fit.
+
+    Notes
+    -----
+    Above 8,192 cells neighbours are searched approximately, by pynndescent. Draws of different
+    cells are independent of each other, as posteriors are given the decoder.
+
+    Examples
+    --------
+    >>> import scanpy as sc, scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> scuvae.tl.fit(adata, max_epochs=5)
+    >>> scuvae.pp.neighbors(adata, n_samples=5)
+    >>> adata.obsp["connectivities"].shape
+    (700, 700)
+    >>> bool(adata.obs["scuvae_neighbor_stability"].between(0, 1).all())
+    True
+    """
+    fit = state.read_fit(inputs.check_anndata(adata), key)
+    n_neighbors = whole("n_neighbors", n_neighbors, at_least=2)
+    n_samples = whole("n_samples", n_samples, at_least=2)
+    flag("copy", copy)
+    if n_neighbors >= adata.n_obs:
+        raise ValueError(
+            f"n_neighbors={n_neighbors} for {adata.n_obs} cells: pass fewer than there are cells"
+        )
+    slots = _slots(adata, key_added)
+    generator = generator_of(rng)
+    keys = Keys.of(key)
+    place = state.read_embedding(adata, key)
+    if place is None or keys.embed not in adata.obsm:
+        missing = f"uns[{keys.uns!r}]" if place is None else f"obsm[{keys.embed!r}]"
+        argument = "" if keys.uns == DEFAULT else f", key={keys.uns!r}"
+        raise ValueError(
+            f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
+        )
+    q = state.read_posterior(adata, key)
+
+    k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
+    times = times_near(_draws(fit.model, q, place, n_samples, generator), k, seed)
+    means = np.asarray(adata.obsm[keys.embed], np.float32)
+    indices, distances = nearest(means, k, seed)
+
+    params: dict[str, Any] = {
+        "n_neighbors": n_neighbors,
+        # Memberships between 0 and 1, as UMAP's: scanpy's umap warns of any other word here.
+        "method": "umap",
+        "metric": "euclidean",
+        "use_rep": keys.embed,
+    }
+    if isinstance(rng, int | np.integer):
+        params["random_state"] = int(rng)
+    out = target(adata, copy)
+    out.obsp[slots["distances_key"]] = rows(indices, distances.astype(np.float64))
+    out.obsp[slots["connectivities_key"]] = ((times + times.T) / (2 * n_samples)).tocsr()
+    out.uns["neighbors" if key_added is None else key_added] = {**slots, "params": params}
+    out.obs[keys.obs["neighbor_stability"]] = stability(times, k, n_samples)
+    return out if copy else None
+
+
+def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
+    """Names in ``obsp``, as scanpy makes them from ``key_added``."""
+    if key_added is None:
+        return {"connectivities_key": "connectivities", "distances_key": "distances"}
+    if not isinstance(key_added, str) or not key_added or "/" in key_added:
+        raise ValueError(
+            f"key_added={key_added!r} cannot name a graph: pass a string without '/', or None for "
+            "scanpy's own slots"
+        )
+    entry = adata.uns.get(key_added)
+    if hasattr(entry, "keys") and "state" in entry:
+        raise ValueError(
+            f"key_added={key_added!r} is the name of a fit, which adata.uns[{key_added!r}] holds: "
+            f"pass another, such as {key_added + '_neighbors'!r}"
+        )
+    return {
+        "connectivities_key": f"{key_added}_connectivities",
+        "distances_key": f"{key_added}_distances",
+    }
+
+
+@torch.no_grad()
+def _draws(
+    model: VAE, q: Distribution, place: Any, n_samples: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """All cells in the map, each at a draw of its own from q, so many times."""
+    n, n_latent = q.mean.shape
+    for _ in range(n_samples):
+        noise = torch.from_numpy(generator.standard_normal((n, n_latent), np.float32))
+        parts = []
+        for part in torch.arange(n).split(CHUNK):
+            z = draw(_take(q, part), noise[part].unsqueeze(0)).squeeze(0)
+            parts.append(place(model, z).cpu().numpy())
+        yield np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _take(q: Distribution, part: torch.Tensor) -> Distribution:
+    """q of some of the cells."""
+    if isinstance(q, MultivariateNormal):
+        return MultivariateNormal(q.mean[part], scale_tril=q.scale_tril[part], validate_args=False)
+    return Independent(Normal(q.mean[part], q.stddev[part], validate_args=False), 1)
