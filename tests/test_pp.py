@@ -191,6 +191,7 @@ def test_scanpy_runs_on_it(fitted: AnnData) -> None:
     rng = np.random.default_rng(0)
     group = np.repeat([0, 1], N // 2)
     mean = rng.normal(size=(N, 3)) + 20 * group[:, None]
+    mean[0], mean[-1] = 9, 11  # two cells between: paga fails on groups without an edge
     set_posterior(fitted, mean, np.full((N, 3), 0.3))
     for key, added in ((None, ""), ("own", "own_")):
         pp.neighbors(fitted, n_neighbors=K, key_added=key)
@@ -201,8 +202,7 @@ def test_scanpy_runs_on_it(fitted: AnnData) -> None:
         assert len(set(zip(fitted.obs["leiden"], group, strict=True))) == 2
         fitted.obs["group"] = fitted.obs["leiden"]
         sc.tl.paga(fitted, "group", **arguments)
-        # They lie apart: no edge between them.
-        assert fitted.uns["paga"]["connectivities"].nnz == 0
+        assert 0 < fitted.uns["paga"]["connectivities"].max() < 0.5
         sc.tl.diffmap(fitted, n_comps=5, **arguments)
         assert np.isfinite(fitted.obsm["X_diffmap"]).all()
     sc.tl.umap(fitted, maxiter=100)

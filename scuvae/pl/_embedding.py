@@ -106,7 +106,7 @@ def _usual(adata: AnnData, key: str | None) -> list[str]:
     found = []
     for name in USUAL:
         there = keys.obs[name] in adata.obs if name != "scale" else keys.scale in adata.obsm
-        if there and np.isfinite(_values(adata, key, name)).any():
+        if there and np.isfinite(_column(adata, key, name)).any():
             found.append(name)
     if not found:
         columns = ", ".join(repr(keys.obs[name]) for name in USUAL if name != "scale")
@@ -119,19 +119,21 @@ def _usual(adata: AnnData, key: str | None) -> list[str]:
 
 
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
-    if name == "scale":
-        scale = latent(adata, slots(adata, key).scale)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
-    else:
-        known = [n for n in OBS_NAMES if n not in ("split", "label")]
-        if name not in known:
-            raise ValueError(
-                f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}"
-            )
-        values = scores(adata, key, name, _verb(name))
+    known = [n for n in OBS_NAMES if n not in ("split", "label")]
+    if name != "scale" and name not in known:
+        raise ValueError(f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}")
+    values = _column(adata, key, name)
     if not np.isfinite(values).any():
         raise ValueError(f"color={name!r} has no finite value in any of the {adata.n_obs} cells")
+    return values
+
+
+def _column(adata: AnnData, key: str | None, name: str) -> np.ndarray:
+    if name != "scale":
+        return scores(adata, key, name, _verb(name))
+    scale = latent(adata, slots(adata, key).scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
     return values
 
 

@@ -119,6 +119,7 @@ def neighbors(
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
     times = times_near(_draws(fit.model, q, place, n_samples, generator), k, seed)
+    weights = (times + times.T) / (2 * n_samples)
     means = np.asarray(adata.obsm[keys.embed], np.float32)
     indices, distances = nearest(means, k, seed)
 
@@ -133,7 +134,7 @@ def neighbors(
         params["random_state"] = int(rng)
     out = target(adata, copy)
     out.obsp[slots["distances_key"]] = rows(indices, distances.astype(np.float64))
-    out.obsp[slots["connectivities_key"]] = ((times + times.T) / (2 * n_samples)).tocsr()
+    out.obsp[slots["connectivities_key"]] = weights.tocsr().astype(np.float32)
     out.uns["neighbors" if key_added is None else key_added] = {**slots, "params": params}
     out.obs[keys.obs["neighbor_stability"]] = stability(times, k, n_samples)
     return out if copy else None
