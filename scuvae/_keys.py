@@ -9,8 +9,8 @@ DEFAULT = "scuvae"
 # The default of ``external.scvi``, whose slots are no fit of ours.
 SCVI = "scvi"
 
-# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares, and
-# for what says how importance weights do.
+# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares and
+# scales, and for what says how importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",
@@ -42,6 +42,7 @@ OBS_NAMES = (
     "label",
     "label_share",
     "split",
+    "scale",
     "neighbor_stability",
 )
 

@@ -79,7 +79,7 @@ def model_of(
             n_latent,
             n_hidden=n_hidden,
             covariance=covariance,
-            log1p=likelihood.counts,
+            inputs="log1p" if likelihood.counts else "values",
             normalization=normalization,
         )
     return VAE(decoder, likelihood, encoding).to(dtype).eval()

@@ -18,6 +18,7 @@ from scuvae.inference.calibration import (
     scale_ratio,
     simulate,
 )
+from scuvae.inference.local_steps import refine_gradient
 from scuvae.inference.matching import match_moments
 from scuvae.inference.polish import polish
 from scuvae.inference.refine import fixed_elbo
@@ -168,11 +169,27 @@ def test_moments_put_what_is_left_right() -> None:
     torch.testing.assert_close(margins.stddev, q.stddev)
 
 
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_polished_cells_end_where_a_falling_rate_ends(covariance: str) -> None:
+    """Adam with fresh draws: another rule, other points."""
+    model = model_of("negative_binomial", n_latent=4, n_vars=60, n_hidden=32, gain=1.0)
+    _, batch = simulated(model, 200, total=150.0)
+    q = infer(model, batch, covariance, polish=True)
+    truth = refine_gradient(model, batch, q, max_steps=300, n_samples=16, learning_rate=0.05)
+    short = fixed_elbo(model, batch, truth, 256) - fixed_elbo(model, batch, q, 256)
+    assert (short > 0.2).float().mean() < 0.05
+    plain = infer(model, batch, covariance, max_steps=20)
+    behind = fixed_elbo(model, batch, truth, 256) - fixed_elbo(model, batch, plain, 256)
+    assert short.median() < 0.5 * behind.median()
+
+
 def test_project_and_refine_polish() -> None:
     reference = small_fit(small_counts(), likelihood="nb", max_epochs=20)
     plain, polished = small_counts(seed=3), small_counts(seed=3)
-    tl.project(plain, reference)
-    tl.project(polished, reference, polish=True)
+    tl.project(plain, reference, polish=False)
+    tl.project(polished, reference)
+    again = tl.project(plain, reference, polish=True, copy=True)
+    np.testing.assert_array_equal(polished.obsm["X_scuvae"], again.obsm["X_scuvae"])  # the default
     for adata in (plain, polished):
         tl.score(adata, n_samples=400)
     refined = plain.copy()

@@ -127,7 +127,7 @@ def test_an_encoder_in_evaluation_treats_each_cell_alone(normalization: str) -> 
 
 def test_counts_enter_the_encoder_by_log1p() -> None:
     x = torch.poisson(torch.full((4, 7), 3.0))
-    plain, logged = Encoder(7, 2, n_hidden=5), Encoder(7, 2, n_hidden=5, log1p=True)
+    plain, logged = Encoder(7, 2, n_hidden=5), Encoder(7, 2, n_hidden=5, inputs="log1p")
     logged.load_state_dict(plain.state_dict())
     torch.testing.assert_close(logged(x).mean, plain(torch.log1p(x)).mean)
 

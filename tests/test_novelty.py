@@ -23,7 +23,7 @@ from scuvae import get, tl
 from scuvae._keys import Keys
 from scuvae.inference.neighbours import distance_to_posteriors
 from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Residual, combine, log_tail
+from scuvae.inference.tails import Alike, Residual, combine, log_tail
 from scuvae.inference.thinning import thinned
 from scuvae.model.batch import dense, sparse
 
@@ -103,10 +103,12 @@ def test_cells_of_the_model_are_usual_and_a_programme_is_not(amortized: bool | s
         assert abs(z.mean()) < 3.3 * math.sqrt(2 / 300)
         # A distance's tail is long, and its standard deviation uncertain.
         assert part == "distance" or 0.8 < z.std() < 1.25
-    # 10-fold differences in depth say nothing: the correlation's error is 1/√300.
+    # 10-fold differences in depth say nothing: .3 where depth's effect stays in. The correlation's
+    # error is 1/√300, and √2 times that where reference cells of like depth, random too, say what
+    # is usual.
     depth = np.log(new.X.sum(1))
-    for score in (found, new.obs["scuvae_novelty_latent"]):  # .3 where depth's effect stays in
-        assert abs(stats.spearmanr(score, depth).statistic) < 3.3 / math.sqrt(300)
+    for score, error in ((new.obs["scuvae_novelty_latent"], 1.0), (found, math.sqrt(2))):
+        assert abs(stats.spearmanr(score, depth).statistic) < 3.3 * error / math.sqrt(300)
     assert auroc(found, novelty(programme(new), reference)) > 0.9
 
 
@@ -345,6 +347,34 @@ def test_tails_of_an_exponential() -> None:
     # Exact but for half a cell, and for the mean excess of a hundred quantiles.
     np.testing.assert_allclose(found.numpy(), -score.numpy(), rtol=0.02, atol=2e-3)
     assert (found.diff() < 0).all()
+
+
+def test_tails_are_those_of_cells_of_like_depth() -> None:
+    """Scores whose spread changes with depth: a tenth is above the last tenth everywhere."""
+    rng = np.random.default_rng(0)
+
+    def cells(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        depth = rng.uniform(4, 10, n)
+        return torch.as_tensor(depth), torch.as_tensor(rng.gamma(2, np.exp(0.4 * (depth - 7)), n))
+
+    (depth, score), (new_depth, new_score) = cells(2000), cells(8000)
+    quarter = np.searchsorted(np.quantile(new_depth.numpy(), [0.25, 0.5, 0.75]), new_depth.numpy())
+    plain = log_tail(new_score, score).exp()
+    local = log_tail(new_score, score, Alike.of(new_depth, depth)).exp()
+    shares = [
+        [float((p[quarter == i] < 0.1).double().mean()) for i in range(4)] for p in (plain, local)
+    ]
+    assert max(shares[0]) > 0.25  # what depth does if nothing is done
+    assert min(shares[0]) < 0.01
+    # The kernel's width smooths what is left: .069 to .104.
+    assert all(0.06 < share < 0.13 for share in shares[1])
+    # Equal depths say nothing: all reference cells weigh the same.
+    same = torch.zeros(8000).double(), torch.zeros(2000).double()
+    torch.testing.assert_close(log_tail(new_score, score, Alike.of(*same)).exp(), plain)
+    # A reference cell is not among those that it is compared with.
+    weight = Alike.of(depth, depth)(torch.arange(5, 9))
+    assert (weight[torch.arange(4), torch.arange(5, 9)] == 0).all()
+    assert (weight > 0).sum() == 4 * 1999
 
 
 def test_tails_of_scores_of_either_sign() -> None:

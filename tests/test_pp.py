@@ -13,25 +13,18 @@ from scipy import sparse as sp
 from scipy.integrate import trapezoid
 from scipy.stats import binom, chi2, norm
 
-from scuvae import pp
+from scuvae import get, pp, tl
+from scuvae.inference.embedding import Basis
 from scuvae.pp._graph import nearest, rows, stability, times_near
+from scuvae.pp._neighbors import _draws
 
 N, K = 60, 6
 
 
-class Line:
-    """A map that is a stretched latent space."""
-
-    def __call__(self, model: Any, z: torch.Tensor) -> torch.Tensor:
-        return 2 * z
-
-
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> AnnData:
-    """A small fit whose map is a stand-in."""
-    from scuvae.io import state
-
-    monkeypatch.setattr(state, "read_embedding", lambda adata, key: Line(), raising=False)
+    """A small fit whose map is twice its latent space, so that distances are known."""
+    monkeypatch.setattr("scuvae.pp._neighbors.place", lambda model, z, basis, n: 2 * z)
     adata = small_fit(small_counts())
     adata.obsm["X_scuvae_embed"] = 2 * adata.obsm["X_scuvae"]
     return adata
@@ -166,13 +159,10 @@ def test_a_cell_that_may_be_anywhere_has_many_light_edges(fitted: AnnData) -> No
     assert stays.between(0, 1).all()
 
 
-def test_full_covariances_are_drawn_from(fitted: AnnData) -> None:
-    """Two cells that lie along the same line: how often the third is nearer depends on it."""
-    from scuvae.io import state
-    from scuvae.pp._neighbors import _draws
-
-    fit, q = state.read_fit(fitted, None), state.read_posterior(fitted, None)
-    draws = np.stack(list(_draws(fit.model, q, Line(), 4000, np.random.default_rng(0))))
+def test_draws_have_the_posteriors_covariance_and_cells_nothing_in_common(fitted: AnnData) -> None:
+    q, model = get.posterior(fitted), get.model(fitted)
+    basis = Basis(torch.empty(0), torch.empty(0), 1.0, 0)
+    draws = np.stack(list(_draws(model, q, basis, 0, 4000, np.random.default_rng(0))))
     assert draws.shape == (4000, N, 3)
     truth = 4 * q.covariance_matrix.numpy()
     sd = np.sqrt(np.diagonal(truth, axis1=1, axis2=2))
@@ -180,11 +170,30 @@ def test_full_covariances_are_drawn_from(fitted: AnnData) -> None:
     # A covariance over 4,000 draws has a standard error of at most √(2/4000) of the scales: 5 of
     # them, of some hundred.
     assert np.abs((found - truth) / (sd[:, :, None] * sd[:, None, :])).max() < 5 * np.sqrt(2 / 4000)
-    # Cells are independent of each other.
     cross = np.mean(
         (draws[:, 0] - 2 * q.mean[0].numpy()) * (draws[:, 1] - 2 * q.mean[1].numpy()), 0
     )
     assert np.abs(cross / (sd[0] * sd[1])).max() < 5 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("amortized", [False, True])
+def test_cells_are_drawn_in_the_map_of_the_fit(amortized: bool) -> None:
+    """With the real map: sure posteriors have the neighbours of the map that tl.fit wrote."""
+    adata = small_fit(small_counts(), batch_key="batch", amortized=amortized, key_added="k")
+    new = small_counts(seed=1)
+    tl.project(new, adata, key="k", key_added="k")
+    for data in (adata, new):
+        data.obsm.pop("k_covariance", None)
+        data.obsm["k_scale"] = np.full_like(data.obsm["k_scale"], 1e-6)
+        pp.neighbors(data, key="k", n_neighbors=K, n_samples=2)
+        graph, kept = data.obsp["distances"], data.obs["k_neighbor_stability"]
+        theirs = sc.pp.neighbors(data, n_neighbors=K, use_rep="k_embed", copy=True)
+        # Ties aside, of cells that the map puts in one place.
+        assert kept.mean() > 0.99
+        np.testing.assert_allclose(graph.data, theirs.obsp["distances"].data, rtol=1e-3, atol=1e-3)
+        weights = data.obsp["connectivities"]
+        share = (weights.multiply(theirs.obsp["distances"] > 0)).sum() / weights.sum()
+        assert share > 0.7  # all in one direction, and those of both once more
 
 
 def test_scanpy_runs_on_it(fitted: AnnData) -> None:
@@ -237,7 +246,7 @@ def test_views_become_data_of_their_own(fitted: AnnData) -> None:
     assert abs(view.obsp["connectivities"] - own.obsp["connectivities"]).max() == 0
 
 
-def test_what_has_no_graph(fitted: AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_graph(fitted: AnnData) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"key": "k"}, ValueError, r"uns\['k'\] holds no fit"),
         ({"n_neighbors": N}, ValueError, f"n_neighbors={N} for {N} cells"),
@@ -261,7 +270,7 @@ def test_what_has_no_graph(fitted: AnnData, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"'X_scuvae_embed'\] holds no map.*tl.embed\(adata\)"):
         pp.neighbors(fitted)
     fitted.obsm["X_scuvae_embed"] = coordinates
-    monkeypatch.setattr("scuvae.io.state.read_embedding", lambda adata, key: None, raising=False)
+    del fitted.uns["scuvae"]["embed"]
     with pytest.raises(ValueError, match=r"uns\['scuvae'\] holds no map"):
         pp.neighbors(fitted)
 

@@ -2,20 +2,20 @@
 
 The encoder maximises the ELBO of its own q, as in amortized training, but the decoder is finished:
 besides the training cells it learns from cells drawn from the decoder at their posteriors, new
-ones at every step, which no encoder can overfit.
+ones at every step, which no encoder can overfit, and from some of both thinned to fewer counts.
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
+from scuvae.inference.drawn import simulated
 from scuvae.inference.objectives import elbo, kl_to_prior
 from scuvae.inference.refine import fixed_elbo
+from scuvae.inference.thinning import with_shallow
 from scuvae.inference.train import EarlyStopping, TrainingError
 from scuvae.model import VAE, Batch, gaussian
 from scuvae.model.batch import dense
@@ -25,18 +25,6 @@ from scuvae.model.batch import dense
 SIMULATED = 0.8
 # Decoupled from Adam's gradient (Loshchilov & Hutter, ICLR 2019); it pays where cells are few.
 WEIGHT_DECAY = 0.3
-
-
-@torch.no_grad()
-def simulated(model: VAE, batch: Batch, q: Distribution, totals: bool = False) -> Batch:
-    """As many cells drawn from the decoder at draws of ``q``, of the same sizes and batches.
-
-    With ``totals`` their size factors are their own totals: what a real cell of such counts has.
-    """
-    eta = model.decoder(q.sample(), batch.covariates)
-    x = model.likelihood.sample(eta, batch.size_factor)
-    size_factor = x.sum(1).clamp_min(1) if totals else batch.size_factor
-    return replace(batch, x=x, size_factor=size_factor)
 
 
 def distil(
@@ -84,6 +72,7 @@ def distil(
     if encoder is None:
         raise ValueError("model.encoder is None: give the model an encoder to train")
     model.eval()
+    counts = model.likelihood.counts
     frozen = [p for part in (model.decoder, model.likelihood) for p in part.parameters()]
     asked = [p.requires_grad for p in frozen]
     for parameter in frozen:
@@ -106,12 +95,13 @@ def distil(
             index = batch.index
             if torch.rand(()).item() < share_simulated:
                 batch = simulated(model, batch, gaussian(mean[index], raw[index]), totals)
-            terms = elbo(model, batch, model.encode(batch))
-            loss = (kl_weight * terms.kl - terms.reconstruction).mean()
+            seen = with_shallow(batch) if counts else batch
+            terms = elbo(model, seen, model.encode(seen))
+            loss = kl_weight * terms.kl - terms.reconstruction
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.mean().backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach()[: len(batch)].mean())
             visited.append(index)
         values = torch.stack(losses).cpu()
         if not values.isfinite().all():
@@ -120,7 +110,8 @@ def distil(
         row = {"loss": values.double().mean().item(), "validation_elbo": math.nan}
         stop = epoch == max_epochs - 1
         if stop or (stopping is not None and (epoch + 1) % every == 0):
-            encoder.settle(dense(batch.x) for batch in cells)
+            settling = map(with_shallow, cells) if counts else cells
+            encoder.settle(dense(batch.x) for batch in settling)
             encoder.eval()
             if held_out is not None and stopping is not None:
                 row["validation_elbo"] = value = _mean_elbo(model, held_out, kl_weight)

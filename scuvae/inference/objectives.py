@@ -34,9 +34,9 @@ class Elbo:
     def elbo(self) -> Tensor:
         return self.reconstruction - self.kl
 
-    def sums(self) -> Tensor:
-        """Reconstruction and KL over all cells, (2,)."""
-        return torch.stack([self.reconstruction, self.kl]).sum(1)
+    def sums(self, n: int | None = None) -> Tensor:
+        """Reconstruction and KL over all cells, or the first n, (2,)."""
+        return torch.stack([self.reconstruction, self.kl])[:, :n].sum(1)
 
 
 def elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 1) -> Elbo:

@@ -44,9 +44,9 @@ _AROUND = 4
 _FEWEST = 16
 # A scale at most doubles or halves in a step.
 _WIDEST = 2.0
-# Steps are averaged once they promise less than so many times the tolerance, and a cell stops
-# after so many.
-_NEAR, _AVERAGED = 10.0, 2
+# Steps are averaged once they promise less than so many nats, and a cell stops after so many. What
+# a step promises has a floor, its points' noise: a bound below that would never be reached.
+_NEAR, _AVERAGED = 1.5, 2
 # A step is taken back where the ELBO, over other points, falls by so many standard errors.
 _ERRORS = 4.0
 # The longest step in q's own standard deviations: its points know no more of p than that.
@@ -107,7 +107,7 @@ def polish(
         factor = natural.scale_tril(_positive(precision, expected))
         ahead = (factor.mT @ old.slope.unsqueeze(-1)).squeeze(-1)
         promise = 0.5 * ahead.square().sum(-1) + _mismatch(old.tril, precision, full)
-        near = promise < _NEAR * tolerance
+        near = promise < _NEAR
         age = torch.where(near & (rate == 1), age + 1, torch.zeros_like(age))
         share = rate / age.clamp_min(1)
         step = _within(old.tril, (factor @ ahead.unsqueeze(-1)).squeeze(-1))

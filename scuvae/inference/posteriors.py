@@ -7,7 +7,8 @@ through the leaves that the call made.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from scuvae.inference import natural
-from scuvae.inference.local_steps import LOCAL_STEPS
-from scuvae.inference.objectives import descend
+from scuvae.inference.drawn import simulated
+from scuvae.inference.objectives import elbo
 from scuvae.inference.rows import ROW_OPTIMIZERS
+from scuvae.inference.thinning import with_shallow
 from scuvae.model import VAE, Batch, gaussian, raw_scale
+from scuvae.model.batch import sparse
+from scuvae.model.vae import frozen
 
 
 class Posterior(nn.Module, ABC):
@@ -35,6 +39,13 @@ class Posterior(nn.Module, ABC):
         with other numbers; None where what is done depends on numbers.
         """
         return None
+
+    def seen(self, model: VAE, batch: Batch) -> Batch:
+        """What a training step is taken on: the batch's cells, and perhaps others behind them.
+
+        Losses are those of the batch's cells; the others count in gradients alone.
+        """
+        return batch
 
     def step(
         self,
@@ -63,10 +74,17 @@ class Posterior(nn.Module, ABC):
 
 
 class AmortizedPosterior(Posterior):
-    """The encoder's q; it has no parameters of its own."""
+    """The encoder's q; it has no parameters of its own.
+
+    Where values are counts it learns from thinned cells too: an encoder that has seen one depth
+    only knows no other.
+    """
 
     def visit(self, on_host: Tensor) -> str | None:
         return "encoder"
+
+    def seen(self, model: VAE, batch: Batch) -> Batch:
+        return with_shallow(batch) if model.likelihood.counts else batch
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         return model.encode(batch)
@@ -288,38 +306,91 @@ _LOCAL_RULES: dict[str, Callable[[UnamortizedPosterior, str, float], _LocalRule]
 
 
 class SemiAmortizedPosterior(Posterior):
-    """The encoder's q, improved by local steps with the decoder frozen.
+    """A row for every cell, under which the decoder is fitted, and an encoder that follows.
 
-    The improved q is what the decoder is fitted under; the encoder learns from the ELBO of its
-    own q, which the decoder is fitted under as well. Teaching the encoder the improved q instead,
-    by their KL, was measured to diverge: both then follow steps from wherever the encoder is.
+    The rows move as those of an :class:`UnamortizedPosterior` and never ask the encoder, so that
+    nothing can go round in circles: steps that started from the encoder and taught it where they
+    led were measured to diverge. The encoder maximises the ELBO of its own q under the decoder as
+    it is, which gets no gradient from it, on cells drawn from the decoder at their rows and on
+    some of the batch's own, of both on thinned ones too: it overfits the training cells less than
+    that of an amortized fit. Draws of counts cost as much as the rest of a step, so that the same
+    drawn cells serve some steps.
+
+    Parameters
+    ----------
+    mean, raw, local_step, optimizer, learning_rate
+        Those of the table.
     """
 
-    def __init__(self, *, local_step: str = "natural", n_steps: int = 1) -> None:
+    draw_every = 8
+    # One of so many cells that the encoder learns from is the batch's own.
+    own_one_of = 4
+
+    def __init__(
+        self,
+        mean: Tensor,
+        raw: Tensor,
+        *,
+        local_step: str = "natural",
+        optimizer: str = "adam",
+        learning_rate: float = 1e-3,
+    ) -> None:
         super().__init__()
-        self.local_step = local_step
-        self.n_steps = n_steps
-        self._encoded: Distribution | None = None
+        self.table = UnamortizedPosterior(
+            mean, raw, local_step=local_step, optimizer=optimizer, learning_rate=learning_rate
+        )
+        self._drawn: Batch | None = None
+        self._age = 0
+
+    def visit(self, on_host: Tensor) -> str | None:
+        self.table.visit(on_host)
+        return None  # the steps that draw cells are others than those that do not
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
-        encoded = model.encode(batch)
-        self._encoded = encoded
-        training = model.training
-        model.eval()
-        q = LOCAL_STEPS[self.local_step](
-            model, batch, encoded, max_steps=self.n_steps, kl_weight=kl_weight
-        )
-        model.train(training)
+        q: Distribution = self.table(model, batch, kl_weight)
         return q
+
+    def step(self, model: VAE, batch: Batch, slope: Tensor, **options: Any) -> None:
+        self.table.step(model, batch, slope, **options)
 
     def descend(
         self, model: VAE, batch: Batch, *, weight: float, kl_weight: float
     ) -> Tensor | None:
-        encoded, self._encoded = self._encoded, None
-        if encoded is None:
-            raise RuntimeError("descend() follows a call of the posterior")
-        own, _ = descend(model, batch, encoded, 1, weight=weight, kl_weight=kl_weight)
-        return (kl_weight * own.kl - own.reconstruction).sum()
+        decoder, training = model.decoder, model.decoder.training
+        decoder.eval()  # the encoder serves the decoder without dropout
+        seen = self._cells(model, batch)
+        with frozen(decoder), frozen(model.likelihood):
+            terms = elbo(model, seen, model.encode(seen))
+            loss = kl_weight * terms.kl - terms.reconstruction
+            (weight * loss.sum()).backward()
+        decoder.train(training)
+        return loss.detach().mean() * len(batch)
+
+    @torch.no_grad()
+    def _cells(self, model: VAE, batch: Batch) -> Batch:
+        """What the encoder learns from in this step: drawn cells, own ones, thinned ones."""
+        counts = model.likelihood.counts
+        old = self._drawn
+        if old is None or (self._age >= self.draw_every and len(batch) >= len(old)):
+            drawn = simulated(model, batch, self.table(model, batch))
+            if counts:
+                x = sparse(drawn.x)
+                # A size factor that is the cell's total is that of the drawn cell, too.
+                totals = batch.size_factor == sparse(batch.x).sum()
+                size_factor = torch.where(totals, x.sum().clamp_min(1), batch.size_factor)
+                drawn = replace(drawn, x=x, size_factor=size_factor)
+            old, self._age = drawn, 0
+        self._drawn, self._age = old, self._age + 1
+        n_own = len(batch) // self.own_one_of
+        some = torch.randperm(len(old))[: len(batch) - n_own].to(batch.index.device)
+        seen = old.take(some)
+        if n_own:
+            seen = seen.followed_by(batch.take(torch.arange(n_own, device=batch.index.device)))
+        return with_shallow(seen) if counts else seen
+
+    def store(self, rows: Tensor, q: Distribution) -> None:
+        """Put ``q`` into the table's rows."""
+        self.table.store(rows, q)
 
 
 POSTERIORS: dict[str, type[Posterior]] = {

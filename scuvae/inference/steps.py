@@ -19,7 +19,7 @@ class Step:
         Over the model's parameters.
     n_obs
         Number of training cells: the loss of a batch of B cells weighs n/B.
-    n_samples, kl_weight
+    n_samples, kl_weight, output_precision
         As in :func:`scuvae.inference.train.train`.
     """
 
@@ -32,9 +32,11 @@ class Step:
         n_obs: int,
         n_samples: int,
         kl_weight: float,
+        output_precision: Tensor | None = None,
     ) -> None:
         self.model, self.posterior, self.optimizer = model, posterior, optimizer
         self.n_obs, self.n_samples, self.kl_weight = n_obs, n_samples, kl_weight
+        self.output_precision = output_precision
         groups = optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._base_rates = [float(group["lr"]) for group in groups]
@@ -63,16 +65,21 @@ class Step:
         """Take the step. Returned are sums over the batch, (3,), in nats: reconstruction, KL, and
         what the posterior minimises beside their loss."""
         model, posterior, kl_weight = self.model, self.posterior, self.kl_weight
-        q = posterior(model, batch, kl_weight)
+        seen = posterior.seen(model, batch)
+        q = posterior(model, seen, kl_weight)
         weight = self.n_obs / len(batch)
         for parameter in self.parameters:  # as zero_grad does, without its hooks
             parameter.grad = None
-        terms, slope = descend(model, batch, q, self.n_samples, weight=weight, kl_weight=kl_weight)
-        losses = F.pad(terms.sums(), (0, 1))
+        terms, slope = descend(model, seen, q, self.n_samples, weight=weight, kl_weight=kl_weight)
+        losses = F.pad(terms.sums(len(batch)), (0, 1))
         extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
         if extra is not None:
             losses[2] = extra
         posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=self._rate)
+        if self.output_precision is not None:
+            weight = model.decoder.output.weight
+            if weight.grad is not None:
+                weight.grad.addcmul_(weight.detach(), self.output_precision)
         self.optimizer.step()
         return losses
 

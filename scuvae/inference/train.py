@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from scuvae.inference.losses import Losses
 from scuvae.inference.memory import keep_freed_memory
@@ -71,6 +72,7 @@ def train(
     max_epochs: int,
     n_samples: int = 1,
     kl_weight: float = 1.0,
+    output_precision: Tensor | None = None,
     learning_rate_at: Callable[[float], float] = lambda progress: 1.0,
     held_out: HeldOut | None = None,
     evaluate_every: int = 1,
@@ -90,6 +92,9 @@ def train(
     optimizer
         Over the model's parameters; a posterior's rows have their own. On a GPU steps are recorded
         and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD can.
+    output_precision
+        Precisions of a normal prior of the decoder's last weights, broadcast to these: the loss of
+        all cells has its −log density beside it. It is no part of the losses that are reported.
     learning_rate_at
         Factor on the learning rate as a function of progress in [0, 1).
     held_out, evaluate_every, early_stopping
@@ -105,7 +110,15 @@ def train(
     a cell, each cell judged when its batch was visited.
     """
     keep_freed_memory()
-    step = Step(model, posterior, optimizer, n_obs=n_obs, n_samples=n_samples, kl_weight=kl_weight)
+    step = Step(
+        model,
+        posterior,
+        optimizer,
+        n_obs=n_obs,
+        n_samples=n_samples,
+        kl_weight=kl_weight,
+        output_precision=output_precision,
+    )
     epoch_of_steps = steps_over(cells, step)
     losses = Losses(n_obs, kl_weight)
     history: list[dict[str, float]] = []

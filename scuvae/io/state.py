@@ -29,6 +29,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_vars,
         n_covariates=len(params.get("batches", ())),
         dropout=float(params["dropout"]),
+        linear_path=bool(params.get("linear_path", False)),
         n_hidden=n_hidden,
         n_layers=n_layers,
     )
@@ -38,11 +39,16 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
             n_vars,
             n_latent,
             covariance=str(params["covariance"]),
-            log1p=likelihood.counts,
+            inputs=_encoder_input(params, likelihood),
             n_hidden=n_hidden,
             n_layers=n_layers,
         )
     return VAE(decoder, likelihood, encoder)
+
+
+def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:
+    """How values enter the encoder; fits of before it was recorded had log(1 + x) of counts."""
+    return str(params.get("encoder_input", "log1p" if likelihood.counts else "values"))
 
 
 def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:

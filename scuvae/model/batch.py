@@ -91,6 +91,22 @@ class SparseRows:
         block.__dict__["row"] = row  # what the property would find again
         return block
 
+    def first(self, n: int) -> "SparseRows":
+        """The first n > 0 rows. On a GPU the last of them ends with entries of 0 for all others."""
+        starts, col, value = self.starts[: n + 1], self.col, self.value
+        if value.device.type == "cpu":
+            end = int(starts[-1])
+            return SparseRows(starts, col[:end], value[:end], self.n_vars)
+        ends = torch.cat([starts[:-1], self.starts[-1:]])
+        value = value.masked_fill(torch.arange(len(value), device=value.device) >= starts[-1], 0.0)
+        return SparseRows(ends, col, value, self.n_vars)
+
+    def followed_by(self, other: "SparseRows") -> "SparseRows":
+        """These rows, then those of another block over the same genes."""
+        starts = torch.cat([self.starts, other.starts[1:] + self.starts[-1]])
+        col, value = torch.cat([self.col, other.col]), torch.cat([self.value, other.value])
+        return SparseRows(starts, col, value, self.n_vars)
+
     def select(self, genes: Tensor) -> "SparseRows":
         """The block restricted to the genes where the boolean mask ``genes`` is true."""
         found = self.entries(genes[self.col], self.value)
@@ -170,6 +186,25 @@ class Batch:
             x=x,
             index=self.index[rows],
             size_factor=self.size_factor[rows],
+            covariates=covariates,
+            on_host=None,
+        )
+
+    def followed_by(self, other: "Batch") -> "Batch":
+        """These cells, then those of another batch of the same model."""
+        x, more = self.x, other.x
+        covariates = self.covariates
+        if covariates is not None and other.covariates is not None:
+            covariates = torch.cat([covariates, other.covariates])
+        if isinstance(x, SparseRows) or isinstance(more, SparseRows):
+            joined: Tensor | SparseRows = sparse(x).followed_by(sparse(more))
+        else:
+            joined = torch.cat([x, more])
+        return replace(
+            self,
+            x=joined,
+            index=torch.cat([self.index, other.index]),
+            size_factor=torch.cat([self.size_factor, other.size_factor]),
             covariates=covariates,
             on_host=None,
         )

@@ -23,6 +23,7 @@ from scuvae.model.poisson import log_prob as poisson_log_prob
 from scuvae.model.poisson import passes as poisson_passes
 from scuvae.model.rows import Linear, Passes
 from scuvae.model.rows import reverse as reverse_rows
+from scuvae.model.stabilise import stabilised
 
 Genes = Tensor | slice
 """The observed genes: a boolean mask, or slice(None) for all."""
@@ -131,6 +132,11 @@ class Likelihood(nn.Module, ABC):
         mu, genes = self._means(eta, size_factor, observed, "sample")
         return _widen(self._draw(mu, genes), eta, genes)
 
+    def stabilised(self, eta: Tensor, size_factor: Tensor | None = None) -> Tensor:
+        """Each gene's variance-stabilising coordinate v, dv = dE[x] / √Var[x], as ``eta``."""
+        mu, genes = self._means(eta, size_factor, None, "stabilised")
+        return self._stabilised(mu, genes)
+
     def _means(
         self, eta: Tensor, size_factor: Tensor | None, observed: Tensor | None, caller: str
     ) -> tuple[Tensor, Genes]:
@@ -171,6 +177,12 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def _variance(self, mu: Tensor, genes: Genes) -> Tensor: ...
+
+    def _stabilised(self, mu: Tensor, genes: Genes) -> Tensor:
+        """v at the means μ; from mean and variance where a likelihood has no closed form."""
+        return stabilised(
+            mu, lambda at: self._mean(at, genes), lambda at: self._variance(at, genes)
+        )
 
     @abstractmethod
     def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
@@ -229,6 +241,9 @@ class Gaussian(Likelihood):
     def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
         return self.scale[genes].square().expand_as(mu)
 
+    def _stabilised(self, mu: Tensor, genes: Genes) -> Tensor:
+        return mu / self.scale[genes]
+
     def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
         return torch.zeros_like(mu)
 
@@ -266,6 +281,9 @@ class Poisson(Likelihood):
     def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu
 
+    def _stabilised(self, mu: Tensor, genes: Genes) -> Tensor:
+        return 2 * mu.sqrt()
+
     def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
         return (-mu).exp()
 
@@ -300,6 +318,9 @@ class NegativeBinomial(Likelihood):
 
     def _variance(self, mu: Tensor, genes: Genes) -> Tensor:
         return mu * (1 + mu * inverse_theta(self.log_theta[genes]))
+
+    def _stabilised(self, mu: Tensor, genes: Genes) -> Tensor:
+        return _asinh(mu, inverse_theta(self.log_theta[genes]))
 
     def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
         return _log_zero(mu, self.log_theta[genes]).exp()
@@ -347,6 +368,11 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         ratio = mu * (inverse_theta(self.log_theta[genes]) + dropout)
         return (1 - dropout) * mu * (1 + ratio)
 
+    def _stabilised(self, mu: Tensor, genes: Genes) -> Tensor:
+        dropout = torch.sigmoid(self.logit_dropout[genes])
+        excess = inverse_theta(self.log_theta[genes]) + dropout
+        return (1 - dropout).sqrt() * _asinh(mu, excess)
+
     def _zero(self, mu: Tensor, genes: Genes) -> Tensor:
         dropout = torch.sigmoid(self.logit_dropout[genes])
         return dropout + (1 - dropout) * _log_zero(mu, self.log_theta[genes]).exp()
@@ -354,6 +380,12 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
         kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout[genes])
         return kept * torch.poisson(_gamma(mu, self.log_theta[genes]))
+
+
+def _asinh(mu: Tensor, excess: Tensor) -> Tensor:
+    """∫ dμ / √(μ (1 + a μ)) = 2 asinh(√(a μ)) / √a for a > 0."""
+    root = excess.clamp_min(1e-12).sqrt()  # below, a Poisson's 2 √μ
+    return 2 * (mu.sqrt() * root).asinh() / root
 
 
 def _log_zero(mu: Tensor, log_theta: Tensor) -> Tensor:

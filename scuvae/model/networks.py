@@ -12,9 +12,16 @@ from scuvae.model.gaussian import gaussian, n_scale_parameters
 from scuvae.model.rising import asks_gradient, compiled
 from scuvae.model.rows import accumulate
 
+# Precisions of a normal prior of the weights that make η, where η is a logarithm: so many counts
+# of a gene say as much. What hidden units add to the linear path has to be earned.
+_HIDDEN_PRECISION, _LINEAR_PRECISION = 100.0, 3.0
+
 
 class Decoder(nn.Module):
     """A multilayer perceptron L → n_hidden (ReLU) × n_layers → genes; linear for ``n_layers=0``.
+
+    With ``linear_path`` z and batches enter the last layer beside the hidden units:
+    η = b + W h(z) + V z.
 
     Parameters
     ----------
@@ -25,7 +32,9 @@ class Decoder(nn.Module):
     n_covariates
         Number of batch categories, which shift the first layer's output.
     dropout
-        Probability that a hidden unit is dropped in training.
+        Probability that a hidden unit is dropped in training; the linear path is not.
+    linear_path
+        Whether z and batches enter the last layer too.
     """
 
     def __init__(
@@ -37,11 +46,15 @@ class Decoder(nn.Module):
         n_layers: int = 1,
         n_covariates: int = 0,
         dropout: float = 0.0,
+        linear_path: bool = False,
     ) -> None:
         super().__init__()
         self.n_latent = n_latent
+        self.linear_path = linear_path and n_layers > 0
         widths = [n_latent, *[n_hidden] * n_layers, n_vars]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.n_covariates = n_covariates
+        entering = [*widths[:-2], widths[-2] + self.n_beside]
+        self.layers = nn.ModuleList(map(nn.Linear, entering, widths[1:]))
         self.offset = nn.Linear(n_covariates, widths[1], bias=False) if n_covariates else None
         self.dropout = dropout
 
@@ -49,6 +62,24 @@ class Decoder(nn.Module):
         """η of shape (..., cells, genes) for z of shape (..., cells, latent)."""
         eta: Tensor = self.layers[-1](self.hidden(z, covariates))
         return self._shift(eta, covariates) if len(self.layers) == 1 else eta
+
+    @property
+    def n_beside(self) -> int:
+        """Columns of the last layer that take z and batches, in this order, behind the hidden."""
+        return self.linear_path * (self.n_latent + self.n_covariates)
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return _linear(list(self.layers)[-1])
+
+    def output_precision(self) -> Tensor:
+        """Precisions of a normal prior of the last layer's weights, (1, width), for logits η."""
+        weight = self.output.weight
+        precision = weight.new_full((1, weight.shape[1]), _LINEAR_PRECISION)
+        if len(self.layers) > 1:
+            precision[:, : weight.shape[1] - self.n_beside] = _HIDDEN_PRECISION
+        return precision
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """What enters the last layer, (..., cells, width)."""
@@ -66,6 +97,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Slopes in z of those in what :meth:`traced` gave; those of parameters become ``grad``."""
         layers = [_linear(layer) for layer in self.layers][:-1]
+        direct = None
+        if self.linear_path:
+            n_hidden = slope.shape[-1] - self.n_beside
+            slope, direct = slope[..., :n_hidden], slope[..., n_hidden : n_hidden + self.n_latent]
         for i, (entered, gate) in reversed(list(enumerate(trace))):
             slope = slope * gate
             rows = slope.flatten(0, -2)
@@ -76,7 +111,7 @@ class Decoder(nn.Module):
                     self.offset.weight, slope.view(-1, *slope.shape[-2:]).sum(0).T @ covariates
                 )
             slope = slope @ layers[i].weight
-        return slope
+        return slope if direct is None else slope + direct
 
     def _pass(
         self,
@@ -96,12 +131,19 @@ class Decoder(nn.Module):
             out, gate = _gated(out, dropout)
             if trace is not None:
                 trace.append((entered, gate))
-        return out
+        return self._beside(out, z, covariates) if self.linear_path else out
+
+    def _beside(self, hidden: Tensor, z: Tensor, covariates: Tensor | None) -> Tensor:
+        """What is hidden, z and batches, side by side."""
+        parts = [hidden, z]
+        if self.offset is not None:
+            parts.append(self._given(covariates).expand(*z.shape[:-1], -1))
+        return torch.cat(parts, -1)
 
     @property
     def last(self) -> nn.Linear | None:
         """The layer that takes what is hidden to η; None where batches shift that too."""
-        return None if len(self.layers) == 1 and self.offset else _linear(list(self.layers)[-1])
+        return None if len(self.layers) == 1 and self.offset else self.output
 
     def jacobian(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """η, (cells, genes), and ∂η/∂z transposed, (cells, latent, genes), for z (cells, latent).
@@ -127,16 +169,24 @@ class Decoder(nn.Module):
                 out = self._shift(out, covariates)
             tangent = tangent * (out > 0).unsqueeze(-2)
             out = F.relu(out)
+        if self.linear_path:
+            eye = torch.eye(self.n_latent, self.n_beside, dtype=z.dtype, device=z.device)
+            tangent = torch.cat([tangent, eye.expand(len(z), -1, -1)], -1)
+            out = self._beside(out, z, covariates)
         eta = last(out)
         return (eta if before else self._shift(eta, covariates)), tangent, last.weight
 
     def _shift(self, values: Tensor, covariates: Tensor | None) -> Tensor:
         if self.offset is None:
             return values
+        shifted: Tensor = values + self.offset(self._given(covariates))
+        return shifted
+
+    @staticmethod
+    def _given(covariates: Tensor | None) -> Tensor:
         if covariates is None:
             raise TypeError("this decoder was fitted with batches: pass covariates=, one-hot rows")
-        shifted: Tensor = values + self.offset(covariates)
-        return shifted
+        return covariates
 
 
 def _gated(entered: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -190,6 +240,26 @@ NORMALIZATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+INPUTS = ("values", "log1p", "profile")
+
+# What a cell's counts are scaled to before their logarithm: about a shallow cell's total.
+_TOTAL = 1000.0
+
+
+def encoder_input(x: Tensor, kind: str) -> Tensor:
+    """What an encoder sees of values x, (cells, genes): see :class:`Encoder`.
+
+    A profile is log(1 + 1000 x / ℓ), ℓ the cell's total, with ½ ln ℓ − 3 as one more column:
+    (cells, genes + 1).
+    """
+    if kind == "values":
+        return x
+    if kind == "log1p":
+        return x.log1p()
+    total = x.sum(-1, keepdim=True).clamp_min(1.0)
+    return torch.cat([(x * (_TOTAL / total)).log1p(), 0.5 * total.log() - 3], -1)
+
+
 class Encoder(nn.Module):
     """A multilayer perceptron genes → n_hidden (ReLU, norm) × n_layers → mean and scale of q.
 
@@ -201,8 +271,11 @@ class Encoder(nn.Module):
         Width and number of hidden layers.
     covariance
         ``"diagonal"`` or ``"full"``: which q it hands out.
-    log1p
-        Whether values enter as log(1 + x): counts do.
+    inputs
+        How values enter: as they are (``"values"``), as log(1 + x) (``"log1p"``), or as the
+        logarithm of a profile of one total beside the logarithm of the cell's own (``"profile"``).
+        Hidden units that see log(1 + x) are moved by depth more than by anything else, and are led
+        astray by depths that they have not seen.
     normalization
         ``"batch"``, ``"layer"`` or ``"none"``, after each ReLU.
     """
@@ -215,22 +288,22 @@ class Encoder(nn.Module):
         n_hidden: int = 128,
         n_layers: int = 1,
         covariance: str = "diagonal",
-        log1p: bool = False,
+        inputs: str = "values",
         normalization: str = "batch",
     ) -> None:
         super().__init__()
         hidden: list[nn.Module] = []
-        widths = [n_vars, *[n_hidden] * n_layers]
+        widths = [n_vars + (inputs == "profile"), *[n_hidden] * n_layers]
         for a, b in pairwise(widths):
             hidden += [nn.Linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
         self.hidden = nn.Sequential(*hidden)
         self.mean = nn.Linear(widths[-1], n_latent)
         self.scale = nn.Linear(widths[-1], n_scale_parameters(n_latent, covariance))
-        self.log1p = log1p
+        self.inputs = inputs
 
     def forward(self, x: Tensor) -> Distribution:
         """q(z | x) for values x of shape (cells, genes)."""
-        h = self.hidden(x.log1p() if self.log1p else x)
+        h = self.hidden(encoder_input(x, self.inputs))
         return gaussian(self.mean(h), self.scale(h))
 
     @torch.no_grad()

@@ -105,11 +105,11 @@ def _usual(adata: AnnData, key: str | None) -> list[str]:
     keys = slots(adata, key)
     found = []
     for name in USUAL:
-        there = keys.obs[name] in adata.obs if name != "scale" else keys.scale in adata.obsm
+        there = keys.obs[name] in adata.obs or (name == "scale" and keys.scale in adata.obsm)
         if there and np.isfinite(_column(adata, key, name)).any():
             found.append(name)
     if not found:
-        columns = ", ".join(repr(keys.obs[name]) for name in USUAL if name != "scale")
+        columns = ", ".join(repr(keys.obs[name]) for name in USUAL)
         raise ValueError(
             f"nothing to draw: adata.obsm has no {keys.scale!r}, and adata.obs none of {columns} "
             "with a value. scuvae.tl.fit(adata) and scuvae.external.scvi.refine(model) write "
@@ -120,8 +120,8 @@ def _usual(adata: AnnData, key: str | None) -> list[str]:
 
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
     known = [n for n in OBS_NAMES if n not in ("split", "label")]
-    if name != "scale" and name not in known:
-        raise ValueError(f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}")
+    if name not in known:
+        raise ValueError(f"color={name!r} is no score of a fit. {near(name, known)}")
     values = _column(adata, key, name)
     if not np.isfinite(values).any():
         raise ValueError(f"color={name!r} has no finite value in any of the {adata.n_obs} cells")
@@ -129,9 +129,10 @@ def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
 
 
 def _column(adata: AnnData, key: str | None, name: str) -> np.ndarray:
-    if name != "scale":
+    keys = slots(adata, key)
+    if name != "scale" or (keys.scale not in adata.obsm and keys.obs[name] in adata.obs):
         return scores(adata, key, name, _verb(name))
-    scale = latent(adata, slots(adata, key).scale)
+    scale = latent(adata, keys.scale)
     with np.errstate(divide="ignore", invalid="ignore"):
         values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
     return values

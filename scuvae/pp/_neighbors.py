@@ -6,18 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys
+from scuvae.inference.embedding import Basis, place
 from scuvae.inference.local_steps import draw
-from scuvae.io import inputs, state
+from scuvae.io import inputs
+from scuvae.io.state import read_entry, read_fit, read_posterior
 from scuvae.model import VAE
 from scuvae.pp._graph import nearest, rows, stability, times_near
 from scuvae.pp._shared import generator_of, target
-
-# Cells that are decoded at once.
-CHUNK = 512
 
 
 @random_state_alias
@@ -97,7 +96,7 @@ def neighbors(
     >>> bool(adata.obs["scuvae_neighbor_stability"].between(0, 1).all())
     True
     """
-    fit = state.read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata), key)
     n_neighbors = whole("n_neighbors", n_neighbors, at_least=2)
     n_samples = whole("n_samples", n_samples, at_least=2)
     flag("copy", copy)
@@ -108,17 +107,23 @@ def neighbors(
     slots = _slots(adata, key_added)
     generator = generator_of(rng)
     keys = Keys.of(key)
-    place = state.read_embedding(adata, key)
-    if place is None or keys.embed not in adata.obsm:
-        missing = f"uns[{keys.uns!r}]" if place is None else f"obsm[{keys.embed!r}]"
+    saved = read_entry(adata, key).get("embed")
+    if saved is None or keys.embed not in adata.obsm:
+        missing = f"uns[{keys.uns!r}]" if saved is None else f"obsm[{keys.embed!r}]"
         argument = "" if keys.uns == DEFAULT else f", key={keys.uns!r}"
         raise ValueError(
             f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
         )
-    q = state.read_posterior(adata, key)
+    basis = Basis(
+        *(torch.as_tensor(np.array(saved[name])) for name in ("centre", "components")),
+        total=float(saved["total"]),
+        n_batches=int(saved["n_batches"]),
+    )
+    q = read_posterior(adata, key)
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
-    times = times_near(_draws(fit.model, q, place, n_samples, generator), k, seed)
+    draws = _draws(fit.model, q, basis, len(fit.batches), n_samples, generator)
+    times = times_near(draws, k, seed)
     weights = (times + times.T) / (2 * n_samples)
     means = np.asarray(adata.obsm[keys.embed], np.float32)
     indices, distances = nearest(means, k, seed)
@@ -163,21 +168,15 @@ def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
 
 @torch.no_grad()
 def _draws(
-    model: VAE, q: Distribution, place: Any, n_samples: int, generator: np.random.Generator
+    model: VAE,
+    q: Distribution,
+    basis: Basis,
+    n_batches: int,
+    n_samples: int,
+    generator: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     """All cells in the map, each at a draw of its own from q, so many times."""
-    n, n_latent = q.mean.shape
     for _ in range(n_samples):
-        noise = torch.from_numpy(generator.standard_normal((n, n_latent), np.float32))
-        parts = []
-        for part in torch.arange(n).split(CHUNK):
-            z = draw(_take(q, part), noise[part].unsqueeze(0)).squeeze(0)
-            parts.append(place(model, z).cpu().numpy())
-        yield np.concatenate(parts).astype(np.float32, copy=False)
-
-
-def _take(q: Distribution, part: torch.Tensor) -> Distribution:
-    """q of some of the cells."""
-    if isinstance(q, MultivariateNormal):
-        return MultivariateNormal(q.mean[part], scale_tril=q.scale_tril[part], validate_args=False)
-    return Independent(Normal(q.mean[part], q.stddev[part], validate_args=False), 1)
+        noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
+        z = draw(q, torch.from_numpy(noise).unsqueeze(0)).squeeze(0)
+        yield place(model, z, basis, n_batches).numpy()

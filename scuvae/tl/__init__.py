@@ -2,6 +2,7 @@
 
 from scuvae.tl._calibration import calibration
 from scuvae.tl._denoise import denoise
+from scuvae.tl._embed import embed
 from scuvae.tl._fit import fit
 from scuvae.tl._gap import amortization_gap
 from scuvae.tl._novelty import novelty
@@ -17,6 +18,7 @@ __all__ = [
     "amortization_gap",
     "calibration",
     "denoise",
+    "embed",
     "fit",
     "novelty",
     "predictive_check",

@@ -20,7 +20,7 @@ from scuvae.inference.neighbours import distance_to_posteriors
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.inference.refine import concatenate
 from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Residual, combine, log_tail, standardised
+from scuvae.inference.tails import Alike, Residual, combine, log_tail, standardised
 from scuvae.inference.thinning import thinned
 from scuvae.inference.unseen import infer
 from scuvae.io import inputs
@@ -70,13 +70,20 @@ def novelty(
     reference's posteriors, is in units of their scales; E_q[log p(x | z)] is taken less its
     regression on its expectation and on log total, in standard deviations that may change with
     depth; and how far a cell's counts lie in the direction in which its neighbours' lie is in
-    standard deviations under the model. The four are calibrated on the reference's held-out cells,
-    combined, and compared with those cells' own.
+    standard deviations under the model. The four are compared with those of the reference's
+    held-out cells, and combined; what comes out is compared with those cells' own. Each time cells
+    of like depth weigh most, by a Gaussian kernel over depths' ranks.
+
+    So a tenth of ordinary cells is above 1 at any depth, on average over references: of some
+    hundred held-out cells a quarter of the depths has a few dozen, and its share above 1 is known
+    to about .04. It does not hold type by type. Types of few cells in the reference, which the
+    decoder knows least, have more than a tenth above 1, at times more than half: look at the share
+    above 1 among the reference's own held-out cells of a type before calling new ones novel.
 
     The posteriors of all cells, the reference's held-out ones included, are found anew as
-    :func:`scuvae.tl.project` does: ``adata`` may be projected or not (if so, project first: that
-    clears the slots of its name; genes that it did without are left out here too), and no encoder
-    is needed.
+    :func:`scuvae.tl.project` does with ``polish=False``: ``adata`` may be projected or not (if so,
+    project first: that clears the slots of its name; genes that it did without are left out here
+    too), and no encoder is needed.
 
     Neighbours are new cells, by their posterior means; of more than 2,000, or than there are of the
     reference's, so many drawn at random are candidates. A kind of some 50 cells among them is
@@ -123,7 +130,7 @@ def novelty(
     None, or with ``copy=True`` the AnnData. Sets, per cell, float32, higher is more novel:
 
     ``obs["scuvae_novelty"]``
-        −log10 of the share of reference cells of the same depth that are at least so surprising:
+        −log10 of the share of reference cells of about the same depth that are as surprising:
         1 is one in ten, 2 one in a hundred. Beyond the reference's highest tenth by an exponential
         tail (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so values far
         above log10 of the number of reference cells rank cells, but are no probabilities.
@@ -188,11 +195,16 @@ def novelty(
             lambda cells: distance_to_posteriors(cells.q.mean, usual.q, near).cpu()
         ),
     }
+    # What a tail is read from: reference cells of about the same depth.
+    there, here = Alike.of(found.depth, usual.depth), Alike.of(usual.depth, usual.depth)
     others = min(n_neighbors, pool) - 1
     if others:
         alone: list[Tensor | None] = [None, None]
         if adjust_genes:
-            alone = [combine(pairs.values()), combine((own, own) for _, own in pairs.values())]
+            alone = [
+                combine(pairs.values(), there),
+                combine(((own, own) for _, own in pairs.values()), here),
+            ]
         # As many candidates on both sides: where cells lie closer, what they miss agrees more.
         shared = [
             _shared(fit, cells, scores.q, rows, others, single)
@@ -201,8 +213,9 @@ def novelty(
             )
         ]
         pairs["shared"] = standardised(*shared), standardised(shared[1], shared[1])
-    own = combine((scores, scores) for _, scores in pairs.values())
-    columns = {"novelty": -log_tail(combine(pairs.values()), own) / math.log(10)}
+    own = combine(((scores, scores) for _, scores in pairs.values()), here)
+    combined = combine(pairs.values(), there)
+    columns = {"novelty": -log_tail(combined, own, there) / math.log(10)}
     columns |= {f"novelty_{name}": scores for name, (scores, _) in pairs.items()}
 
     out = target(adata, copy)

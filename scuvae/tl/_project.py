@@ -32,6 +32,7 @@ from scuvae.io.state import (
 )
 from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
+from scuvae.tl._embed import placed, posterior_scale
 from scuvae.tl._shared import (
     CHUNK,
     Matched,
@@ -64,7 +65,7 @@ def project(
     covariance: str | None = None,
     new_batches: str = "error",
     max_steps: int | None = None,
-    polish: Polish = False,
+    polish: Polish | None = None,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -114,13 +115,15 @@ def project(
         prior, whose mean and variance are those of the known batches, so that a few cells move it
         little. A batch whose cells are all of one kind is confounded with that kind.
     max_steps
-        Local steps at most. None: 20 natural ones, of which a cell takes as many as it needs, or
-        for another rule its own number.
+        Steps at most, of either kind. None: 5 natural ones and 20 that polish, or without polish
+        20, of which a cell takes as many as it needs; for another rule its own number.
     polish
-        What follows the steps, each some milliseconds a cell (see :func:`scuvae.tl.calibration`).
-        True: up to 15 steps that take q's covariance from the ELBO's own curvature; without them q
-        is too narrow. ``"moments"``: then the mean and covariance, or scales, of the posterior
-        itself, by importance weights: intervals cover what they should, at a lower ELBO.
+        What follows the local steps (see :func:`scuvae.tl.calibration`). True, and the default but
+        with ``amortized=True``: steps that take q's covariance from the ELBO's own curvature, to
+        the best q that is near. False: nothing, in a third to two thirds of the time; q is then
+        too narrow, and its ELBO about a nat below the best. ``"moments"``: the steps, then the mean
+        and covariance, or scales, of the posterior itself, by importance weights: intervals cover
+        what they should, at a lower ELBO.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -130,7 +133,9 @@ def project(
     -------
     None, or with ``copy=True`` the AnnData. Sets ``obsm["X_scuvae"]``, ``obsm["X_scuvae_scale"]``,
     for a full covariance ``obsm["X_scuvae_covariance"]``, and ``uns["scuvae"]`` with the
-    reference's model, so that ``adata`` can be scored and denoised by itself. Beside it:
+    reference's model, so that ``adata`` can be scored and denoised by itself;
+    ``obsm["X_scuvae_embed"]``, the cells' places in the reference's map (:func:`scuvae.tl.embed`);
+    ``obs["scuvae_scale"]``, geometric means of posterior standard deviations. Beside it:
 
     ``uns["scuvae"]["genes"]``
         ``n_reference``, ``n_observed`` and ``n_unused``: how many genes the reference has, how
@@ -177,6 +182,8 @@ def project(
     inputs.check_anndata(adata)
     keys = Keys.of(key_added)
     flag("amortized", amortized)
+    if polish is None:
+        polish = not amortized
     if one_of("polish", polish, POLISH) and amortized:
         raise ValueError(f"polish={polish!r} moves the encoder's q: pass amortized=False")
     if max_steps is not None:
@@ -220,9 +227,17 @@ def project(
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
+    found_moments = moments(parts, covariance)
+    coordinates = None
+    if "embed" in entry:  # fits of earlier versions have none
+        mean = torch.as_tensor(found_moments["mean"], device=where)
+        coordinates = placed(model, mean, entry["embed"], len(matched.batches))
     out = target(adata, copy)
     keys.clear(out)
-    write_posterior(out, key_added, moments(parts, covariance))
+    write_posterior(out, key_added, found_moments)
+    out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
+    if coordinates is not None:
+        out.obsm[keys.embed] = coordinates
     out.uns[keys.uns] = entry
     return out if copy else None
 

@@ -18,6 +18,7 @@ from scuvae.io import inputs
 from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
 from scuvae.model import gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES
+from scuvae.tl._embed import placed, posterior_scale
 from scuvae.tl._shared import cells_of, chunk_on, elbo_gain, resolve_device, step_options, target
 
 
@@ -67,7 +68,8 @@ def refine(
     Returns
     -------
     None, or with ``copy=True`` the AnnData. Replaces ``obsm["X_scuvae"]``,
-    ``obsm["X_scuvae_scale"]`` and ``obsm["X_scuvae_covariance"]``; removes the fit's per-cell
+    ``obsm["X_scuvae_scale"]``, ``obsm["X_scuvae_covariance"]``, ``obsm["X_scuvae_embed"]``
+    (the same map) and ``obs["scuvae_scale"]``; removes the fit's per-cell
     scores from ``obs``, which no longer hold.
 
     Raises
@@ -121,12 +123,20 @@ def refine(
                 best = as_family(matched, covariance)
             parts.append(best)
 
-    out = target(adata, copy)
+    found = moments(parts, covariance)
     entry = copying.deepcopy(read_entry(adata, key))
+    coordinates = None
+    if "embed" in entry:  # fits of earlier versions have none
+        mean = torch.as_tensor(found["mean"], device=where)
+        coordinates = placed(model, mean, entry["embed"], len(fit.batches))
+    out = target(adata, copy)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)
     out.uns[keys.uns] = entry
     if split is not None:
         out.obs[keys.obs["split"]] = split
-    write_posterior(out, key if key_added is None else key_added, moments(parts, covariance))
+    write_posterior(out, key if key_added is None else key_added, found)
+    out.obs[keys.obs["scale"]] = posterior_scale(found["scale"])
+    if coordinates is not None:
+        out.obsm[keys.embed] = coordinates
     return out if copy else None

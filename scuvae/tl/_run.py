@@ -1,13 +1,14 @@
 """A fit between tensors: start, train, and a posterior for every cell."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from scuvae.inference.gene_totals import GeneTotals
 from scuvae.inference.optimizers import OPTIMIZERS
 from scuvae.inference.posteriors import (
     POSTERIORS,
@@ -17,9 +18,10 @@ from scuvae.inference.posteriors import (
     UnamortizedPosterior,
 )
 from scuvae.inference.refine import refine
-from scuvae.inference.starts import MOST_CELLS, WhitenedPCA
+from scuvae.inference.starts import MOST_CELLS, WhitenedPCA, start_decoder
+from scuvae.inference.thinning import with_shallow
 from scuvae.inference.train import EarlyStopping, train
-from scuvae.inference.validation import HeldOutCells, encoded, start
+from scuvae.inference.validation import HeldOutCells, encoded
 from scuvae.io.sources import Cells
 from scuvae.io.state import moments
 from scuvae.model import VAE, Batch
@@ -28,6 +30,8 @@ from scuvae.model.gaussian import n_scale_parameters, pack
 from scuvae.tl._settings import INFERENCE, Settings
 from scuvae.tl._shared import chunk_on, show_progress
 
+# Cells that the decoder's start is fitted to.
+_MOST_TO_START = 5000
 # Steps between two looks at a GPU's losses, for which it has to be waited for.
 _LOOK_EVERY = 64
 
@@ -47,6 +51,13 @@ def run(
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
+    table = _table(posterior)
+    counts = model.likelihood.counts
+    # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
+    measured = settings.optimizer == "adam" and settings.local_step == "natural"
+    if measured and table is not None:
+        some = training[torch.randperm(len(training))[:_MOST_TO_START].sort().values]
+        start_decoder(model, cells.batch(some), table.mean[some])
     judge = None
     if len(validation):
         judge = HeldOutCells(
@@ -72,6 +83,7 @@ def run(
             max_epochs=settings.max_epochs,
             n_samples=settings.n_samples,
             kl_weight=settings.kl_weight,
+            output_precision=model.decoder.output_precision() if measured and counts else None,
             learning_rate_at=_cosine if cosine else lambda progress: 1.0,
             held_out=judge,
             evaluate_every=every,
@@ -81,9 +93,24 @@ def run(
         )
     if model.encoder is not None:
         settling = cells.loader(training, settings.batch_size)
-        model.encoder.settle(dense(batch.x) for batch in settling)
-    parts = final_posterior(model, posterior, cells, settings, judge, validation)
-    return moments(parts, settings.covariance), history
+        seen = with_shallow if counts else lambda batch: batch
+        model.encoder.settle(dense(seen(batch).x) for batch in settling)
+    if judge is not None and table is not None:
+        table.store(validation, judge.q())
+    if not counts:
+        return moments(
+            final_posterior(model, posterior, cells, settings), settings.covariance
+        ), history
+    # Intercepts move q a little, and q totals: a second round leaves what nobody sees.
+    totals = GeneTotals(model)
+    for batch in _everyone(model, cells):
+        totals.add(batch, _present(model, posterior, batch, settings)[0])
+    totals.give_back()
+    totals = GeneTotals(model, 2 * totals.n_samples)
+    parts = final_posterior(model, posterior, cells, settings, totals)
+    found = moments(parts, settings.covariance)
+    totals.give_back()
+    return found, history
 
 
 def _cosine(progress: float) -> float:
@@ -95,36 +122,56 @@ def final_posterior(
     posterior: Posterior,
     cells: Cells,
     settings: Settings,
-    judge: HeldOutCells | None,
-    validation: torch.Tensor,
+    totals: GeneTotals | None = None,
 ) -> Iterator[Distribution]:
-    """q of every cell under the final decoder, in parts: the encoder's, or refined."""
-    if judge is not None and isinstance(posterior, UnamortizedPosterior):
-        posterior.store(validation, judge.q())
-    where = cells.size_factor.device
-    everyone = torch.arange(len(cells), device=where)
-    for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
+    """q of every cell under the final decoder, in parts: the encoder's, or refined.
+
+    Each part is added to ``totals``.
+    """
+    for batch in _everyone(model, cells):
         with torch.no_grad():
-            yield _final(model, posterior, batch, settings)
+            q = _final(model, posterior, batch, settings)
+        if totals is not None:
+            totals.add(batch, q)
+        yield q
 
 
 def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
+    starts = _present(model, posterior, batch, settings)
     if isinstance(posterior, AmortizedPosterior):
-        return encoded(model, batch, settings.covariance)
-    if isinstance(posterior, UnamortizedPosterior):
-        first = posterior(model, batch)
-    else:
-        first = start(model, batch, settings.covariance)
+        return starts[0]
     return refine(
-        model, batch, [first], local_step=settings.local_step, kl_weight=settings.kl_weight
+        model, batch, starts, local_step=settings.local_step, kl_weight=settings.kl_weight
     )
+
+
+@torch.no_grad()
+def _present(
+    model: VAE, posterior: Posterior, batch: Batch, settings: Settings
+) -> list[Distribution]:
+    """What is there of a batch's q: its rows, and the encoder's."""
+    table = _table(posterior)
+    found = [] if table is None else [table(model, batch)]
+    if model.encoder is not None:
+        found.append(encoded(model, batch, settings.covariance))
+    return found
+
+
+def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
+    where = cells.size_factor.device
+    return cells.loader(torch.arange(len(cells), device=where), chunk_on(where, model.n_vars))
+
+
+def _table(posterior: Posterior) -> UnamortizedPosterior | None:
+    """The rows of cells' own parameters, where there are any."""
+    if isinstance(posterior, SemiAmortizedPosterior):
+        return posterior.table
+    return posterior if isinstance(posterior, UnamortizedPosterior) else None
 
 
 def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
     kind = POSTERIORS[INFERENCE[settings.amortized]]
-    if kind is SemiAmortizedPosterior:
-        return SemiAmortizedPosterior(local_step=settings.local_step)
-    if kind is not UnamortizedPosterior:
+    if kind is not UnamortizedPosterior and kind is not SemiAmortizedPosterior:
         return kind()
     shape = len(cells), settings.n_latent
     like = cells.size_factor
@@ -139,7 +186,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
             mean[batch.index] = pca(batch)
         diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3
         raw_of_each = _raw_from_diagonal(diagonal, settings.covariance).to(like)
-    return UnamortizedPosterior(
+    return kind(
         mean,
         raw_of_each.repeat(len(cells), 1),
         local_step=settings.local_step,

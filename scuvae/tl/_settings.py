@@ -40,6 +40,7 @@ class Settings:
     n_samples: int
     kl_weight: float
     dropout: float
+    linear_path: bool
 
     @classmethod
     def resolve(
@@ -70,18 +71,18 @@ class Settings:
             natural = amortized is not True and local_step == "natural"
             covariance = "full" if natural else "diagonal"
         one_of("covariance", covariance, COVARIANCES)
+        # Adam with natural steps is the recipe that was measured; others stay plain networks.
+        plain = optimizer != "adam" or local_step != "natural"
         fraction = real("validation_fraction", validation_fraction, low=0.0, below=1.0)
         size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
         if max_epochs is None:
             max_epochs = epochs_for(n_obs * (1 - fraction), size)
         if dropout is None:
-            # As measured to generalise best; rmsprop, sgd and gradient steps stay plain.
-            plain = optimizer != "adam" or local_step != "natural"
             dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
-            if amortized is False and optimizer == "adam" and local_step == "natural":
-                # No encoder has to follow the decoder: it can take longer steps.
+            if amortized is not True and optimizer == "adam" and local_step == "natural":
+                # The decoder does not wait for an encoder: it can take longer steps.
                 learning_rate *= 2
         return cls(
             amortized=amortized,
@@ -98,4 +99,5 @@ class Settings:
             n_samples=whole("n_samples", n_samples),
             kl_weight=real("kl_weight", kl_weight, above=0.0),
             dropout=real("dropout", dropout, low=0.0, below=1.0),
+            linear_path=not plain and n_layers > 0,
         )

@@ -1,6 +1,7 @@
 """tl.to_encoder: an encoder for a fit that has none, its decoder untouched."""
 
 import copy as copying
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,8 @@ def to_encoder(
 
     The encoder, of the fit's width, depth and covariance, maximises the ELBO of its own q under
     the finished decoder: on the training cells, and on cells drawn from the decoder at their
-    posteriors, new ones at every step. The held-out cells decide when to stop. What it still
-    loses is measured for every cell.
+    posteriors, new ones at every step; of counts, on some of both thinned to fewer. The held-out
+    cells decide when to stop. What it still loses is measured for every cell.
 
     The cells keep the posteriors that they have, which are better than the encoder's;
     ``scuvae.tl.project(new, adata, amortized=True)`` hands out the encoder's for new ones.
@@ -181,7 +182,7 @@ def to_encoder(
             logger.info("amortization gap of %d %s cells: %.2f nats", len(rows), name, gap)
 
     entry = copying.deepcopy(read_entry(adata, key))
-    entry["params"]["amortized"] = "distilled"
+    entry["params"] |= _params_of(fit)
     entry["params"]["distilled"] = {
         "epochs": len(history),
         "max_epochs": max_epochs,
@@ -227,6 +228,11 @@ def _split(adata: AnnData, keys: Keys, cells: Cells, counts: bool) -> tuple[Tens
 
 def _with_encoder(fit: Fit) -> VAE:
     """The fit's model, with a new encoder from torch's random state."""
-    params = fit.params | {"amortized": "distilled"}
-    encoder = build_model(params, len(fit.var_names)).encoder
+    encoder = build_model(fit.params | _params_of(fit), len(fit.var_names)).encoder
     return VAE(fit.model.decoder, fit.model.likelihood, encoder).eval()
+
+
+def _params_of(fit: Fit) -> dict[str, Any]:
+    """What describes the new encoder among the parameters of the fit."""
+    found = {"amortized": "distilled"}
+    return found | ({"encoder_input": "profile"} if fit.model.likelihood.counts else {})

@@ -1,0 +1,134 @@
+"""tl.embed: the map, coordinates whose distances are the decoder's own."""
+
+import copy as copying
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+from scuvae._checks import flag, whole
+from scuvae._keys import Keys
+from scuvae.inference.embedding import Basis, find_basis, place
+from scuvae.io import inputs
+from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.model import VAE
+from scuvae.tl._shared import cells_of, resolve_device, target
+
+N_COMPONENTS = 30
+
+
+def embed(
+    adata: AnnData,
+    *,
+    key: str | None = None,
+    n_components: int = N_COMPONENTS,
+    device: str = "auto",
+    copy: bool = False,
+) -> AnnData | None:
+    """Map cells so that Euclidean distance between them is the decoder's own.
+
+    Latent axes have no scale of their own: what counts is what the decoder makes of them. Each
+    cell's posterior mean is decoded at one total, the cells' median, as from every batch of the
+    fit in turn; each gene's mean is taken to the coordinate in which its likelihood's standard
+    deviation is one (2 √θ asinh √(μ/θ) for a negative binomial); batches are averaged, and the
+    principal components kept. For ``scanpy.pp.neighbors(adata, use_rep="X_scuvae_embed")``.
+    :func:`scuvae.tl.fit` has done it with the default; call it for another number of components.
+
+    Parameters
+    ----------
+    adata
+        Cells with a fit.
+    key
+        The fit; None for the default.
+    n_components
+        Principal components to keep, at most the number of genes or of cells.
+    device
+        As in :func:`scuvae.tl.fit`.
+    copy
+        Return a copy with the result and leave ``adata`` alone.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the AnnData. Sets ``obsm["X_scuvae_embed"]``, float32 (n_obs,
+    n_components), in standard deviations of one value, and ``uns["scuvae"]["embed"]``: what
+    places other cells in the same map (``centre``, ``components``, ``total``, ``n_batches``,
+    ``n_obs``).
+
+    Raises
+    ------
+    ValueError, TypeError
+        ``adata`` holds no fit under ``key``, or ``n_components`` is no positive whole number.
+
+    Notes
+    -----
+    The coordinate is v = ∫ dE[x] / √Var[x] (Bartlett, Biometrics 1947); for a negative binomial it
+    is also Fisher and Rao's distance. Its pullback to z is Jᵀ diag(w) J, the curvature that natural
+    steps use. Components are found from at most 4,096 cells, evenly spaced.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> scuvae.tl.fit(adata, max_epochs=5)
+    >>> scuvae.tl.embed(adata, n_components=10)
+    >>> adata.obsm["X_scuvae_embed"].shape
+    (700, 10)
+    """
+    fit = read_fit(inputs.check_anndata(adata), key)
+    n_components = whole("n_components", n_components)
+    flag("copy", copy)
+    keys = Keys.of(key)
+    mean = read_posterior(adata, key).mean
+    entry = copying.deepcopy(read_entry(adata, key))
+    if "embed" in entry:
+        total = float(entry["embed"]["total"])
+    else:
+        total = common_total(cells_of(adata, fit).size_factor)
+    where = resolve_device(device)
+    model = fit.model.to(where)
+    n_batches = len(fit.batches)
+    values, entry["embed"] = new_map(model, mean.to(where), total, n_batches, n_components)
+    out = target(adata, copy)
+    out.uns[keys.uns] = entry
+    out.obsm[keys.embed] = values
+    return out if copy else None
+
+
+def common_total(size_factor: torch.Tensor) -> float:
+    """The median of the cells' expected totals, of those that have one."""
+    positive = size_factor[size_factor > 0]
+    return float(positive.median()) if len(positive) else 1.0
+
+
+def new_map(
+    model: VAE, mean: torch.Tensor, total: float, n_batches: int, n_components: int = N_COMPONENTS
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Coordinates for ``obsm``, and the map's basis for ``uns``."""
+    model.eval()
+    basis = find_basis(model, mean, total, n_batches, n_components)
+    entry = {
+        "centre": basis.centre.cpu().numpy(),
+        "components": np.ascontiguousarray(basis.components.cpu().numpy()),
+        "total": total,
+        "n_batches": n_batches,
+        "n_obs": len(mean),
+    }
+    return placed(model, mean, entry, n_batches), entry
+
+
+def placed(model: VAE, mean: torch.Tensor, entry: dict[str, Any], n_categories: int) -> np.ndarray:
+    """Coordinates in the map that ``uns[...]["embed"]`` holds."""
+    centre, components = (
+        torch.as_tensor(np.array(entry[name]), device=mean.device)
+        for name in ("centre", "components")
+    )
+    basis = Basis(centre, components, float(entry["total"]), int(entry["n_batches"]))
+    found = place(model, mean, basis, n_categories)
+    return np.ascontiguousarray(found.cpu().numpy(), dtype=np.float32)
+
+
+def posterior_scale(scale: np.ndarray) -> np.ndarray:
+    """One number a cell, the geometric mean of its posterior standard deviations, (n_obs,)."""
+    found: np.ndarray = np.exp(np.log(scale.astype(float)).mean(1)).astype(np.float32)
+    return found
