@@ -85,9 +85,13 @@ def neighbors(
     Above 8,192 cells neighbours are searched approximately, by pynndescent. Draws of different
     cells are independent of each other, as posteriors are given the decoder.
 
+    Stability says how well the cells around a cell can be told apart, not how well its type is
+    known: it is low within a large group of cells that are alike, and high in a group of no more
+    than ``n_neighbors``, whatever their posteriors.
+
     Examples
     --------
-    >>> import scanpy as sc, scuvae
+    >>> import scuvae
     >>> adata = scuvae.datasets.pbmc68k_counts()
     >>> scuvae.tl.fit(adata, max_epochs=5)
     >>> scuvae.pp.neighbors(adata, n_samples=5)
@@ -115,7 +119,8 @@ def neighbors(
             f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
         )
     basis = Basis(
-        *(torch.as_tensor(np.array(saved[name])) for name in ("centre", "components")),
+        centre=torch.as_tensor(np.array(saved["centre"])),
+        components=torch.as_tensor(np.array(saved["components"])),
         total=float(saved["total"]),
         n_batches=int(saved["n_batches"]),
     )
