@@ -6,8 +6,9 @@ import numpy as np
 from scipy import sparse as sp
 from sklearn.neighbors import NearestNeighbors
 
-# Points beyond which neighbours are searched approximately; scanpy has the same limit.
-MOST_EXACT = 8192
+# Points beyond which neighbours are searched approximately: up to here twenty exact searches, of
+# two seconds each, take less time than it takes to compile the other.
+MOST_EXACT = 16_384
 
 
 def nearest(points: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

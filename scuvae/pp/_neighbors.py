@@ -82,7 +82,7 @@ def neighbors(
 
     Notes
     -----
-    Above 8,192 cells neighbours are searched approximately, by pynndescent. Draws of different
+    Above 16,384 cells neighbours are searched approximately, by pynndescent. Draws of different
     cells are independent of each other, as posteriors are given the decoder.
 
     Stability says how well the cells around a cell can be told apart, not how well its type is
