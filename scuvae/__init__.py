@@ -1,9 +1,9 @@
 """Variational autoencoders for single-cell counts, with or without an encoder.
 
-``scuvae.tl`` fits and uses them, ``scuvae.pp`` makes graphs of them, ``scuvae.pl`` draws them,
-``scuvae.get`` reads a fit back,
-``scuvae.datasets`` has data to try them on, ``scuvae.external`` bridges to scvi-tools. Submodules
-load on first use, so that ``import scuvae`` costs next to nothing.
+``scuvae.tl`` fits and uses them, ``scuvae.pp`` makes neighbour graphs of them, ``scuvae.pl`` draws
+them, ``scuvae.get`` reads a fit back, ``scuvae.datasets`` has data to try them on,
+``scuvae.external`` bridges to scvi-tools. Submodules load on first use, so that ``import scuvae``
+costs next to nothing.
 """
 
 from importlib import import_module

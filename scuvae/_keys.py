@@ -9,8 +9,8 @@ DEFAULT = "scuvae"
 # The default of ``external.scvi``, whose slots are no fit of ours.
 SCVI = "scvi"
 
-# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, and for what says
-# how importance weights do.
+# Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares and
+# scales, and for what says how importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",

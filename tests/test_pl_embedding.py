@@ -73,8 +73,8 @@ def arrows_of(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
 def test_points_have_the_values_of_their_cells_high_ones_on_top(adata: ad.AnnData) -> None:
     axes = pl.embedding_scores(adata)
     truth = {
-        "Amortization gap": adata.obs["scuvae_amortization_gap"].to_numpy(),
         "Posterior scale": gmean(adata.obsm["X_scuvae_scale"].astype(float), axis=1),
+        "Amortization gap": adata.obs["scuvae_amortization_gap"].to_numpy(),
     }
     assert [ax.get_title() for ax in axes] == list(truth)
     for ax in axes:
@@ -86,9 +86,30 @@ def test_points_have_the_values_of_their_cells_high_ones_on_top(adata: ad.AnnDat
         assert points.get_rasterized()
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("UMAP1", "UMAP2")
     assert [bar_of(ax).get_ylabel() for ax in axes] == [
-        "nats per cell",
         "prior standard deviations",
+        "nats per cell",
     ]
+
+
+def test_by_default_what_the_fit_has(adata: ad.AnnData) -> None:
+    def drawn(**options: Any) -> list[str]:
+        return [ax.get_title() for ax in pl.embedding_scores(adata, **options)]
+
+    stays = np.linspace(0, 1, N).astype(np.float32)
+    del adata.obs["scuvae_amortization_gap"]
+    assert drawn() == ["Posterior scale"]  # all that tl.fit leaves
+    adata.obs["scuvae_novelty"] = np.nan  # of no cell
+    adata.obs["scuvae_neighbor_stability"] = stays
+    adata.obs["scuvae_elbo"] = -stays
+    assert drawn() == ["Posterior scale", "Neighbor stability", "ELBO"]
+    axes = pl.embedding_scores(adata)
+    np.testing.assert_array_equal(axes[1].collections[-1].get_array(), stays)
+    assert bar_of(axes[1]).get_ylabel() == "share of neighbours that stay"
+    # Another fit has its own columns alone, also one whose posterior is gone.
+    adata.obs["k_novelty"] = stays
+    assert drawn(key="k") == ["Novelty"]
+    with pytest.raises(ValueError, match=r"nothing to draw: .* no 'q_scale'"):
+        pl.embedding_scores(adata, key="q")
 
 
 def test_colours_end_at_the_percentiles_and_say_where_cells_lie_beyond(adata: ad.AnnData) -> None:
@@ -133,6 +154,8 @@ def test_scores_that_cannot_be_drawn(adata: ad.AnnData) -> None:
         ({"color": "split"}, ValueError, "'split' is no score"),
         ({"color": []}, ValueError, "color is empty"),
         ({"color": "elbo"}, ValueError, r"scuvae.tl.score\(adata\) first"),
+        ({"color": "neighbor_stability"}, ValueError, r"scuvae.pp.neighbors\(adata\) first"),
+        ({"color": "novelty"}, ValueError, r"scuvae.tl.novelty\(adata, reference\) first"),
         ({"key": "k", "color": "scale"}, ValueError, "no 'k_scale'"),
     ]
     for options, kind, text in cases:

@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "inference": {"model"},
     "model": set(),
     "pl": set(),
-    "pp": {"inference", "io"},
+    "pp": {"inference", "io", "model"},
     "datasets": set(),
 }
 HELPERS = {"_keys", "_checks", "_errors"}

@@ -132,6 +132,15 @@ def is_whole(x: Any) -> bool:
     )
 
 
+def not_whole(x: Any, adata: AnnData, layer: str | None) -> str:
+    """The first value that is no whole count, with its cell and gene, and how many; or ""."""
+    values = x.data if sp.issparse(x) else x
+    count, first = _find(
+        values, lambda v: ~((v >= 0) & (v == np.rint(v)) & (v <= _LARGEST)), kinds="if"
+    )
+    return _place(x, first, adata, layer, None, count) if count else ""
+
+
 def check_values(
     x: Any,
     adata: AnnData,

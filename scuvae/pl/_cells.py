@@ -21,7 +21,7 @@ UNLABELLED = "lightgray"
 
 
 def scores(adata: AnnData, key: str | None, name: str, verb: str) -> np.ndarray:
-    """The column ``name`` of a fit, in nats per cell; ``verb`` of ``scuvae.tl`` writes it."""
+    """The column ``name`` of a fit; ``verb`` of ``scuvae.tl`` or ``scuvae.pp`` writes it."""
     keys = Keys.of(key)
     column = keys.obs[name]
     if column not in adata.obs:
@@ -38,7 +38,10 @@ def scores(adata: AnnData, key: str | None, name: str, verb: str) -> np.ndarray:
 def _call(key: str, verb: str) -> str:
     if key == SCVI:
         return "scuvae.external.scvi.refine(model)"
-    return f"scuvae.tl.{verb}(adata{'' if key == DEFAULT else f', key={key!r}'})"
+    part = "pp" if verb == "neighbors" else "tl"
+    other = verb in ("novelty", "transfer_labels")  # these take a reference, and name their slots
+    argument = f", {'key_added' if other else 'key'}={key!r}" if key != DEFAULT else ""
+    return f"scuvae.{part}.{verb}(adata{', reference' if other else ''}{argument})"
 
 
 def _missing(adata: AnnData, key: str, name: str, column: str, verb: str) -> str:

@@ -19,8 +19,8 @@ COLUMNS = 3
 # Colours end where one cell in a hundred lies beyond them.
 ROBUST = 1.0
 MISSING = "lightgray"
-# What is drawn unless asked otherwise, where there is such a column.
-DEFAULTS = ("amortization_gap", "scale", "neighbor_stability", "elbo", "novelty")
+# What is drawn by default, if the fit has it.
+USUAL = ("scale", "neighbor_stability", "elbo", "novelty", "amortization_gap")
 
 
 def embedding_scores(
@@ -49,12 +49,12 @@ def embedding_scores(
     key
         The fit; None for the default.
     color
-        None: those of ``"amortization_gap"``, ``"scale"``, ``"neighbor_stability"``, ``"elbo"`` and
-        ``"novelty"`` that there are. Or one or several of: ``"scale"``, the geometric
-        mean of a cell's posterior standard deviations over the latent dimensions (1
-        for the prior, small where the counts say much);
-        ``"amortization_gap"``; any other per-cell score of the fit, such as ``"elbo"`` or
-        ``"pareto_k"`` from :func:`scuvae.tl.score`.
+        One or several of: ``"scale"``, the geometric mean of a cell's posterior standard deviations
+        over the latent dimensions (1 for the prior, small where the counts say much);
+        ``"neighbor_stability"`` from :func:`scuvae.pp.neighbors`; ``"elbo"`` from
+        :func:`scuvae.tl.score`; ``"novelty"``; ``"amortization_gap"``; any other per-cell score of
+        the fit, such as ``"pareto_k"``. None for those of the five named first that the fit has:
+        after :func:`scuvae.tl.fit` alone, the scale.
     ax
         Axes to draw in, one per panel; None makes a figure.
     show
@@ -69,7 +69,8 @@ def embedding_scores(
     Raises
     ------
     ValueError
-        If the embedding, the posterior or a score does not exist, or a score has no value at all.
+        If the embedding, the posterior or a score does not exist, a score has no value at all, or
+        with ``color=None`` the fit has no score.
 
     Examples
     --------
@@ -80,11 +81,12 @@ def embedding_scores(
     >>> adata.obs["scuvae_amortization_gap"] = np.linspace(0, 9, adata.n_obs)
     >>> axes = scuvae.pl.embedding_scores(adata, show=False)
     >>> [ax.get_title() for ax in axes]
-    ['Amortization gap', 'Posterior scale']
+    ['Posterior scale', 'Amortization gap']
     """
     if color is None:
-        color = _present(adata, key)
-    names = [color] if isinstance(color, str) else list(color)
+        names = _usual(adata, key)
+    else:
+        names = [color] if isinstance(color, str) else list(color)
     if not names:
         raise ValueError("color is empty: pass one or several scores, such as 'amortization_gap'")
     place, label = coordinates(adata, basis)
@@ -98,32 +100,50 @@ def embedding_scores(
     return finish(axes, axes[0], own=own, show=show, return_fig=return_fig)
 
 
-def _present(adata: AnnData, key: str | None) -> list[str]:
-    """Those of the default's scores that can be drawn; else the scale, to be missed."""
-    found = slots(adata, key)
-    there = {"scale"} if found.scale in adata.obsm else set()
-    for name in DEFAULTS:
-        values = adata.obs.get(found.obs[name])
-        if values is not None and np.isfinite(values.to_numpy(dtype=float)).any():
-            there.add(name)
-    return [name for name in DEFAULTS if name in there] or ["scale"]
+def _usual(adata: AnnData, key: str | None) -> list[str]:
+    """Those of :data:`USUAL` that the fit has a value of, in some cell."""
+    keys = slots(adata, key)
+    found = []
+    for name in USUAL:
+        there = keys.obs[name] in adata.obs or (name == "scale" and keys.scale in adata.obsm)
+        if there and np.isfinite(_column(adata, key, name)).any():
+            found.append(name)
+    if not found:
+        columns = ", ".join(repr(keys.obs[name]) for name in USUAL)
+        raise ValueError(
+            f"nothing to draw: adata.obsm has no {keys.scale!r}, and adata.obs none of {columns} "
+            "with a value. scuvae.tl.fit(adata) and scuvae.external.scvi.refine(model) write "
+            f"posteriors. {near(keys.scale, adata.obsm)}"
+        )
+    return found
 
 
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
-    if name == "scale":
-        scale = latent(adata, slots(adata, key).scale)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
-    else:
-        known = [n for n in OBS_NAMES if n not in ("split", "label", "scale")]
-        if name not in known:
-            raise ValueError(
-                f"color={name!r} is no score of a fit. {near(name, ['scale', *known])}"
-            )
-        values = scores(adata, key, name, "amortization_gap" if "gap" in name else "score")
+    known = [n for n in OBS_NAMES if n not in ("split", "label")]
+    if name not in known:
+        raise ValueError(f"color={name!r} is no score of a fit. {near(name, known)}")
+    values = _column(adata, key, name)
     if not np.isfinite(values).any():
         raise ValueError(f"color={name!r} has no finite value in any of the {adata.n_obs} cells")
     return values
+
+
+def _column(adata: AnnData, key: str | None, name: str) -> np.ndarray:
+    keys = slots(adata, key)
+    if name != "scale" or (keys.scale not in adata.obsm and keys.obs[name] in adata.obs):
+        return scores(adata, key, name, _verb(name))
+    scale = latent(adata, keys.scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values: np.ndarray = np.exp(np.log(scale).mean(axis=1))
+    return values
+
+
+def _verb(name: str) -> str:
+    """The function that writes a score."""
+    if name.startswith("novelty"):
+        return "novelty"
+    writers = {"neighbor_stability": "neighbors", "label_share": "transfer_labels"}
+    return writers.get(name, "amortization_gap" if "gap" in name else "score")
 
 
 def _draw(ax: Axes, place: np.ndarray, name: str, values: np.ndarray) -> None:
@@ -159,8 +179,17 @@ def _names(name: str) -> tuple[str, str]:
     title = {"Elbo": "ELBO", "Kl": "KL to the prior", "Pareto k": "Pareto k"}.get(title, title)
     if name == "scale":
         return "Posterior scale", "prior standard deviations"
-    if name == "effective_sample_size":
-        return title, "draws"
-    if name in ("neighbor_stability", "pareto_k") or name.startswith("novelty"):
-        return title, ""
+    units = {
+        "effective_sample_size": "draws",
+        "pareto_k": "",
+        "neighbor_stability": "share of neighbours that stay",
+        "label_share": "share of votes",
+        "novelty": "−log10 share of reference cells",
+        "novelty_counts": "standard deviations",
+        "novelty_latent": "standard deviations",
+        "novelty_distance": "standard deviations",
+        "novelty_shared": "standard deviations",
+    }
+    if name in units:
+        return title, units[name]
     return (f"{title}, standard error" if name.endswith("_se") else title), "nats per cell"

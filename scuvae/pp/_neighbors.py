@@ -1,48 +1,60 @@
-"""pp.neighbors: a graph that knows how sure its edges are."""
+"""pp.neighbors: a neighbour graph that knows what the posteriors do not know."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from anndata import AnnData
-from scipy import sparse as sp
-from sklearn.neighbors import NearestNeighbors
+from torch.distributions import Distribution
 
-from scuvae._checks import flag, whole
-from scuvae._keys import Keys
+from scuvae._checks import flag, random_state_alias, whole
+from scuvae._keys import DEFAULT, Keys
 from scuvae.inference.embedding import Basis, place
+from scuvae.inference.local_steps import draw
 from scuvae.io import inputs
 from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.model import VAE
+from scuvae.pp._graph import nearest, rows, stability, times_near
+from scuvae.pp._shared import generator_of, target
 
 
+@random_state_alias
 def neighbors(
     adata: AnnData,
     *,
     key: str | None = None,
     n_neighbors: int = 15,
-    n_samples: int = 10,
+    n_samples: int = 20,
     key_added: str | None = None,
-    rng: int | np.random.Generator = 0,
+    rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Neighbours from posteriors: an edge weighs how often two cells are near each other.
+    """Neighbour graph from posteriors: an edge weighs how often its two cells are neighbours.
 
-    Every cell's z is drawn from its posterior ``n_samples`` times and placed in the fit's map
-    (:func:`scuvae.tl.embed`). ``scanpy.tl.umap``, ``leiden``, ``paga`` and ``diffmap`` run on the
-    result as on that of ``scanpy.pp.neighbors``.
+    Every cell is drawn from its posterior, all cells anew ``n_samples`` times, and placed in the
+    map of :func:`scuvae.tl.embed`; each draw has nearest neighbours of its own. Two cells that the
+    counts put side by side have an edge of weight 1; a cell that may lie in many places has many
+    edges, all of them light. ``sc.tl.umap``, ``sc.tl.leiden``, ``sc.tl.paga`` and
+    ``sc.tl.diffmap`` run on the graph as on one of ``sc.pp.neighbors``.
 
     Parameters
     ----------
     adata
-        Cells with a fit and its map.
+        Fitted by :func:`scuvae.tl.fit`, or projected, with its map.
     key
         The fit; None for the default.
     n_neighbors
-        Neighbours a draw, the cell itself among them, as scanpy counts.
+        Size of a neighbourhood. As in scanpy the cell itself counts: it has ``n_neighbors − 1``
+        neighbours in each draw.
     n_samples
-        Draws, at least two.
+        Draws, at least 2. A weight's standard error is at most .5/√n_samples; a cell has at most
+        ``(n_neighbors − 1) · n_samples`` edges of its own.
     key_added
-        As in scanpy: the name in ``uns``, and the beginning of those in ``obsp``.
+        None for scanpy's own slots; ``"k"`` for ``uns["k"]``, ``obsp["k_connectivities"]`` and
+        ``obsp["k_distances"]``, to be named to scanpy as ``neighbors_key="k"``.
     rng
-        Seed or :class:`numpy.random.Generator`.
+        Seed, Generator or None; ``random_state`` is an alias.
     copy
         Return a copy with the result and leave ``adata`` alone.
 
@@ -51,80 +63,125 @@ def neighbors(
     None, or with ``copy=True`` the AnnData. Sets:
 
     ``obsp["connectivities"]``
-        Mean over both directions of the share of draws in which one is a neighbour of the other.
+        Symmetric, sparse, float32, 0 to 1: (P + Pᵀ)/2, where P_ij is the share of draws in which
+        j is among the neighbours of i. All weights sum to n_obs · (n_neighbors − 1).
     ``obsp["distances"]``
-        Distances in the map between the posterior means of a cell and its nearest.
+        Sparse, ``n_neighbors − 1`` entries a cell: the distances in the map between posterior
+        means, as ``sc.pp.neighbors(adata, use_rep="X_scuvae_embed")`` would have them.
     ``uns["neighbors"]``
-        As scanpy writes it.
+        Scanpy's description of the graph.
     ``obs["scuvae_neighbor_stability"]``
-        Expected share of a cell's neighbours in one draw that are its neighbours in another.
+        The share of a cell's neighbours that two draws are expected to have in common, 0 to 1,
+        float32: low where a cell's place among the others is not known.
 
     Raises
     ------
-    ValueError, TypeError
-        No fit or no map under ``key``; ``n_neighbors`` or ``n_samples`` out of range.
+    ValueError
+        ``adata`` holds no fit under ``key``, or no map of it; ``n_neighbors`` is not below the
+        number of cells; ``key_added`` is the name of a fit.
+
+    Notes
+    -----
+    Above 16,384 cells neighbours are searched approximately, by pynndescent. Draws of different
+    cells are independent of each other, as posteriors are given the decoder.
+
+    Stability says how well the cells around a cell can be told apart, not how well its type is
+    known: it is low within a large group of cells that are alike, and high in a group of no more
+    than ``n_neighbors``, whatever their posteriors.
 
     Examples
     --------
     >>> import scuvae
     >>> adata = scuvae.datasets.pbmc68k_counts()
     >>> scuvae.tl.fit(adata, max_epochs=5)
-    >>> scuvae.pp.neighbors(adata, n_samples=3)
+    >>> scuvae.pp.neighbors(adata, n_samples=5)
     >>> adata.obsp["connectivities"].shape
     (700, 700)
+    >>> bool(adata.obs["scuvae_neighbor_stability"].between(0, 1).all())
+    True
     """
     fit = read_fit(inputs.check_anndata(adata), key)
+    n_neighbors = whole("n_neighbors", n_neighbors, at_least=2)
+    n_samples = whole("n_samples", n_samples, at_least=2)
     flag("copy", copy)
-    k, n_samples = whole("n_neighbors", n_neighbors) - 1, whole("n_samples", n_samples)
-    if not 1 <= k < adata.n_obs - 1:
+    if n_neighbors >= adata.n_obs:
         raise ValueError(
-            f"n_neighbors={n_neighbors} of {adata.n_obs} cells: pass at least 2 and fewer than "
-            "there are cells"
+            f"n_neighbors={n_neighbors} for {adata.n_obs} cells: pass fewer than there are cells"
         )
-    if n_samples < 2:
-        raise ValueError(f"n_samples={n_samples}: pass 2 or more, to see what differs")
-    keys, entry = Keys.of(key), read_entry(adata, key)
-    if "embed" not in entry or keys.embed not in adata.obsm:
-        raise ValueError(f"adata.obsm has no map {keys.embed!r}: call scuvae.tl.embed first")
-    q, n = read_posterior(adata, key), adata.n_obs
-    saved = entry["embed"]
+    slots = _slots(adata, key_added)
+    generator = generator_of(rng)
+    keys = Keys.of(key)
+    saved = read_entry(adata, key).get("embed")
+    if saved is None or keys.embed not in adata.obsm:
+        missing = f"uns[{keys.uns!r}]" if saved is None else f"obsm[{keys.embed!r}]"
+        argument = "" if keys.uns == DEFAULT else f", key={keys.uns!r}"
+        raise ValueError(
+            f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
+        )
     basis = Basis(
-        torch.as_tensor(np.array(saved["centre"])),
-        torch.as_tensor(np.array(saved["components"])),
-        float(saved["total"]),
-        int(saved["n_batches"]),
+        centre=torch.as_tensor(np.array(saved["centre"])),
+        components=torch.as_tensor(np.array(saved["components"])),
+        total=float(saved["total"]),
+        n_batches=int(saved["n_batches"]),
     )
-    generator = np.random.default_rng(rng)
-    often = sp.csr_matrix((n, n))
-    for _ in range(n_samples):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(generator.integers(2**63)))
-            z = q.sample()
-        often = often + _graph(place(fit.model, z, basis, len(fit.batches)).numpy(), k)
-    pairs = often.multiply(often - often.sign())  # ordered pairs of draws that share an edge
-    stability = np.asarray(pairs.sum(1)).ravel() / (k * n_samples * (n_samples - 1))
+    q = read_posterior(adata, key)
 
-    out = adata.copy() if copy else adata
-    names = ("connectivities", "distances")
-    if key_added is not None:
-        names = (f"{key_added}_connectivities", f"{key_added}_distances")
-    out.obsp[names[0]] = sp.csr_matrix((often + often.T) / (2 * n_samples), dtype=np.float32)
-    out.obsp[names[1]] = _graph(adata.obsm[keys.embed], k, mode="distance")
-    out.uns["neighbors" if key_added is None else key_added] = {
-        "connectivities_key": names[0],
-        "distances_key": names[1],
-        "params": {
-            "n_neighbors": n_neighbors,
-            "method": "umap",
-            "metric": "euclidean",
-            "random_state": 0,
-            "use_rep": keys.embed,
-        },
+    k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
+    draws = _draws(fit.model, q, basis, len(fit.batches), n_samples, generator)
+    times = times_near(draws, k, seed)
+    weights = (times + times.T) / (2 * n_samples)
+    means = np.asarray(adata.obsm[keys.embed], np.float32)
+    indices, distances = nearest(means, k, seed)
+
+    params: dict[str, Any] = {
+        "n_neighbors": n_neighbors,
+        # Memberships between 0 and 1, as UMAP's: scanpy's umap warns of any other word here.
+        "method": "umap",
+        "metric": "euclidean",
+        "use_rep": keys.embed,
     }
-    out.obs[keys.obs["neighbor_stability"]] = stability.astype(np.float32)
+    if isinstance(rng, int | np.integer):
+        params["random_state"] = int(rng)
+    out = target(adata, copy)
+    out.obsp[slots["distances_key"]] = rows(indices, distances.astype(np.float64))
+    out.obsp[slots["connectivities_key"]] = weights.tocsr().astype(np.float32)
+    out.uns["neighbors" if key_added is None else key_added] = {**slots, "params": params}
+    out.obs[keys.obs["neighbor_stability"]] = stability(times, k, n_samples)
     return out if copy else None
 
 
-def _graph(points: np.ndarray, k: int, mode: str = "connectivity") -> sp.csr_matrix:
-    found = NearestNeighbors(n_neighbors=k).fit(points)
-    return sp.csr_matrix(found.kneighbors_graph(mode=mode))
+def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
+    """Names in ``obsp``, as scanpy makes them from ``key_added``."""
+    if key_added is None:
+        return {"connectivities_key": "connectivities", "distances_key": "distances"}
+    if not isinstance(key_added, str) or not key_added or "/" in key_added:
+        raise ValueError(
+            f"key_added={key_added!r} cannot name a graph: pass a string without '/', or None for "
+            "scanpy's own slots"
+        )
+    entry = adata.uns.get(key_added)
+    if hasattr(entry, "keys") and "state" in entry:
+        raise ValueError(
+            f"key_added={key_added!r} is the name of a fit, which adata.uns[{key_added!r}] holds: "
+            f"pass another, such as {key_added + '_neighbors'!r}"
+        )
+    return {
+        "connectivities_key": f"{key_added}_connectivities",
+        "distances_key": f"{key_added}_distances",
+    }
+
+
+@torch.no_grad()
+def _draws(
+    model: VAE,
+    q: Distribution,
+    basis: Basis,
+    n_batches: int,
+    n_samples: int,
+    generator: np.random.Generator,
+) -> Iterator[np.ndarray]:
+    """All cells in the map, each at a draw of its own from q, so many times."""
+    for _ in range(n_samples):
+        noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
+        z = draw(q, torch.from_numpy(noise).unsqueeze(0)).squeeze(0)
+        yield place(model, z, basis, n_batches).numpy()
