@@ -15,6 +15,8 @@ from scuvae.inference.local_steps import draw, normal_points
 from scuvae.model import VAE, Batch
 from scuvae.model.batch import sparse
 
+# Draws that tl.denoise takes expectations over: of its means totals should be right.
+DENOISING_DRAWS = 8
 # A gene's mean is moved by no more than this factor; a gene without a count has so small a total.
 _LARGEST = 100.0
 _LEAST = 1e-8
@@ -69,4 +71,4 @@ class GeneTotals:
         largest = math.log(_LARGEST)
         shift = self.ratio.log().neg().clamp(-largest, largest)
         bias = self.model.decoder.output.bias
-        bias += shift.to(bias)
+        bias.add_(shift.to(bias))

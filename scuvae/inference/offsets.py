@@ -142,7 +142,7 @@ class _Climb:
             of_z = output.weight.detach()[:, -1 - model.n_latent : -1].clone()
             output.weight[:, -1] = 0.0
             self.intercepts = output.bias.detach().clone()
-            output.bias += centre[width:, 0]
+            output.bias.add_(centre[width:, 0])
             known_bias = known[width:] + self.intercepts.unsqueeze(1)
             self.blocks.append(_Block(output.bias, of_z, known_bias))
         self.batches = [replace(b, covariates=centre.new_ones(len(b), 1)) for b in cells]

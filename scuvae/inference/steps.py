@@ -77,9 +77,9 @@ class Step:
             losses[2] = extra
         posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=self._rate)
         if self.output_precision is not None:
-            weight = model.decoder.output.weight
-            if weight.grad is not None:
-                weight.grad.addcmul_(weight.detach(), self.output_precision)
+            output = model.decoder.output.weight
+            if output.grad is not None:
+                output.grad.addcmul_(output.detach(), self.output_precision)
         self.optimizer.step()
         return losses
 

@@ -166,8 +166,8 @@ def _log_tail(score: Tensor, ordered: Tensor, weight: Tensor) -> Tensor:
     right = torch.searchsorted(ordered, score).clamp(1, n - 1)
     low, high = ordered[right - 1], ordered[right]
     part = ((score - low) / (high - low).clamp_min(_TINY)).clamp(0, 1)
-    shares = [share.gather(1, k.unsqueeze(1)).squeeze(1) for k in (right - 1, right)]
-    body = torch.lerp(*shares, part).log()
+    before, after = (share.gather(1, k.unsqueeze(1)).squeeze(1) for k in (right - 1, right))
+    body = torch.lerp(before, after, part).log()
     under = (score - ordered[0]) / ordered.std().clamp_min(_TINY)
     body = torch.where(under < 0, share[:, 0].log() * under.exp(), body)  # towards certainty
     return torch.where(score > threshold, tail, body)

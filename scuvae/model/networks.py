@@ -13,9 +13,9 @@ from scuvae.model.rising import asks_gradient, compiled
 from scuvae.model.rows import accumulate
 
 # Precisions of a normal prior of the weights that make η, where η is a logarithm: so many counts
-# of a gene say as much. What hidden units add to the linear path has to be earned.
-import os
-_HIDDEN_PRECISION, _LINEAR_PRECISION = float(os.environ.get("S_LW", "100")), float(os.environ.get("S_LV", "3"))
+# of a gene say as much. What hidden units add to the linear path has to be earned, among few cells
+# dearly: those are fitted best by a decoder that is all but linear.
+_HIDDEN_PRECISION, _LINEAR_PRECISION, _FEW_CELLS = 30.0, 3.0, 5000
 
 
 class Decoder(nn.Module):
@@ -74,12 +74,13 @@ class Decoder(nn.Module):
         """The last layer."""
         return _linear(list(self.layers)[-1])
 
-    def output_precision(self) -> Tensor:
+    def output_precision(self, n_obs: int) -> Tensor:
         """Precisions of a normal prior of the last layer's weights, (1, width), for logits η."""
         weight = self.output.weight
         precision = weight.new_full((1, weight.shape[1]), _LINEAR_PRECISION)
         if len(self.layers) > 1:
-            precision[:, : weight.shape[1] - self.n_beside] = _HIDDEN_PRECISION
+            hidden = _HIDDEN_PRECISION * (1 + _FEW_CELLS / n_obs)
+            precision[:, : weight.shape[1] - self.n_beside] = hidden
         return precision
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from anndata import AnnData
 
 from scuvae._checks import whole
 from scuvae._keys import Keys
+from scuvae.inference.gene_totals import DENOISING_DRAWS
 from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
@@ -18,7 +19,7 @@ def denoise(
     *,
     key: str | None = None,
     layer_added: str | None = None,
-    n_samples: int = 16,
+    n_samples: int = DENOISING_DRAWS,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:

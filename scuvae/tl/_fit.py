@@ -2,6 +2,7 @@
 
 import copy as copying
 import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from scuvae.io.state import build_model, model_to_arrays, write_posterior
 from scuvae.model import LIKELIHOODS, Likelihood
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 from scuvae.tl._run import run
-from scuvae.tl._settings import Settings
+from scuvae.tl._settings import DROPOUT, Settings
 from scuvae.tl._shared import logger, random_state, resolve_device, target
 
 
@@ -112,9 +113,9 @@ def fit(
     kl_weight
         Weight of the KL term; 1 is the ELBO.
     dropout
-        Share of the decoder's hidden units that a training step drops; None: 0 with rmsprop,
-        sgd or gradient steps; else 1000 / (1000 + cells), at most 0.5: few cells are overfitted
-        most.
+        Share of the decoder's hidden units that a training step drops; None: 0 with rmsprop, sgd or
+        gradient steps; else 0.05 for counts and 1000 / (1000 + cells), at most 0.5, for other
+        values.
     early_stopping
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values
@@ -210,6 +211,9 @@ def fit(
         counts=chosen.counts,
         fractions=not check_values,
     )
+    if dropout is None and settings.linear_path and chosen.counts:
+        # Its weights' prior keeps such a decoder from overfitting.
+        settings = replace(settings, dropout=DROPOUT)
     codes, batches = inputs.batch_codes(adata, batch_key)
     size_factor = inputs.size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)

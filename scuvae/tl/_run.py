@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from scuvae.inference.gene_totals import GeneTotals
+from scuvae.inference.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.optimizers import OPTIMIZERS
 from scuvae.inference.posteriors import (
     POSTERIORS,
@@ -58,6 +58,9 @@ def run(
     if measured and table is not None:
         some = training[torch.randperm(len(training))[:_MOST_TO_START].sort().values]
         start_decoder(model, cells.batch(some), table.mean[some])
+    precision = None
+    if measured and counts:
+        precision = model.decoder.output_precision(len(training))
     judge = None
     if len(validation):
         judge = HeldOutCells(
@@ -83,7 +86,7 @@ def run(
             max_epochs=settings.max_epochs,
             n_samples=settings.n_samples,
             kl_weight=settings.kl_weight,
-            output_precision=model.decoder.output_precision() if measured and counts else None,
+            output_precision=precision,
             learning_rate_at=_cosine if cosine else lambda progress: 1.0,
             held_out=judge,
             evaluate_every=every,
@@ -106,7 +109,7 @@ def run(
     for batch in _everyone(model, cells):
         totals.add(batch, _present(model, posterior, batch, settings)[0])
     totals.give_back()
-    totals = GeneTotals(model, 2 * totals.n_samples)
+    totals = GeneTotals(model, DENOISING_DRAWS)
     parts = final_posterior(model, posterior, cells, settings, totals)
     found = moments(parts, settings.covariance)
     totals.give_back()

@@ -14,7 +14,9 @@ LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
 BATCH_SIZE = 128
 # Epochs where one takes a single step; with more cells fewer are needed, but more steps.
 EPOCHS = 425
-# A decoder overfits few cells: as many drop every second hidden unit.
+# Of counts, whose decoders have a prior.
+DROPOUT = 0.05
+# Others overfit few cells: as many drop every second hidden unit.
 DROPOUT_CELLS = 1000
 INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
 
