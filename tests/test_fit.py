@@ -90,9 +90,9 @@ def test_slots_are_those_of_the_contract(
     full = amortized is not True  # local steps are natural by default
 
     expected = keys_by_slot(before)
-    expected["obsm"] |= {x, f"{x}_scale"} | ({f"{x}_covariance"} if full else set())
+    expected["obsm"] |= {x, f"{x}_scale", f"{x}_embed"} | ({f"{x}_covariance"} if full else set())
     expected["uns"] |= {uns}
-    expected["obs"] |= {f"{uns}_split"}
+    expected["obs"] |= {f"{uns}_split", f"{uns}_scale"}
     assert keys_by_slot(adata) == expected
     assert fingerprint(adata.X) == fingerprint(before.X)
 

@@ -1,5 +1,6 @@
 """AnnData in: the matrix a fit sees, checked before any work."""
 
+import warnings
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -14,6 +15,10 @@ from scuvae._errors import near
 _LARGEST = np.finfo(np.float32).max
 # A column of floats with more values than this is a measurement, not a batch.
 MOST_FLOAT_BATCHES = 20
+# Values may be counts for the most part: when so small a share is not whole.
+_FEW_FRACTIONS = 0.1
+# Cells whose values are looked at for what they are multiples of, and how many say something.
+_MOST_LOOKED_AT, _FEWEST_LOOKED_AT = 50, 5
 
 
 def check_type(adata: object, name: str = "adata") -> AnnData:
@@ -212,18 +217,91 @@ def _place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, co
 
 def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
     """Where counts are: a layer that holds some, or advice."""
-    for name in [None, *adata.layers]:
-        candidate = adata.X if name is None else adata.layers[name]
-        if name == layer or not isinstance(getattr(candidate, "dtype", None), np.dtype):
-            continue
-        if (sp.issparse(candidate) or isinstance(candidate, np.ndarray)) and is_whole(candidate):
-            if not fitting:
-                return f"{slot_name(name)} holds some: put them there"
-            where = f"layer={name!r}" if name else "layer=None (adata.X)"
-            return f"Pass {where}, which holds whole counts, or likelihood='gaussian'"
+    where, how = counts_elsewhere(adata, layer)
+    if where and not fitting:
+        return f"{where} holds some: put them there"
+    if where:
+        return f"{how}: {where} holds whole counts. Or pass likelihood='gaussian'"
     if not fitting:
         return "Put raw counts there, as in the fit"
     return "Pass layer= with raw counts, or likelihood='gaussian'"
+
+
+def counts_elsewhere(adata: AnnData, layer: str | None) -> tuple[str, str]:
+    """A slot other than ``layer`` that holds whole counts, and how to fit these; or two "".
+
+    Of all layers, then of ``adata.raw``; what is not in memory is not looked at.
+    """
+    for name in dict.fromkeys([None, *adata.layers]):
+        if name != layer and _holds_counts(adata.X if name is None else adata.layers[name]):
+            how = f"layer={name!r}" if name else "layer=None (adata.X)"
+            return slot_name(name), f"Pass {how}"
+    # Of raw all of adata's genes, whatever else it has: as layers are.
+    raw = adata.raw
+    if raw is not None and adata.var_names.isin(raw.var_names).all() and _holds_counts(raw.X):
+        put = "adata.layers['counts'] = adata.raw[:, adata.var_names].X"
+        return "adata.raw", f"Set {put} and pass layer='counts'"
+    return "", ""
+
+
+def _holds_counts(x: Any) -> bool:
+    if not isinstance(getattr(x, "dtype", None), np.dtype) or x.dtype.kind not in "buif":
+        return False
+    return (sp.issparse(x) or isinstance(x, np.ndarray)) and is_whole(x)
+
+
+def warn_of_counts_meant(x: Any, adata: AnnData, layer: str | None, genes: Any) -> None:
+    """Warn, at the line that called the verb, where real values stand for counts.
+
+    ``x`` has values that are no whole counts. Where they are all non-negative, and counts lie
+    elsewhere, or nearly all of them are whole, or each cell's are multiples of one (normalised
+    counts) or the logarithm of that, a Gaussian is hardly what was meant.
+    """
+    values = x.data if sp.issparse(x) else x
+    if _find(values, lambda v: v < 0, kinds="if")[0]:
+        return
+    where, how = counts_elsewhere(adata, layer)
+    present = _find(values, lambda v: v > 0, kinds="f")[0]
+    count, first = _find(values, lambda v: v != np.rint(v), kinds="f")
+    rounded = _find(values, lambda v: np.abs(v - np.rint(v)) > 1e-3, kinds="f")[0]
+    if rounded < _FEW_FRACTIONS * present:
+        found = f"{_place(x, first, adata, layer, genes, count)}, nearly all else is whole"
+    elif _multiples(x):
+        found = f"{slot_name(layer)} seems to hold normalised counts"
+    elif where:
+        found = f"{slot_name(layer)} holds no whole numbers"
+    else:
+        return
+    advice = f"{how}: {where} holds whole counts" if where else "Pass layer= with raw counts"
+    warnings.warn(
+        f"{found}: likelihood='auto' takes a Gaussian. {advice}. Or pass likelihood='gaussian' to "
+        "fit these values without this warning",
+        stacklevel=5,
+    )
+
+
+def _multiples(x: Any) -> bool:
+    """Whether each of some cells' values, or what they are the log(1 + ·) of, are whole multiples
+    of its smallest."""
+    rows = np.linspace(0, x.shape[0] - 1, min(x.shape[0], _MOST_LOOKED_AT)).astype(int)
+    several = []
+    for row in np.unique(rows):
+        values = x[[row]].toarray().ravel() if sp.issparse(x) else np.asarray(x[row])
+        values = values[values > 0].astype(np.float64)
+        if len(np.unique(values)) > 1:
+            several.append(values)
+
+    def whole(values: np.ndarray) -> bool:
+        ratio = values / values.min()
+        return bool(np.all(np.abs(ratio - np.rint(ratio)) < 1e-3 * ratio))
+
+    if len(several) < _FEWEST_LOOKED_AT:
+        return False
+    # A cell whose smallest count is not one is none of these.
+    return any(
+        np.mean([whole(change(values)) for values in several]) > 0.5
+        for change in (np.array, np.expm1)
+    )
 
 
 def _blocks(values: np.ndarray, rows: int = 2**22) -> Any:

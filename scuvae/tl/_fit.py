@@ -202,6 +202,8 @@ def fit(
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes)
     chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    if likelihood == "auto" and not chosen.counts:
+        inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     inputs.check_values(
         matrix,
         adata,
