@@ -97,6 +97,7 @@ def test_slots_are_those_of_the_contract(
     assert fingerprint(adata.X) == fingerprint(before.X)
 
     widths = {x: N_LATENT, f"{x}_scale": N_LATENT, f"{x}_covariance": N_LATENT * (N_LATENT + 1) / 2}
+    widths[f"{x}_embed"] = min(30, before.n_obs, before.n_vars)
     for name, values in adata.obsm.items():
         assert type(values) is np.ndarray
         assert values.dtype == np.float32
@@ -107,7 +108,7 @@ def test_slots_are_those_of_the_contract(
     split = adata.obs[f"{uns}_split"]
     assert list(split.cat.categories) == ["train", "validation"]
     assert (split == "validation").sum() == N_OBS // 10
-    assert set(adata.uns[uns]) == {"params", "history", "var_names", "state"}
+    assert set(adata.uns[uns]) == {"params", "history", "var_names", "state", "embed"}
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -187,7 +188,8 @@ def test_params_and_state(likelihood: str, amortized: bool | str) -> None:
 
     state = entry["state"]
     assert set(state) == {"decoder", "likelihood"} | (set() if amortized is False else {"encoder"})
-    assert state["decoder"]["layers.1.weight"].shape == (N_VARS, 8)
+    # What is hidden, and z beside it.
+    assert state["decoder"]["layers.1.weight"].shape == (N_VARS, 8 + N_LATENT)
     for part in state.values():
         assert all(np.isfinite(array).all() for array in part.values())
     model = get.model(adata)

