@@ -56,6 +56,7 @@ def model_of(
     n_hidden: int = 16,
     n_layers: int = 1,
     n_covariates: int = 0,
+    linear_path: bool = False,
     gain: float = 2.0,
     encoder: bool = False,
     covariance: str = "diagonal",
@@ -64,7 +65,12 @@ def model_of(
 ) -> VAE:
     """A random model in evaluation mode; ``gain`` says how much the latent variable matters."""
     decoder = Decoder(
-        n_latent, n_vars, n_hidden=n_hidden, n_layers=n_layers, n_covariates=n_covariates
+        n_latent,
+        n_vars,
+        n_hidden=n_hidden,
+        n_layers=n_layers,
+        n_covariates=n_covariates,
+        linear_path=linear_path,
     )
     with torch.no_grad():
         for layer in decoder.layers:

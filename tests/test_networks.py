@@ -50,11 +50,31 @@ def test_covariates_shift_the_first_layer(n_layers: int) -> None:
 
 
 @pytest.mark.parametrize("n_covariates", [0, 2])
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_the_linear_path_adds_z_and_batches_to_the_output(n_layers: int, n_covariates: int) -> None:
+    sizes = {"n_hidden": 5, "n_layers": n_layers, "n_covariates": n_covariates}
+    decoder = Decoder(3, 7, linear_path=True, **sizes).double()
+    plain = Decoder(3, 7, **sizes).double()
+    state = decoder.state_dict()
+    last = f"layers.{n_layers}.weight"
+    of_hidden, of_z, of_batch = state[last].split([5, 3, n_covariates], 1)
+    plain.load_state_dict(state | {last: of_hidden})
+    z = torch.randn(2, 4, 3, dtype=torch.float64)
+    one_hot = torch.eye(2, dtype=torch.float64)[[0, 1, 1, 0]] if n_covariates else None
+    expected = plain(z, one_hot) + z @ of_z.T
+    if one_hot is not None:
+        expected = expected + one_hot @ of_batch.T
+    torch.testing.assert_close(decoder(z, one_hot), expected)
+    # A linear decoder is its own linear path.
+    assert not Decoder(3, 7, n_layers=0, linear_path=True).linear_path
+
+
+@pytest.mark.parametrize("linear_path", [False, True])
+@pytest.mark.parametrize("n_covariates", [0, 2])
 @pytest.mark.parametrize("n_layers", [0, 1, 2, 3])
-def test_jacobian_is_autograds(n_layers: int, n_covariates: int) -> None:
-    decoder = Decoder(
-        3, 7, n_hidden=5, n_layers=n_layers, n_covariates=n_covariates, dropout=0.5
-    ).double()
+def test_jacobian_is_autograds(n_layers: int, n_covariates: int, linear_path: bool) -> None:
+    sizes = {"n_hidden": 5, "n_layers": n_layers, "n_covariates": n_covariates}
+    decoder = Decoder(3, 7, dropout=0.5, linear_path=linear_path, **sizes).double()
     z = torch.randn(4, 3, dtype=torch.float64)
     one_hot = torch.eye(2, dtype=torch.float64)[[0, 1, 1, 0]] if n_covariates else None
     decoder.train()

@@ -107,12 +107,18 @@ def test_few_common_genes_warn_once() -> None:
 
 
 def simulated(
-    likelihood: str, n_cells: int, *, n_layers: int = 1, n_vars: int = 60, seed: int = 0
+    likelihood: str,
+    n_cells: int,
+    *,
+    n_layers: int = 1,
+    n_vars: int = 60,
+    linear_path: bool = False,
+    seed: int = 0,
 ) -> tuple[VAE, Batch, torch.Tensor]:
     """A decoder that knows three batches, cells of a fourth, and that one's offset."""
     torch.manual_seed(seed)
     options = {"n_vars": n_vars, "n_latent": 2, "n_layers": n_layers, "dtype": torch.float32}
-    model = model_of(likelihood, n_covariates=4, **options)
+    model = model_of(likelihood, n_covariates=4, linear_path=linear_path, **options)
     offsets = 0.7 * torch.randn_like(known_offsets(model))
     model = with_offsets(model, offsets)
     covariates = torch.eye(4)[3].expand(n_cells, -1)
@@ -134,11 +140,17 @@ def best_elbo(model: VAE, batch: Batch, offset: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "n_layers"),
-    [*((name, 1) for name in LIKELIHOOD_NAMES), ("poisson", 0), ("poisson", 2)],
+    ("likelihood", "n_layers", "linear_path"),
+    [
+        *((name, 1, False) for name in LIKELIHOOD_NAMES),
+        *(("poisson", 0, False), ("poisson", 2, False)),
+        *(("poisson", 1, True), ("negative_binomial", 1, True), ("gaussian", 2, True)),
+    ],
 )
-def test_the_estimate_is_as_good_as_the_truth(likelihood: str, n_layers: int) -> None:
-    model, batch, truth = simulated(likelihood, 60, n_layers=n_layers)
+def test_the_estimate_is_as_good_as_the_truth(
+    likelihood: str, n_layers: int, linear_path: bool
+) -> None:
+    model, batch, truth = simulated(likelihood, 60, n_layers=n_layers, linear_path=linear_path)
     before = fingerprint({n: p.detach().numpy() for n, p in model.named_parameters()})
     found = estimate_offset(model, [batch], "full")
     assert fingerprint({n: p.detach().numpy() for n, p in model.named_parameters()}) == before

@@ -37,12 +37,24 @@ def assert_near(found: Any, expected: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n_samples", [1, 3])
-@pytest.mark.parametrize(("n_layers", "n_covariates"), [(0, 0), (0, 2), (1, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("n_layers", "n_covariates", "linear_path"),
+    [
+        *((0, 0, False), (0, 2, False), (1, 0, False), (1, 2, False), (2, 2, False)),
+        *((1, 0, True), (1, 2, True), (2, 2, True)),
+    ],
+)
 @pytest.mark.parametrize("name", UNIQUE)
 def test_slopes_are_autograds(
-    name: str, n_layers: int, n_covariates: int, n_samples: int, dtype: torch.dtype
+    name: str,
+    n_layers: int,
+    n_covariates: int,
+    linear_path: bool,
+    n_samples: int,
+    dtype: torch.dtype,
 ) -> None:
-    model = model_of(name, n_layers=n_layers, n_covariates=n_covariates).to(dtype).train()
+    sizes = {"n_layers": n_layers, "n_covariates": n_covariates, "linear_path": linear_path}
+    model = model_of(name, **sizes).to(dtype).train()
     model.decoder.dropout = 0.25
     covariates = None
     if n_covariates:

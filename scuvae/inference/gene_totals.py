@@ -66,7 +66,8 @@ class GeneTotals:
         """Move the decoder's intercepts so that predicted totals are the observed ones.
 
         One round of b_g += ln(Σ_i x_ig / Σ_i μ_ig); the softmax couples genes, so that what is off
-        by a tenth is off by a hundredth afterwards.
+        by a tenth is off by a hundredth afterwards. With zero inflation expected counts add up to
+        less than a cell's total, whatever the intercepts: genes then share what is missing.
         """
         largest = math.log(_LARGEST)
         shift = self.ratio.log().neg().clamp(-largest, largest)
