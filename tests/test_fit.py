@@ -638,3 +638,60 @@ def test_scanpy_goes_on_by_the_path_of_many_cells() -> None:
     adata = fitted("negative_binomial", SCHEMES[0])
     sc.pp.neighbors(adata, use_rep="X_scuvae", n_neighbors=10, transformer="pynndescent")
     assert (np.diff(adata.obsp["distances"].indptr) > 0).all()
+
+
+# --- a Gaussian where counts were meant -----------------------------------------------------------
+
+
+def _logs_beside_a_layer(adata: AnnData) -> None:
+    adata.layers["counts"], adata.X = sp.csr_matrix(adata.X), np.log1p(adata.X)
+
+
+def _logs_beside_raw(adata: AnnData) -> None:
+    adata.raw = adata.copy()
+    adata.X = np.log1p(adata.X)
+
+
+def _one_fraction(adata: AnnData) -> None:
+    adata.X[5, 3] = 2.5
+
+
+def _rounding(adata: AnnData) -> None:
+    adata.X = adata.X.astype(np.float64) * (1 + 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (_logs_beside_a_layer, ["Gaussian", "layer='counts'"]),
+        (_logs_beside_raw, ["Gaussian", "adata.raw", "adata.raw[:, adata.var_names].X"]),
+        (_one_fraction, ["Gaussian", "2.5", "'cell5'", "'gene3'"]),
+        (_rounding, ["Gaussian", "nearly", "round them"]),
+    ],
+)
+def test_auto_warns_where_counts_were_meant(change: Any, parts: list[str]) -> None:
+    adata = small_counts()
+    change(adata)
+    with pytest.warns(UserWarning, match="Gaussian") as caught:
+        small_fit(adata, likelihood="auto", max_epochs=1)
+    text = str(caught[0].message)
+    assert all(part in text for part in parts), text
+    assert adata.uns["scuvae"]["params"]["likelihood"] == "gaussian"
+
+
+def test_auto_does_not_warn_of_real_values() -> None:
+    centred, logs, counts = small_counts(), small_counts(), small_counts()
+    _logs_beside_a_layer(centred)
+    centred.X -= 1
+    logs.X = np.log1p(logs.X)
+    for adata in (centred, logs, counts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            small_fit(adata, likelihood="auto", max_epochs=1)
+
+
+def test_count_likelihoods_say_that_raw_holds_counts() -> None:
+    adata = small_counts()
+    _logs_beside_raw(adata)
+    with pytest.raises(ValueError, match=r"adata\.raw holds whole counts.*layer='counts'"):
+        small_fit(adata, likelihood="negative_binomial")

@@ -128,7 +128,7 @@ def is_whole(x: Any) -> bool:
         return True
     return all(
         bool(np.isfinite(part).all() and (part >= 0).all() and (part == np.rint(part)).all())
-        for part in _blocks(values)
+        for part in blocks(values)
     )
 
 
@@ -149,34 +149,34 @@ def check_values(
     and a matrix of zeros is as good as another.
     """
     values = x.data if sp.issparse(x) else x
-    count, first = _find(values, lambda v: ~(np.abs(v) <= _LARGEST), kinds="f")
+    count, first = find(values, lambda v: ~(np.abs(v) <= _LARGEST), kinds="f")
     if count:
-        place = _place(x, first, adata, layer, genes, count)
-        raise ValueError(f"{place}, which is no finite number in float32. Impute it, or drop it")
+        where = place(x, first, adata, layer, genes, count)
+        raise ValueError(f"{where}, which is no finite number in float32. Impute it, or drop it")
     if counts:
-        count, first = _find(values, lambda v: v < 0, kinds="if")
+        count, first = find(values, lambda v: v < 0, kinds="if")
         negative = count > 0
         if not negative and not fractions:
-            count, first = _find(values, lambda v: v != np.rint(v), kinds="f")
+            count, first = find(values, lambda v: v != np.rint(v), kinds="f")
         if count:
             raise ValueError(
-                f"{_place(x, first, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
+                f"{place(x, first, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
                 f"whole counts. {_remedy(adata, layer, fitting)}"
                 + ("" if negative or not fitting else ". check_values=False fits it all the same")
             )
-    if fitting and not any(part.any() for part in _blocks(values)):
+    if fitting and not any(part.any() for part in blocks(values)):
         raise ValueError(
             f"{slot_name(layer)} is zero everywhere: there is nothing to fit. Pass layer= with "
             "the values to fit"
         )
 
 
-def _find(values: np.ndarray, bad: Callable[[Any], Any], kinds: str) -> tuple[int, int]:
+def find(values: np.ndarray, bad: Callable[[Any], Any], kinds: str) -> tuple[int, int]:
     """How many ``values`` are bad and where the first is; only ``kinds`` of dtype can be."""
     count, first, start = 0, -1, 0
     if values.dtype.kind not in kinds:
         return count, first
-    for part in _blocks(values):
+    for part in blocks(values):
         hits = np.flatnonzero(bad(part))
         if len(hits) and first < 0:
             first = start + int(hits[0])
@@ -185,7 +185,7 @@ def _find(values: np.ndarray, bad: Callable[[Any], Any], kinds: str) -> tuple[in
     return count, first
 
 
-def _place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, count: int) -> str:
+def place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, count: int) -> str:
     """The value at position ``first`` of the stored ones, with its cell and gene."""
     if sp.issparse(x):
         row, column = int(np.searchsorted(x.indptr, first, side="right")) - 1, int(x.indices[first])
@@ -212,12 +212,32 @@ def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
                 return f"{slot_name(name)} holds some: put them there"
             where = f"layer={name!r}" if name else "layer=None (adata.X)"
             return f"Pass {where}, which holds whole counts, or likelihood='gaussian'"
+    raw = in_raw(adata) if fitting else None
+    if raw is not None:
+        return f"adata.raw holds whole counts: {raw}. Or pass likelihood='gaussian'"
     if not fitting:
         return "Put raw counts there, as in the fit"
     return "Pass layer= with raw counts, or likelihood='gaussian'"
 
 
-def _blocks(values: np.ndarray, rows: int = 2**22) -> Any:
+def in_raw(adata: AnnData) -> str | None:
+    """How to copy whole counts out of ``adata.raw``, which may hold other genes than ``adata``."""
+    if adata.raw is None or not holds_counts(adata.raw.X):
+        return None
+    if adata.var_names.isin(adata.raw.var_names).all():
+        return "adata.layers['counts'] = adata.raw[:, adata.var_names].X and layer='counts'"
+    return "counts = adata.raw.to_adata(), which is then fitted"
+
+
+def holds_counts(x: Any) -> bool:
+    """Whether ``x``, if it is in memory, holds whole counts, and not only zeros and ones."""
+    if not (sp.issparse(x) or isinstance(x, np.ndarray)) or x.dtype.kind not in "iuf":
+        return False
+    values = x.data if sp.issparse(x) else x
+    return values.size > 0 and bool(values.max() > 1) and is_whole(x)
+
+
+def blocks(values: np.ndarray, rows: int = 2**22) -> Any:
     """Runs of at most ``rows`` values in C order, so that checks need no matrix-sized masks."""
     if values.ndim == 1:
         return (values[i : i + rows] for i in range(0, len(values), rows))

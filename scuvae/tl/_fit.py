@@ -14,7 +14,7 @@ from scuvae import __version__
 from scuvae._checks import flag, random_state_alias
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.io import inputs
+from scuvae.io import counts_elsewhere, inputs
 from scuvae.io.sources import Cells, source_of
 from scuvae.io.state import build_model, model_to_arrays, write_posterior
 from scuvae.model import LIKELIHOODS, Likelihood
@@ -202,6 +202,10 @@ def fit(
     )
     codes, batches = inputs.batch_codes(adata, batch_key)
     size_factor = inputs.size_factors(adata, size_factor_key)
+    if likelihood == "auto" and not chosen.counts:
+        text = counts_elsewhere.warning(adata, layer, matrix, genes)
+        if text is not None:
+            warnings.warn(text, stacklevel=3)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
 
