@@ -111,16 +111,27 @@ class Keys:
         )
 
     @property
-    def obsm(self) -> tuple[str, ...]:
+    def moments(self) -> tuple[str, ...]:
+        """Slots of q, and of an encoder's beside it."""
         moments = (self.mean, self.scale, self.covariance, self.variance)
         return (*moments, self.encoder, self.encoder_scale, self.embed)
+
+    @property
+    def denoised(self) -> tuple[str, ...]:
+        """Layers, or tables in obsm where not all genes were modelled."""
+        return (self.layer, f"{self.layer}_scale")
+
+    @property
+    def obsm(self) -> tuple[str, ...]:
+        return (*self.moments, *self.denoised)
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
         for slot in (self.uns, self.calibration, self.predictive_check):
             adata.uns.pop(slot, None)
-        if self.layer in adata.layers:
-            del adata.layers[self.layer]
+        for slot in self.denoised:
+            if slot in adata.layers:
+                del adata.layers[slot]
         self.clear_samples(adata)
         for slot in self.obsm:
             if slot in adata.obsm:

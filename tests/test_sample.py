@@ -281,3 +281,29 @@ def test_check_of_sparse_and_of_fewer_genes(nb: AnnData) -> None:
     np.testing.assert_allclose(table["zero_fraction"], (some.X == 0).mean(0))
     # μ sums to the total over the observed genes, whatever z.
     np.testing.assert_allclose(table["mean_predicted"].sum(), some.X.sum(1).mean(), rtol=1e-5)
+
+
+def test_predictive_check_names_the_worst_totals(caplog: pytest.LogCaptureFixture) -> None:
+    """A gene whose decoder bias is put up by log 3 is predicted some three times too high."""
+    adata = small_fit(small_counts(), likelihood="poisson", max_epochs=20)
+    bias = next(
+        name
+        for name, value in reversed(adata.uns["scuvae"]["state"]["decoder"].items())
+        if np.shape(value) == (adata.n_vars,)
+    )
+    adata.uns["scuvae"]["state"]["decoder"][bias][4] += np.log(3)
+    with caplog.at_level("INFO", logger="scuvae"):
+        tl.predictive_check(adata, n_samples=0)
+    table = adata.uns["scuvae_predictive_check"]
+    np.testing.assert_allclose(table["total"], adata.X.sum(0))
+    tl.denoise(adata, n_samples=0)
+    predicted = adata.layers["scuvae_denoised"].sum(0)
+    np.testing.assert_allclose(table["total_predicted"], predicted, rtol=1e-4)  # float32
+    ratio = (predicted + 1) / (adata.X.sum(0) + 1)
+    np.testing.assert_allclose(table["total_ratio"], ratio, rtol=1e-4)
+    (line,) = [m for m in caplog.messages if "off the most" in m]
+    worst = adata.var_names[np.argsort(-np.abs(np.log(ratio)))[:5]]
+    assert worst[0] == "gene4"
+    assert [line.index(f"{name} ") for name in worst] == sorted(
+        line.index(f"{name} ") for name in worst
+    )

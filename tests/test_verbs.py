@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -586,30 +587,133 @@ def test_denoise_is_the_mean_of_the_decoder(likelihood: str, amortized: bool | s
     assert (np.abs(adata.layers["mean"] - draws.mean(0).numpy()) < error + 1e-4).all()
 
 
-def test_denoise_knows_what_it_does_not_know() -> None:
+def test_denoise_leaves_out_what_it_does_not_know(tmp_path: Path) -> None:
+    """Differential expression reads layers: none has a gene that was not modelled."""
     adata = small_counts()
     mask = adata.var["highly_variable"].to_numpy()
     small_fit(adata, mask_var="highly_variable", key_added="k")
-    tl.denoise(adata, key="k")
-    layer = adata.layers["k_denoised"]
-    assert np.isnan(layer[:, ~mask]).all()
-    assert np.isfinite(layer[:, mask]).all()
-    np.testing.assert_allclose(layer[:, mask].sum(1), adata.X[:, mask].sum(1), rtol=1e-4)  # float32
+    tl.denoise(adata, key="k", scale=True)
+    assert not {name for name in adata.layers if name}
+    table = adata.obsm["k_denoised"]
+    assert list(table.columns) == list(adata.var_names[mask])
+    assert list(table.index) == list(adata.obs_names)
+    np.testing.assert_allclose(table.sum(axis=1), adata.X[:, mask].sum(1), rtol=1e-4)  # float32
+    for suffix in ("h5ad", "zarr"):
+        getattr(adata, f"write_{suffix}")(tmp_path / f"a.{suffix}")
+        back = getattr(anndata, f"read_{suffix}")(tmp_path / f"a.{suffix}")
+        for name in ("k_denoised", "k_denoised_scale"):
+            np.testing.assert_array_equal(back.obsm[name], adata.obsm[name])
+            assert list(back.obsm[name].columns) == list(adata.var_names[mask])
 
     order = np.random.default_rng(0).permutation(N_VARS)
     permuted = adata[:, order].copy()
-    del permuted.layers["k_denoised"]
     tl.denoise(permuted, key="k")
-    np.testing.assert_array_equal(permuted.layers["k_denoised"], layer[:, order])
+    assert "k_denoised_scale" not in permuted.obsm  # it belonged to the first call
+    np.testing.assert_array_equal(permuted.obsm["k_denoised"][table.columns], table)
+
+    modelled = adata[:, mask].copy()
+    tl.denoise(modelled, key="k")
+    np.testing.assert_array_equal(modelled.layers["k_denoised"], table)
+    assert "k_denoised" not in modelled.obsm
+    small_fit(adata, key_added="k")
+    assert not [name for name in adata.obsm if "denoised" in name]
 
     # New cells without some of the fit's genes, and with others.
+    reference = small_fit(small_counts(), mask_var="highly_variable", key_added="k")
     new = new_cells(n_vars=N_VARS + 3)[:, 4:].copy()
-    tl.project(new, adata, key="k")
+    tl.project(new, reference, key="k")
     tl.denoise(new)
-    known = new.var_names.isin(adata.var_names[mask])
-    layer = new.layers["scuvae_denoised"]
-    assert np.isnan(layer[:, ~known]).all()
-    np.testing.assert_allclose(layer[:, known].sum(1), new.X[:, known].sum(1), rtol=1e-4)  # float32
+    known = new.var_names.isin(reference.var_names[mask])
+    table = new.obsm["scuvae_denoised"]
+    assert list(table.columns) == list(new.var_names[known])
+    np.testing.assert_allclose(table.sum(axis=1), new.X[:, known].sum(1), rtol=1e-4)  # float32
+    # A total over all of the model's genes: the softmax over all of them, at those observed.
+    tl.denoise(new, library_size=100, n_samples=0)
+    with torch.no_grad():
+        eta = get.model(new).decoder(torch.as_tensor(new.obsm["X_scuvae"]))
+    at = reference.var_names[mask].get_indexer(table.columns)
+    truth = 100 * softmax(eta.numpy().astype(float), 1)[:, at]
+    np.testing.assert_allclose(new.obsm["scuvae_denoised"], truth, rtol=1e-4)  # float32
+
+
+def test_denoise_as_if_from_some_batch_at_some_total() -> None:
+    adata = small_fit(small_counts(), likelihood="poisson", batch_key="batch")
+    z, model = torch.as_tensor(adata.obsm["X_scuvae"]), get.model(adata)
+    share = {}
+    for code, name in enumerate(("b0", "b1")):  # sorted, whatever the categories' order
+        with torch.no_grad():
+            eta = model.decoder(z, torch.eye(2)[[code]].expand(N_OBS, -1))
+        share[name] = softmax(eta.numpy().astype(float), 1)
+    both = (share["b0"] + share["b1"]) / 2
+    genes = ["gene7", "gene2"]
+    for batch, truth in {"b0": share["b0"], ("b1",): share["b1"], "average": both}.items():
+        batch = list(batch) if isinstance(batch, tuple) else batch
+        with unchanged(adata):
+            table = tl.denoise(adata, genes=genes, library_size=1e4, batch=batch, n_samples=0)
+        assert list(table.columns) == genes
+        np.testing.assert_allclose(table, 1e4 * truth[:, [7, 2]], rtol=1e-4)  # float32
+    own = np.where((adata.obs["batch"] == "b0").to_numpy()[:, None], share["b0"], share["b1"])
+    table = tl.denoise(adata, genes=genes, library_size=1, n_samples=0)
+    np.testing.assert_allclose(table, own[:, [7, 2]], rtol=1e-4)
+
+
+def test_denoise_compares_batches_as_strings() -> None:
+    adata = small_counts()
+    adata.obs["batch"] = np.arange(N_OBS) % 2 + 1
+    small_fit(adata, batch_key="batch")
+    one, other = (tl.denoise(adata, genes=["gene0"], batch=name) for name in (1, "1"))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_denoise_says_how_sure_it_is() -> None:
+    adata = fitted("poisson")
+    mean, scale = tl.denoise(adata, genes=list(adata.var_names), n_samples=256, scale=True)
+    q, model, totals = get.posterior(adata), get.model(adata), torch.as_tensor(adata.X.sum(1))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = totals[:, None] * model.decoder(q.sample((4000,))).softmax(-1)
+    # A scale from 4,000 draws is good to 1 or 2 % each, one of 256 quasi-random ones to 15 %.
+    ratio = scale.to_numpy() / draws.std(0).numpy()
+    assert abs(np.median(ratio) - 1) < 0.03
+    assert (np.abs(ratio - 1) < 0.3).all()
+    tl.denoise(adata, scale=True, n_samples=256)
+    np.testing.assert_array_equal(adata.layers["scuvae_denoised"], mean)
+    np.testing.assert_array_equal(adata.layers["scuvae_denoised_scale"], scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "parts"),
+    [
+        ({"genes": "gene1"}, TypeError, ["genes='gene1'", "list of names"]),
+        ({"genes": ["gene1", "gen2"]}, ValueError, ["'gen2'", "Did you mean", "'gene2'"]),
+        ({"genes": ["gene1"], "copy": True}, ValueError, ["writes nothing", "copy="]),
+        ({"batch": "b"}, ValueError, ["batch='b'", "no batch_key"]),
+        ({"key": "k", "batch": "b2"}, ValueError, ["'b2'", "Known: 'b0', 'b1'", "'average'"]),
+        ({"key": "k", "batch": []}, ValueError, ["batch is empty"]),
+        ({"library_size": 0}, ValueError, ["library_size=0", "> 0"]),
+        ({"library_size": "latent"}, TypeError, ["library_size='latent'", "number"]),
+        ({"key": "g", "library_size": 1e4}, ValueError, ["library_size=10000.0", "'gaussian'"]),
+        ({"scale": True, "n_samples": 1}, ValueError, ["scale=True", "n_samples >= 2"]),
+        ({"scale": 1}, TypeError, ["scale=1"]),
+        ({"layer_added": "X_scuvae"}, ValueError, ["layer_added='X_scuvae'", "another name"]),
+    ],
+)
+def test_denoise_errors(options: dict[str, Any], kind: type[Exception], parts: list[str]) -> None:
+    adata = fitted()
+    small_fit(adata, batch_key="batch", key_added="k", max_epochs=1)
+    small_fit(adata, likelihood="gaussian", key_added="g", max_epochs=1)
+    with unchanged(adata), pytest.raises(kind) as error:
+        tl.denoise(adata, **options)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_denoise_writes_no_table_that_a_file_cannot_hold() -> None:
+    adata = small_counts()
+    adata.var_names = ["HLA/A", *adata.var_names[1:]]
+    small_fit(adata, mask_var=np.arange(N_VARS) < 10)
+    with unchanged(adata), pytest.raises(ValueError, match=r"'HLA/A'.*genes="):
+        tl.denoise(adata)
+    assert tl.denoise(adata, genes=["HLA/A"]).shape == (N_OBS, 1)
 
 
 def test_denoise_at_the_size_factors_given() -> None:

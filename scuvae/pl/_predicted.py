@@ -31,7 +31,8 @@ def observed_vs_predicted(
     """Observed value against predicted value, one panel per fit.
 
     Predictions are read from the layers that :func:`scuvae.tl.denoise` writes,
-    ``adata.layers[f"{key}_denoised"]``. Counts are drawn as a density on log1p axes (brighter: more
+    ``adata.layers[f"{key}_denoised"]``, or from the table in ``obsm`` that it writes where not all
+    genes were modelled. Counts are drawn as a density on log1p axes (brighter: more
     entries, on a logarithmic scale), other values as points. Each title has Pearson's correlation
     over all entries, for counts that of log1p values. The red line is observed = predicted.
 
@@ -166,6 +167,8 @@ def _dense(block: Any) -> np.ndarray:
 
 def _denoised(adata: AnnData, key: str) -> Any:
     name = f"{key}_denoised"
+    if name in adata.obsm:  # a table of the modelled genes, where these are not all
+        return adata.obsm[name].reindex(columns=adata.var_names).to_numpy()
     if name not in adata.layers:
         arguments = "" if key == DEFAULT else f", key={key!r}"
         raise ValueError(

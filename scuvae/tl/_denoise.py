@@ -1,12 +1,15 @@
 """tl.denoise: posterior mean expression."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from anndata import AnnData
-from torch.nn import functional as F
+from torch import Tensor
 
 from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
@@ -15,8 +18,11 @@ from scuvae.inference.gene_totals import DENOISING_DRAWS
 from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
 from scuvae.io.state import Fit, read_fit, read_posterior
-from scuvae.model import Batch, gaussian, raw_scale
+from scuvae.model import VAE, Batch, gaussian, raw_scale
 from scuvae.tl._shared import CHUNK, cells_of, places, resolve_device, target
+
+# An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
+MOST_COLUMNS = 4000
 
 
 def denoise(
@@ -25,17 +31,19 @@ def denoise(
     key: str | None = None,
     layer_added: str | None = None,
     library_size: float | None = None,
-    genes: Sequence[str] | None = None,
-    batch: str | Sequence[str] | None = None,
-    return_scale: bool = False,
+    genes: Iterable[str] | None = None,
+    batch: Any = None,
+    scale: bool = False,
     n_samples: int = DENOISING_DRAWS,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame] | None:
     """Posterior mean expression: E_q[E[x | z]] for each cell and gene.
 
-    On the scale of the data: counts at the cell's own size factor, or Gaussian means. Every gene's
-    means add up to its counts over all cells of a fit to counts.
+    On the scale of the data: counts at the cell's own size factor, or Gaussian means. What
+    scvi-tools calls ``get_normalized_expression``, with ``batch`` for its ``transform_batch``. By
+    default each gene's means add up to its counts over all cells of a fit to counts, to some
+    hundredths, but for what zero inflation takes of all.
 
     Parameters
     ----------
@@ -44,17 +52,19 @@ def denoise(
     key
         The fit; None for the default.
     layer_added
-        The layer to write; None for ``"scuvae_denoised"``, or ``"k_denoised"`` with ``key="k"``.
+        The slot to write; None for ``"scuvae_denoised"``, or ``"k_denoised"`` with ``key="k"``.
     library_size
-        A total over the fit's genes, in counts, that every cell is given: 1 for shares, 1e4 for
-        what scanpy normalises to. None: the cell's own.
+        A total in counts over all of the model's genes, the same for every cell; None for each
+        cell's own size factor. (A zero-inflated mean is that before dropout, times its chance.)
     genes
-        Names of genes: their means are returned as a DataFrame, and nothing is written.
+        Names of genes: return these alone as a DataFrame, and write nothing.
     batch
-        For fits with batches: the name of one that every cell is decoded as if it came from, or a
-        list of names to average over. None: the cell's own.
-    return_scale
-        With ``genes``: return also the posterior standard deviations of the means.
+        Decode every cell as if it came from this batch of the fit; the average over several for a
+        list of them, or over all of the fit's for ``"average"``, even where a batch has that name
+        (``["average"]`` is that batch). None for each cell's own. Names are compared as strings.
+    scale
+        Also the standard deviation over q of E[x | z], which is the posterior's: noise of the data
+        about their mean is not in it.
     n_samples
         Fixed draws of z per cell; 0 decodes the posterior mean alone.
     device
@@ -64,16 +74,25 @@ def denoise(
 
     Returns
     -------
-    With ``genes`` a DataFrame, (n_obs, genes), float32, and with ``return_scale`` another one, of
-    the standard deviations of E[x | z] under q. Else None, or with ``copy=True`` the AnnData. Sets
-    ``layers["scuvae_denoised"]``, a dense float32 array (n_obs, n_vars): NaN at genes that were not
-    modelled, or not observed.
+    With ``genes`` a float32 DataFrame (n_obs, genes), and with ``scale`` two of them. Otherwise
+    None, or with ``copy=True`` the AnnData. Sets
+
+    ``layers["scuvae_denoised"]``
+        A dense float32 array (n_obs, n_vars), where the fit models all genes of ``adata`` and the
+        posteriors stand on all of them.
+    ``obsm["scuvae_denoised"]``
+        Otherwise: a float32 DataFrame (n_obs, genes), of those genes that were modelled and
+        observed, in the order of ``adata``.
+    ``layers`` or ``obsm["scuvae_denoised_scale"]``
+        With ``scale``, the same of the standard deviations.
 
     Raises
     ------
-    ValueError, TypeError
-        ``adata`` holds no fit under ``key``, ``layer_added`` is the layer that was fitted, a gene
-        or a batch is none of the fit's, or a Gaussian fit is given a ``library_size``.
+    ValueError
+        ``adata`` holds no fit under ``key``; ``layer_added`` is the layer that was fitted; a gene
+        or batch is unknown; ``library_size`` for a Gaussian likelihood, which has no totals;
+        ``scale`` of fewer than two draws; a table for ``obsm`` that an h5ad
+        file may fail to hold.
 
     Examples
     --------
@@ -88,115 +107,154 @@ def denoise(
     """
     fit = read_fit(inputs.check_anndata(adata), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
-    flag("return_scale", return_scale)
-    flag("copy", copy)
-    layer_added = Keys.of(key).layer if layer_added is None else layer_added
-    if not isinstance(layer_added, str) or not layer_added or layer_added == fit.layer:
-        taken = ", the layer that was fitted" if layer_added == fit.layer else ""
+    if flag("scale", scale) and n_samples < 2:
+        raise ValueError(f"scale=True needs draws: pass n_samples >= 2, not {n_samples}")
+    size = _library_size(fit, library_size)
+    wanted = None if genes is None else names("genes", genes)
+    if wanted is not None and (copy or layer_added is not None):
         raise ValueError(
-            f"layer_added={layer_added!r}{taken}: pass another name, or None for "
-            f"{Keys.of(key).layer!r}"
+            "genes= returns a DataFrame and writes nothing: leave out copy= and layer_added="
         )
-    if library_size is not None:
-        library_size = real("library_size", library_size, above=0.0)
-        if not fit.model.likelihood.counts:
-            raise ValueError(
-                f"library_size={library_size:g}, but the fit is {fit.model.likelihood.name}, whose "
-                "means have no total: pass None"
-            )
-    if return_scale and genes is None:
-        raise ValueError("return_scale=True returns a DataFrame: pass genes= as well")
+    name = _name(fit, Keys.of(key), layer_added)
     codes = _codes(fit, batch)
     stored = read_posterior(adata, key)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
+    known, positions = places(adata, fit, cells)
+    columns = adata.var_names[known]
+    if wanted is not None:
+        at = columns.get_indexer(wanted)
+        if (at < 0).any():
+            unknown = wanted[int(np.flatnonzero(at < 0)[0])]
+            raise ValueError(
+                f"genes: {unknown!r} is no gene that was modelled and observed. "
+                f"{near(unknown, columns)}"
+            )
+        columns, positions = columns[at], positions[at]
+    whole_layer = len(known) == adata.n_vars
+    if wanted is None and not whole_layer:
+        _check_table(columns)
+
     model = fit.model.to(where)
     mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
-
-    columns, found = places(adata, fit, cells)
-    if genes is not None:
-        columns, found = _chosen(adata, names("genes", genes), columns, found)
-    shape = adata.shape if genes is None else (adata.n_obs, len(found))
-    layer = np.full(shape, np.nan, np.float32)
-    scale = np.zeros(shape, np.float32) if return_scale else None
-    at = columns if genes is None else np.arange(len(found))
+    decode = _Decode(model, torch.as_tensor(positions, device=where), size, codes, len(fit.batches))
+    parts = [np.empty((len(cells), len(columns)), np.float32) for _ in range(1 + scale)]
     with torch.no_grad():
-        for own in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            q = gaussian(mean[own.index], raw[own.index])
-            expected = torch.zeros(len(own), len(found), device=where)
-            squares = torch.zeros_like(expected) if return_scale else None
-            for point in points:
-                z = draw(q, point)
-                values = torch.zeros_like(expected)
-                for covariates in _covariates(fit, own, codes):
-                    eta = model.decoder(z, covariates)
-                    size = model.size_factor(own, eta)
-                    if library_size is not None:
-                        # Of a total over all genes the observed ones have their share.
-                        size = torch.full_like(size, library_size)
-                        if own.observed is not None:
-                            share = eta[:, own.observed].logsumexp(-1) - eta.logsumexp(-1)
-                            size = size * share.exp()
-                    values += model.likelihood.mean(eta, size, own.observed)[:, found]
-                values /= max(1, len(codes))
-                expected += values / len(points)
-                if squares is not None:
-                    squares += values.square() / len(points)
-            rows = own.index.cpu().numpy()
-            layer[rows[:, None], at] = expected.cpu().numpy()
-            if scale is not None and squares is not None:
-                spread = (squares - expected.square()).clamp_min(0).sqrt()
-                scale[rows[:, None], at] = spread.cpu().numpy()
+        for some in cells.loader(torch.arange(len(cells), device=where), CHUNK):
+            z = draw(gaussian(mean[some.index], raw[some.index]), points)
+            rows = some.index.cpu().numpy()
+            for part, values in zip(parts, decode.moments(some, z), strict=False):
+                part[rows] = values.cpu().numpy()
 
-    if genes is not None:
-        frames = [
-            pd.DataFrame(part, index=adata.obs_names, columns=adata.var_names[columns])
-            for part in (layer, scale)
-            if part is not None
-        ]
-        return (frames[0], frames[1]) if return_scale else frames[0]
+    tables = [pd.DataFrame(part, adata.obs_names, columns) for part in parts]
+    if wanted is not None:
+        return (tables[0], tables[1]) if scale else tables[0]
     out = target(adata, copy)
-    out.layers[layer_added] = layer
+    keys = Keys.of(key)
+    if name == keys.layer:  # what an earlier call left says something else
+        for slot in keys.denoised:
+            for held in (out.layers, out.obsm):
+                if slot in held:
+                    del held[slot]
+    for added, part, table in zip((name, f"{name}_scale"), parts, tables, strict=False):
+        if whole_layer:
+            out.layers[added] = part
+        else:
+            out.obsm[added] = table
     return out if copy else None
 
 
-def _codes(fit: Fit, batch: str | Sequence[str] | None) -> list[int]:
-    """The batches to decode as if from, by their place among the fit's; none for cells' own."""
+@dataclass(frozen=True)
+class _Decode:
+    """Means of ``genes`` at a total, as if from some batches; None for each cell's own."""
+
+    model: VAE
+    genes: Tensor
+    size: float | None
+    codes: list[int] | None
+    n_batches: int
+
+    def moments(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over draws of E[x | z], (cells, genes) each."""
+        mean = square = torch.zeros((), device=z.device)
+        for n, point in enumerate(z):
+            value = self.expected(batch, point)
+            step = value - mean
+            mean = mean + step / (n + 1)
+            square = square + step * (value - mean)
+        return mean, (square / len(z)).sqrt()
+
+    def expected(self, batch: Batch, z: Tensor) -> Tensor:
+        if self.size is not None:
+            total = torch.full_like(batch.size_factor, self.size)
+            batch = replace(batch, size_factor=total, size_of_all=True)
+        if self.codes is None:
+            return self._mean(batch, z, batch.covariates)
+        value = torch.zeros((), device=z.device)
+        for code in self.codes:
+            row = F.one_hot(torch.tensor(code, device=z.device), self.n_batches).to(z)
+            value = value + self._mean(batch, z, row.expand(len(batch), -1))
+        return value / len(self.codes)
+
+    def _mean(self, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
+        eta = self.model.decoder(z, covariates)
+        size = self.model.size_factor(batch, eta)
+        return self.model.likelihood.mean(eta, size, batch.observed)[:, self.genes]
+
+
+def _library_size(fit: Fit, library_size: float | None) -> float | None:
+    if library_size is None:
+        return None
+    size = real("library_size", library_size, above=0)
+    if not fit.model.likelihood.counts:
+        raise ValueError(
+            f"library_size={library_size!r}: likelihood={fit.model.likelihood.name!r} has no "
+            "totals to scale to. Pass None"
+        )
+    return size
+
+
+def _name(fit: Fit, keys: Keys, layer_added: str | None) -> str:
+    """The slot to write, in layers or obsm."""
+    name = keys.layer if layer_added is None else layer_added
+    if not isinstance(name, str) or not name or name == fit.layer or name in keys.moments:
+        taken = ", the layer that was fitted" if name == fit.layer else ""
+        raise ValueError(
+            f"layer_added={layer_added!r}{taken}: pass another name, or None for {keys.layer!r}"
+        )
+    return name
+
+
+def _codes(fit: Fit, batch: Any) -> list[int] | None:
+    """The batches to decode with, or None for each cell's own."""
     if batch is None:
-        return []
-    chosen = [batch] if isinstance(batch, str) else [str(name) for name in batch]
+        return None
     if not fit.batches:
-        raise ValueError(f"batch={batch!r}, but the fit knows no batches: pass None")
-    if not chosen:
-        raise ValueError("batch=[] names none of the fit's batches: pass some, or None")
-    for name in chosen:
+        raise ValueError(f"batch={batch!r}, but the fit has no batch_key: pass None")
+    if isinstance(batch, str) and batch == "average":
+        return list(range(len(fit.batches)))
+    single = isinstance(batch, str) or not isinstance(batch, Iterable)
+    wanted = [str(name) for name in ([batch] if single else batch)]
+    if not wanted:
+        raise ValueError("batch is empty: pass a batch of the fit, or None for each cell's own")
+    for name in wanted:
         if name not in fit.batches:
             raise ValueError(
-                f"batch={name!r} is none of the fit's batches. {near(name, fit.batches)}"
+                f"batch: {name!r} is no batch of the fit. {near(name, fit.batches)} "
+                "Or pass 'average'"
             )
-    return [fit.batches.index(name) for name in chosen]
+    return [fit.batches.index(name) for name in dict.fromkeys(wanted)]
 
 
-def _covariates(fit: Fit, batch: Batch, codes: list[int]) -> list[torch.Tensor | None]:
-    """What the decoder is told: the cells' own batches, or each of some in turn."""
-    if not codes:
-        return [batch.covariates]
-    every = torch.tensor(codes, device=batch.index.device)
-    one_hot = F.one_hot(every, len(fit.batches)).to(batch.size_factor)
-    return [row.expand(len(batch), -1) for row in one_hot]
-
-
-def _chosen(
-    adata: AnnData, wanted: list[str], columns: np.ndarray, found: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of the genes that are modelled and observed those that are wanted, in that order."""
-    there = adata.var_names[columns]
-    position = there.get_indexer(wanted)
-    if (position < 0).any():
-        name = wanted[int((position < 0).argmax())]
-        raise ValueError(
-            f"genes: {name!r} is none of the {len(there)} genes that are modelled and observed. "
-            f"{near(name, there)}"
-        )
-    return columns[position], found[position]
+def _check_table(columns: pd.Index) -> None:
+    """Raise where a table of these genes would leave ``adata`` unfit for a file."""
+    slashed = [name for name in columns if "/" in str(name)]
+    if len(columns) <= MOST_COLUMNS and not slashed:
+        return
+    found = f"the gene name {slashed[0]!r}" if slashed else f"{len(columns)} columns"
+    raise ValueError(
+        f"the fit models {len(columns)} of adata's genes, so the result would be a table in obsm, "
+        f"but with {found} an h5ad file may fail to hold it: pass genes=[...] for a DataFrame, or "
+        "adata[:, the modelled genes].copy(), which gets a layer"
+    )

@@ -13,7 +13,7 @@ from scuvae.io import inputs
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import VAE, Batch, SparseRows, gaussian, raw_scale
 from scuvae.model.batch import select
-from scuvae.tl._shared import CHUNK, cells_of, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, logger, resolve_device, target
 
 
 def predictive_check(
@@ -51,6 +51,9 @@ def predictive_check(
     DataFrame indexed by ``gene``: those genes of ``adata`` that were modelled and observed, in its
     order.
 
+    ``total``, ``total_predicted``, ``total_ratio``
+        Of counts: sums over cells, observed and expected, and (predicted + 1) / (observed + 1).
+        The genes whose ratio is farthest from one, either way, are logged, the worst first.
     ``mean``, ``variance``, ``zero_fraction``
         Observed, over cells; the variance's divisor is the number of cells.
     ``mean_predicted``, ``variance_predicted``, ``zero_fraction_predicted``
@@ -99,8 +102,24 @@ def predictive_check(
     table.index = pd.Index(names, name="gene")
     out = target(adata, copy)
     order = adata.var_names[adata.var_names.isin(names)]
+    if model.likelihood.counts:
+        _log_worst(table)
     out.uns[Keys.of(key).predictive_check] = table.loc[order].rename_axis("gene")
     return out if copy else None
+
+
+def worst_first(table: pd.DataFrame) -> pd.DataFrame:
+    """Genes by how far their total is predicted off, either way: the worst ratio first."""
+    off = np.log(table["total_ratio"]).abs()
+    return table.loc[off.sort_values(ascending=False, kind="stable").index]
+
+
+def _log_worst(table: pd.DataFrame, n: int = 5) -> None:
+    worst = worst_first(table).head(n)
+    genes = ", ".join(
+        f"{name} {row.total_predicted:.0f} for {row.total:.0f}" for name, row in worst.iterrows()
+    )
+    logger.info("totals that are off the most, predicted for observed: %s", genes)
 
 
 def _predictive(model: VAE, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +170,9 @@ class _Sums:
 def _table(observed: _Sums, predicted: _Sums, n: int, counts: bool) -> pd.DataFrame:
     columns = {}
     if counts:
+        columns["total"], columns["total_predicted"] = observed.first, predicted.first
+        # One count more on both sides: what has a handful of counts is off by chance.
+        columns["total_ratio"] = (predicted.first + 1) / (observed.first + 1)
         columns["zero_fraction"] = observed.zero / n
         columns["zero_fraction_predicted"] = predicted.zero / n
         columns["zero_fraction_predicted_scale"] = np.sqrt(predicted.zero_variance) / n
