@@ -100,7 +100,7 @@ def test_what_is_not_known_is_said(adata) -> None:
     assert not adata.layers
     assert fingerprint(adata.uns) == before
     values = small_fit(small_data("gaussian"), likelihood="gaussian", max_epochs=2)
-    with pytest.raises(ValueError, match="library_size=100.*gaussian"):
+    with pytest.raises(ValueError, match=r"library_size=100.*gaussian"):
         tl.denoise(values, library_size=100)
     with pytest.raises(ValueError, match="has no batch_key"):
         tl.denoise(values, batch="a")
