@@ -17,7 +17,7 @@ from scuvae.model.batch import sparse
 
 # Draws that tl.denoise takes expectations over: of its means totals should be right.
 DENOISING_DRAWS = 8
-# A gene's mean is moved by no more than this factor; a gene without a count has so small a total.
+# A gene without a count gets a mean so much smaller at most: its logarithm has to stay finite.
 _LARGEST = 100.0
 _LEAST = 1e-8
 
@@ -61,6 +61,12 @@ class GeneTotals:
         off = self.ratio.log().abs().masked_fill(self.observed < at_least, -1.0)
         return off.argsort(descending=True, stable=True)[: int((off >= 0).sum())]
 
+    @property
+    def off(self) -> float:
+        """By how much the worst gene's share of all counts is off, as a part of it."""
+        share = self.ratio[self.observed > 0] * (self.observed.sum() / self.predicted.sum())
+        return float((share - 1).abs().max()) if len(share) else 0.0
+
     @torch.no_grad()
     def give_back(self) -> None:
         """Move the decoder's intercepts so that predicted totals are the observed ones.
@@ -69,7 +75,7 @@ class GeneTotals:
         by a tenth is off by a hundredth afterwards. With zero inflation expected counts add up to
         less than a cell's total, whatever the intercepts: genes then share what is missing.
         """
-        largest = math.log(_LARGEST)
-        shift = self.ratio.log().neg().clamp(-largest, largest)
+        shift = self.ratio.log().neg()
+        shift = torch.where(self.observed > 0, shift, shift.clamp_min(-math.log(_LARGEST)))
         bias = self.model.decoder.output.bias
         bias.add_(shift.to(bias))

@@ -32,6 +32,9 @@ from scuvae.tl._shared import chunk_on, show_progress
 
 # Cells that the decoder's start is fitted to.
 _MOST_TO_START = 5000
+# Rounds that give genes' totals back, once q is final, and what a gene may be off by before the
+# last.
+_MOST_ROUNDS, _OFF = 4, 0.02
 # Steps between two looks at a GPU's losses, for which it has to be waited for.
 _LOOK_EVERY = 64
 
@@ -104,16 +107,29 @@ def run(
         return moments(
             final_posterior(model, posterior, cells, settings), settings.covariance
         ), history
-    # Intercepts move q a little, and q totals: a second round leaves what nobody sees.
-    totals = GeneTotals(model)
-    for batch in _everyone(model, cells):
-        totals.add(batch, _present(model, posterior, batch, settings)[0])
+    # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
+    # sees, but of genes that share cells of which they are the most.
+    totals = _totals(model, posterior, cells, settings, 2)
     totals.give_back()
     totals = GeneTotals(model, DENOISING_DRAWS)
-    parts = final_posterior(model, posterior, cells, settings, totals)
-    found = moments(parts, settings.covariance)
-    totals.give_back()
+    found = moments(final_posterior(model, posterior, cells, settings, totals), settings.covariance)
+    for _ in range(_MOST_ROUNDS):
+        off = totals.off
+        totals.give_back()
+        if off < _OFF:
+            break
+        totals = _totals(model, posterior, cells, settings, DENOISING_DRAWS)
     return found, history
+
+
+def _totals(
+    model: VAE, posterior: Posterior, cells: Cells, settings: Settings, n_samples: int
+) -> GeneTotals:
+    """Genes' totals by the q that there are."""
+    totals = GeneTotals(model, n_samples)
+    for batch in _everyone(model, cells):
+        totals.add(batch, _present(model, posterior, batch, settings)[0])
+    return totals
 
 
 def _cosine(progress: float) -> float:
@@ -129,11 +145,14 @@ def final_posterior(
 ) -> Iterator[Distribution]:
     """q of every cell under the final decoder, in parts: the encoder's, or refined.
 
-    Each part is added to ``totals``.
+    Each part is added to ``totals``, and put into the table where there is one.
     """
+    table = _table(posterior)
     for batch in _everyone(model, cells):
         with torch.no_grad():
             q = _final(model, posterior, batch, settings)
+        if table is not None:
+            table.store(batch.index, q)
         if totals is not None:
             totals.add(batch, q)
         yield q
