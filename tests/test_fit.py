@@ -640,3 +640,12 @@ def test_scanpy_goes_on_by_the_path_of_many_cells() -> None:
     adata = fitted("negative_binomial", SCHEMES[0])
     sc.pp.neighbors(adata, use_rep="X_scuvae", n_neighbors=10, transformer="pynndescent")
     assert (np.diff(adata.obsp["distances"].indptr) > 0).all()
+
+
+def test_fits_of_before_the_linear_path_are_read_as_they_were() -> None:
+    adata = small_fit(small_counts(), optimizer="rmsprop")
+    assert adata.uns["scuvae"]["params"]["linear_path"] is False
+    z = torch.randn(3, N_LATENT)
+    expected = get.model(adata).decoder(z)
+    del adata.uns["scuvae"]["params"]["linear_path"]  # as files of then have it
+    torch.testing.assert_close(get.model(adata).decoder(z), expected, rtol=0, atol=0)

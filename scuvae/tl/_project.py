@@ -71,8 +71,10 @@ def project(
 ) -> AnnData | None:
     """Find the posteriors of new cells under a fitted model, its decoder untouched.
 
-    Genes are matched by name. Genes that ``adata`` lacks are left out of the likelihood, which is
-    exact conditioning on the observed ones; genes that the reference does not know are not used.
+    Genes are matched by name. Genes that ``adata`` lacks are left out of the likelihood: it is
+    conditioned on the observed ones, exactly for Poisson counts, and for given totals
+    (``size_factor_key``), while a negative binomial given its cell's total over fewer genes is
+    another model's. Genes that the reference does not know are not used.
     A cell's posterior depends on no other cell, but for what a new batch's cells say together of
     their batch.
 
