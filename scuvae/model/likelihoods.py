@@ -1,10 +1,10 @@
 """p(x | η): how the decoder's p outputs η and a cell's size factor explain its values.
 
 Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
-and both run over the observed genes: to leave genes out is to condition on the others, exactly where
-ℓ is the expected total over these. (A cell's own total, the default, makes a negative binomial of
-fewer genes another model's.) A likelihood is six short methods of η, or of μ for counts; ``LIKELIHOODS`` at the end names them
-all.
+and both run over the observed genes: to leave genes out is to condition on the others, exactly
+where ℓ is the expected total over these. (A cell's own total, the default, makes a negative
+binomial of fewer genes another model's.) A likelihood is six short methods of η, or of μ for
+counts; ``LIKELIHOODS`` at the end names them all.
 """
 
 import math
