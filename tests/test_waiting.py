@@ -8,10 +8,11 @@ import torch
 from small_models import COUNTS, batch_of, model_of, posterior_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scuvae.inference import natural
+from scuvae.inference import natural, thinning
 from scuvae.inference.optimizers import adam
 from scuvae.inference.train import train
 from scuvae.model import Batch
+from scuvae.model import batch as batches_module
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -73,6 +74,8 @@ def test_steps_wait_for_nothing(
 ) -> None:
     """In float64, whose operators are those of a GPU; with renewals of all precisions."""
     monkeypatch.setattr(natural, "_at_hand", lambda values: False)
+    for module in (batches_module, thinning):
+        monkeypatch.setattr(module, "at_hand", lambda values: False)
     model = model_of(name, encoder=True, n_covariates=2)
     x = torch.poisson(torch.full((12, model.n_vars), 3.0)).double()
     batches = [

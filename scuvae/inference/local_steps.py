@@ -25,6 +25,8 @@ _SHORTEST = 1e-2
 # A step is taken back when it costs a cell more than this many nats: float32's noise on sums of
 # some thousands of terms.
 ROUNDING = 1e-3
+# By how much few points may overrate where a cell began, in nats.
+_FLATTERY = 0.05
 # Antithetic pairs of points that curvature is averaged over, a point a step.
 _PAIRS = 4
 # The mean climbs until a step gains less than so many times the tolerance; the steps after it
@@ -130,7 +132,8 @@ def refine_natural(
         if not cells.narrow(tolerance):
             break
 
-    worse = ~(best >= start)  # also where the ELBO is no number
+    # Also where the ELBO is no number. Few points flatter a q that is a little too narrow.
+    worse = ~(best >= start - _FLATTERY)
     mean = torch.where(worse[:, None], first_mean, mean)
     tril = torch.where(worse[:, None, None], first_tril, tril)
     if full:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scuvae.model import Batch
-from scuvae.model.batch import sparse
+from scuvae.model.batch import at_hand, sparse
 
 # Cells that an encoder learns from at fewer counts too: one for so many of a batch.
 ONE_OF = 3
@@ -48,8 +48,7 @@ def shallow(batch: Batch, n: int) -> Batch:
     chance = (fewest / total) ** torch.rand_like(total)
     value = _thinned(x.value, chance[x.row])
     # On a GPU entries of 0 stay: how many these are must not set the arrays' shapes.
-    on_host = value.device.type == "cpu"
-    fewer = x.entries(value > 0, value) if on_host else replace(x, value=value)
+    fewer = x.entries(value > 0, value) if at_hand(value) else replace(x, value=value)
     return replace(
         batch,
         x=fewer,

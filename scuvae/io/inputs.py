@@ -220,8 +220,10 @@ def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
     where, how = counts_elsewhere(adata, layer)
     if where and not fitting:
         return f"{where} holds some: put them there"
+    if where == "adata.raw":
+        return f"{where} holds whole counts: {how}. Or pass likelihood='gaussian'"
     if where:
-        return f"{how}: {where} holds whole counts. Or pass likelihood='gaussian'"
+        return f"{how}, which holds whole counts, or likelihood='gaussian'"
     if not fitting:
         return "Put raw counts there, as in the fit"
     return "Pass layer= with raw counts, or likelihood='gaussian'"

@@ -94,7 +94,7 @@ class SparseRows:
     def first(self, n: int) -> "SparseRows":
         """The first n > 0 rows. On a GPU the last of them ends with entries of 0 for all others."""
         starts, col, value = self.starts[: n + 1], self.col, self.value
-        if value.device.type == "cpu":
+        if at_hand(value):
             end = int(starts[-1])
             return SparseRows(starts, col[:end], value[:end], self.n_vars)
         ends = torch.cat([starts[:-1], self.starts[-1:]])
@@ -118,6 +118,11 @@ class SparseRows:
         """The entries where the mask ``kept`` is true, with values of theirs, (nonzeros,)."""
         starts = F.pad(kept.cumsum(0), (1, 0))[self.starts]
         return SparseRows(starts, self.col[kept], value[kept], self.n_vars)
+
+
+def at_hand(values: Tensor) -> bool:
+    """Whether numbers can be looked at without a wait for a device."""
+    return values.is_cpu
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -120,8 +120,8 @@ def project(
         Steps at most, of either kind. None: 5 natural ones and 20 that polish, or without polish
         20, of which a cell takes as many as it needs; for another rule its own number.
     polish
-        What follows the local steps (see :func:`scuvae.tl.calibration`). True, and the default but
-        with ``amortized=True``: steps that take q's covariance from the ELBO's own curvature, to
+        What follows the local steps (see :func:`scuvae.tl.calibration`). True, and the default for
+        counts but with ``amortized=True``: steps that take q's covariance from the ELBO's own curvature, to
         the best q that is near. False: nothing, in a third to two thirds of the time; q is then
         too narrow, and its ELBO about a nat below the best. ``"moments"``: the steps, then the mean
         and covariance, or scales, of the posterior itself, by importance weights: intervals cover
@@ -184,9 +184,7 @@ def project(
     inputs.check_anndata(adata)
     keys = Keys.of(key_added)
     flag("amortized", amortized)
-    if polish is None:
-        polish = not amortized
-    if one_of("polish", polish, POLISH) and amortized:
+    if polish is not None and one_of("polish", polish, POLISH) and amortized:
         raise ValueError(f"polish={polish!r} moves the encoder's q: pass amortized=False")
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
@@ -201,7 +199,11 @@ def project(
         entry["params"]["layer"] = layer
     if covariance is None:
         covariance = str(fit.params["covariance"])
-    options = step_options(str(fit.params["local_step"]), max_steps, fit.params)
+    local_step = str(fit.params["local_step"])
+    options = step_options(local_step, max_steps, fit.params)
+    if polish is None:
+        # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
+        polish = not amortized and fit.model.likelihood.counts and local_step == "natural"
     extend = new_batches == "estimate"
     if extend and fit.batch_key is None:
         raise ValueError(

@@ -195,13 +195,17 @@ def to_encoder(
     out = target(adata, copy)
     if keys != own:
         kept = {slot: adata.obsm[name].copy() for slot, name in _moments(own) if name in adata.obsm}
-        split = adata.obs.get(own.obs["split"])
+        columns_kept = {
+            name: adata.obs[own.obs[name]].copy()
+            for name in ("split", "scale")
+            if own.obs[name] in adata.obs
+        }
         keys.clear(out)
         for slot, name in _moments(keys):
             if slot in kept:
                 out.obsm[name] = kept[slot]
-        if split is not None:
-            out.obs[keys.obs["split"]] = split
+        for column, values in columns_kept.items():
+            out.obs[keys.obs[column]] = values
     out.uns[keys.uns] = entry
     out.obsm[keys.encoder], out.obsm[keys.encoder_scale] = q["mean"], q["scale"]
     for name, values in columns.items():
@@ -210,7 +214,8 @@ def to_encoder(
 
 
 def _moments(keys: Keys) -> list[tuple[str, str]]:
-    return [("mean", keys.mean), ("scale", keys.scale), ("covariance", keys.covariance)]
+    moments = [("mean", keys.mean), ("scale", keys.scale), ("covariance", keys.covariance)]
+    return [*moments, ("embed", keys.embed)]
 
 
 def _split(adata: AnnData, keys: Keys, cells: Cells, counts: bool) -> tuple[Tensor, Tensor]:
