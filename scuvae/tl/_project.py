@@ -121,11 +121,11 @@ def project(
         20, of which a cell takes as many as it needs; for another rule its own number.
     polish
         What follows the local steps (see :func:`scuvae.tl.calibration`). True, and the default for
-        counts but with ``amortized=True``: steps that take q's covariance from the ELBO's own curvature, to
-        the best q that is near. False: nothing, in a third to two thirds of the time; q is then
-        too narrow, and its ELBO about a nat below the best. ``"moments"``: the steps, then the mean
-        and covariance, or scales, of the posterior itself, by importance weights: intervals cover
-        what they should, at a lower ELBO.
+        counts where steps are natural, but with ``amortized=True``: steps that take q's covariance
+        from the ELBO's own curvature, to the best q that is near. False: nothing, in a third to two
+        thirds of the time; q is then too narrow, and its ELBO about a nat below the best.
+        ``"moments"``: the steps, then the mean and covariance, or scales, of the posterior itself,
+        by importance weights: intervals cover what they should, at a lower ELBO.
     device
         As in :func:`scuvae.tl.fit`.
     copy
