@@ -6,6 +6,8 @@ from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+
 from scuvae._errors import near
 
 P = ParamSpec("P")
@@ -79,6 +81,19 @@ def names(name: str, value: object) -> list[str]:
     if not found:
         raise ValueError(f"{name} is empty: pass at least one name, or None for all")
     return found
+
+
+def random_generator(rng: int | np.random.Generator | None) -> np.random.Generator:
+    """``rng`` itself, or a new generator from the seed; None for one that nobody can repeat."""
+    if isinstance(rng, bool) or not (
+        rng is None or isinstance(rng, int | np.integer | np.random.Generator)
+    ):
+        raise TypeError(
+            f"rng={rng!r} is a {type(rng).__name__}: pass an int, a numpy.random.Generator or None"
+        )
+    if isinstance(rng, int | np.integer) and rng < 0:
+        raise ValueError(f"rng={rng}: a seed is not negative")
+    return np.random.default_rng(rng)
 
 
 def random_state_alias(function: Callable[P, R]) -> Callable[P, R]:

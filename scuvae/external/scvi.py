@@ -19,9 +19,10 @@ from scuvae.inference.comparison import compare
 from scuvae.inference.local_steps import THOROUGH, refine_natural
 from scuvae.inference.polish import refine_diagonal
 from scuvae.inference.refine import as_family, select
+from scuvae.io.slots import target
 from scuvae.io.state import moments, write_posterior
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import random_state, resolve_device, show_progress, target
+from scuvae.tl._shared import random_state, resolve_device, show_progress
 
 __all__ = ["hand_back", "refine"]
 

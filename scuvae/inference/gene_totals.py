@@ -56,11 +56,6 @@ class GeneTotals:
         """Predicted over observed."""
         return self.predicted.clamp_min(_LEAST) / self.observed.clamp_min(_LEAST)
 
-    def worst(self, at_least: float) -> Tensor:
-        """Genes of so many counts, those first whose ratio is farthest from 1."""
-        off = self.ratio.log().abs().masked_fill(self.observed < at_least, -1.0)
-        return off.argsort(descending=True, stable=True)[: int((off >= 0).sum())]
-
     @property
     def off(self) -> float:
         """By how much the worst gene's share of all counts is off, as a part of it."""

@@ -312,9 +312,9 @@ class SemiAmortizedPosterior(Posterior):
     nothing can go round in circles: steps that started from the encoder and taught it where they
     led were measured to diverge. The encoder maximises the ELBO of its own q under the decoder as
     it is, which gets no gradient from it, on cells drawn from the decoder at their rows and on
-    some of the batch's own, of both on thinned ones too: it overfits the training cells less than
-    that of an amortized fit. Draws of counts cost as much as the rest of a step, so that the same
-    drawn cells serve some steps.
+    some of the batch's own, of both on thinned ones too. Measured beside an amortized fit's it was
+    better on one data set and worse on another (tests/benchmarks/TRIED.md). Draws of counts cost as
+    much as the rest of a step, so that the same drawn cells serve some steps.
 
     Parameters
     ----------

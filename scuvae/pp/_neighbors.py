@@ -8,15 +8,15 @@ import torch
 from anndata import AnnData
 from torch.distributions import Distribution
 
-from scuvae._checks import flag, random_state_alias, whole
+from scuvae._checks import flag, random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys
 from scuvae.inference.embedding import Basis, place
 from scuvae.inference.local_steps import draw
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_entry, read_fit, read_posterior
 from scuvae.model import VAE
 from scuvae.pp._graph import nearest, rows, stability, times_near
-from scuvae.pp._shared import generator_of, target
 
 
 @random_state_alias
@@ -109,7 +109,7 @@ def neighbors(
             f"n_neighbors={n_neighbors} for {adata.n_obs} cells: pass fewer than there are cells"
         )
     slots = _slots(adata, key_added)
-    generator = generator_of(rng)
+    generator = random_generator(rng)
     keys = Keys.of(key)
     saved = read_entry(adata, key).get("embed")
     if saved is None or keys.embed not in adata.obsm:

@@ -7,9 +7,9 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse as sp
 
-from scuvae._checks import flag, names, random_state_alias, real
+from scuvae._checks import flag, names, random_generator, random_state_alias, real
 from scuvae.io import inputs
-from scuvae.pp._shared import generator_of, target
+from scuvae.io.slots import target
 
 # Whole numbers up to here are exact in float32.
 _EXACT = 2**24
@@ -79,7 +79,7 @@ def thin_counts(
             f"layers_added={layers_added!r}: pass two different names"
             + (f", neither of them {layer!r}, which is split" if layer in added else "")
         )
-    generator = generator_of(rng)
+    generator = random_generator(rng)
     matrix = inputs.read_matrix(adata, layer)
     wrong = inputs.not_whole(matrix, adata, layer)
     if wrong:

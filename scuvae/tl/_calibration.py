@@ -20,16 +20,10 @@ from scuvae.inference.calibration import (
 from scuvae.inference.unseen import POLISH, Polish, infer
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_fit
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import (
-    CHUNK,
-    cells_of,
-    random_state,
-    resolve_device,
-    step_options,
-    target,
-)
+from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, step_options
 
 
 @random_state_alias

@@ -17,9 +17,10 @@ from scuvae._keys import Keys
 from scuvae.inference.gene_totals import DENOISING_DRAWS
 from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import Fit, read_fit, read_posterior
 from scuvae.model import VAE, Batch, gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, places, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, places, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
 MOST_COLUMNS = 4000

@@ -11,9 +11,10 @@ from scuvae._checks import flag, whole
 from scuvae._keys import Keys
 from scuvae.inference.embedding import Basis, find_basis, place
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_entry, read_fit, read_posterior
 from scuvae.model import VAE
-from scuvae.tl._shared import cells_of, resolve_device, target
+from scuvae.tl._shared import cells_of, resolve_device
 
 N_COMPONENTS = 30
 

@@ -13,11 +13,12 @@ from scuvae.inference.local_steps import THOROUGH
 from scuvae.inference.polish import refine_diagonal
 from scuvae.inference.refine import as_family, refine, select
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.sources import Cells
 from scuvae.io.state import read_fit
 from scuvae.model import VAE, Batch
 from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, random_state, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, random_state, resolve_device
 
 
 @random_state_alias

@@ -10,10 +10,11 @@ from scuvae._checks import whole
 from scuvae._keys import Keys
 from scuvae.inference.local_steps import draw, normal_points
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import VAE, Batch, SparseRows, gaussian, raw_scale
 from scuvae.model.batch import select
-from scuvae.tl._shared import CHUNK, cells_of, logger, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, logger, resolve_device
 
 
 def predictive_check(

@@ -21,6 +21,7 @@ from scuvae.inference.offsets import estimate_offset, known_offsets, with_offset
 from scuvae.inference.unseen import POLISH, Polish, infer
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.sources import Cells
 from scuvae.io.state import (
     Fit,
@@ -42,7 +43,6 @@ from scuvae.tl._shared import (
     resolve_device,
     some,
     step_options,
-    target,
     warn_of_empty,
 )
 

@@ -15,11 +15,12 @@ from scuvae.inference.refine import refine as refine_batch
 from scuvae.inference.unseen import POLISH, Polish, family_of
 from scuvae.inference.validation import start
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
 from scuvae.model import gaussian, raw_scale
 from scuvae.model.gaussian import COVARIANCES
 from scuvae.tl._embed import placed, posterior_scale
-from scuvae.tl._shared import cells_of, chunk_on, elbo_gain, resolve_device, step_options, target
+from scuvae.tl._shared import cells_of, chunk_on, elbo_gain, resolve_device, step_options
 
 
 def refine(

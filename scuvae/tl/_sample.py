@@ -8,9 +8,10 @@ from scipy import sparse as sp
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, places, random_state, resolve_device, spread, target
+from scuvae.tl._shared import CHUNK, cells_of, places, random_state, resolve_device, spread
 
 
 @random_state_alias

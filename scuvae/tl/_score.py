@@ -9,9 +9,10 @@ from scuvae._keys import Keys
 from scuvae.inference.annealing import annealed_log_evidence
 from scuvae.inference.importance import draw_weights, ledger
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_fit, read_posterior
 from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, target
+from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device
 
 
 @random_state_alias

@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 from torch.distributions import Distribution
 
-from scuvae._checks import one_of
+from scuvae._checks import one_of, random_generator
 from scuvae.inference.local_steps import draw, normal_points
 from scuvae.inference.objectives import kl_to_prior
 from scuvae.io import inputs
@@ -67,15 +67,7 @@ def random_state(
     rng: int | np.random.Generator | None, device: torch.device
 ) -> Iterator[np.random.Generator]:
     """Inside, torch's random state comes from ``rng``; outside, nothing has changed."""
-    if isinstance(rng, bool) or not (
-        rng is None or isinstance(rng, int | np.integer | np.random.Generator)
-    ):
-        raise TypeError(
-            f"rng={rng!r} is a {type(rng).__name__}: pass an int, a numpy.random.Generator or None"
-        )
-    if isinstance(rng, int | np.integer) and rng < 0:
-        raise ValueError(f"rng={rng}: a seed is not negative")
-    generator = np.random.default_rng(rng)
+    generator = random_generator(rng)
     seed = int(generator.integers(2**63))
     if isinstance(rng, int | np.integer):  # then as torch.manual_seed(rng) would have it
         seed = int(rng) % 2**63
@@ -270,10 +262,3 @@ def elbo_gain(
         difference = difference - model.log_likelihood(batch, draw(other, part))
         gain = gain + difference.sum(0) / len(points)
     return gain
-
-
-def target(adata: AnnData, copy: bool) -> AnnData:
-    """What to write to, once the results are there: a copy of a backed AnnData is in memory."""
-    if not copy:
-        return adata
-    return adata.to_memory(copy=True) if adata.isbacked else adata.copy()

@@ -15,6 +15,7 @@ from scuvae._keys import Keys
 from scuvae.inference.distil import distil
 from scuvae.inference.validation import encoded
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.sources import Cells
 from scuvae.io.state import (
     Fit,
@@ -28,15 +29,7 @@ from scuvae.io.state import (
 from scuvae.model import VAE, raw_scale
 from scuvae.tl._gap import gap_columns
 from scuvae.tl._settings import BATCH_SIZE, LEARNING_RATES, epochs_for
-from scuvae.tl._shared import (
-    CHUNK,
-    cells_of,
-    logger,
-    random_state,
-    resolve_device,
-    show_progress,
-    target,
-)
+from scuvae.tl._shared import CHUNK, cells_of, logger, random_state, resolve_device, show_progress
 
 
 @random_state_alias

@@ -15,9 +15,10 @@ from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.inference.affinity import affinity, votes
 from scuvae.io import inputs
+from scuvae.io.slots import target
 from scuvae.io.state import read_fit, read_missing, read_posterior
 from scuvae.tl._project import read_reference
-from scuvae.tl._shared import CHUNK, match, random_state, resolve_device, target, warn_of_empty
+from scuvae.tl._shared import CHUNK, match, random_state, resolve_device, warn_of_empty
 
 logger = logging.getLogger("scuvae")
 
