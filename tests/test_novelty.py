@@ -155,8 +155,10 @@ def test_what_all_new_cells_have_in_common_can_be_taken_out() -> None:
     new.X = np.random.default_rng(1).binomial(new.X.astype(int), lost).astype(np.float32)
     options: list[dict[str, Any]] = [{}, {"adjust_genes": True}, {"n_neighbors": 1}]
     usual, adjusted, alone = ((novelty(new.copy(), reference, **o) > 1).mean() for o in options)
-    assert usual > alone + 0.1
-    assert adjusted < alone + 0.05
+    # Shares of 300 cells and of tails read off 300: alone and adjusted differ by up to .06 over five
+    # seeds, and what all have in common adds .28 or more.
+    assert usual > alone + 0.2
+    assert adjusted < alone + 0.1
 
 
 def test_sparse_or_dense_files_and_genes_by_name(tmp_path: Path) -> None:
