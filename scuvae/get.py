@@ -4,8 +4,9 @@ import pandas as pd
 from anndata import AnnData
 from torch.distributions import Distribution
 
+from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.inputs import check_anndata
-from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.io.slots import read_posterior
 from scuvae.model import VAE
 
 __all__ = ["history", "model", "posterior"]

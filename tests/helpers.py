@@ -14,8 +14,8 @@ from anndata import AnnData
 from scipy import sparse as sp
 
 from scuvae import tl
-from scuvae.model import LIKELIHOODS
-from scuvae.tl._settings import INFERENCE
+from scuvae.inference.training.settings import INFERENCE
+from scuvae.model.likelihoods import LIKELIHOODS
 
 # The registries: a new entry is tested without an edit here.
 LIKELIHOOD_NAMES = list(dict.fromkeys(kind.name for kind in LIKELIHOODS.values()))

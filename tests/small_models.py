@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from scuvae.batches import Batch, SparseRows
+from scuvae.distributions.gaussian import n_scale_parameters
 from scuvae.inference.posteriors import POSTERIORS, Posterior
-from scuvae.model import LIKELIHOODS, VAE, Batch, Decoder, Encoder, Likelihood, SparseRows
-from scuvae.model.gaussian import n_scale_parameters
+from scuvae.model import VAE, Decoder, Encoder
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
 # Each likelihood once: aliases name the same class.
 UNIQUE = sorted({cls.name for cls in LIKELIHOODS.values()})

@@ -8,7 +8,7 @@ from scipy import stats
 from small_models import batch_of, cells_of, model_of
 from torch import Tensor
 
-from scuvae.inference.agreement import Neighbours, Residuals, joined, residuals
+from scuvae.inference.mapping.neighbour_residuals import Neighbours, Residuals, joined, residuals
 from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")

@@ -11,19 +11,20 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae import get, tl
-from scuvae.inference.calibration import (
+from scuvae.batches import Batch
+from scuvae.inference.evaluation.simulation_based_calibration import (
     Residuals,
     coverage,
     diagonal_coverage,
     scale_ratio,
     simulate,
 )
-from scuvae.inference.local_steps import refine_gradient
-from scuvae.inference.matching import match_moments
-from scuvae.inference.polish import polish
-from scuvae.inference.refine import fixed_elbo
-from scuvae.inference.unseen import infer
-from scuvae.model import VAE, Batch
+from scuvae.inference.refinement.adam import refine_gradient
+from scuvae.inference.refinement.infer import infer
+from scuvae.inference.refinement.moments import match_moments
+from scuvae.inference.refinement.refine import fixed_elbo
+from scuvae.inference.refinement.stein import polish
+from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -8,8 +8,9 @@ from helpers import LIKELIHOOD_NAMES, small_counts, small_data, small_fit
 from scipy.integrate import quad
 
 from scuvae import get, pp, tl
-from scuvae.inference import embedding
-from scuvae.model import LIKELIHOODS, Batch, Likelihood
+from scuvae.batches import Batch
+from scuvae.inference.mapping import embedding
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
 
 @pytest.mark.parametrize("name", LIKELIHOOD_NAMES)

@@ -27,10 +27,10 @@ from helpers import (
 from scipy import sparse as sp
 
 from scuvae import get, tl
-from scuvae.inference.train import TrainingError
+from scuvae.inference.training.loop import TrainingError
 from scuvae.io.inputs import read_matrix
-from scuvae.model import LIKELIHOODS
-from scuvae.model.likelihoods import NegativeBinomial
+from scuvae.model.likelihoods import LIKELIHOODS
+from scuvae.model.likelihoods.negative_binomial import NegativeBinomial
 
 COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].counts]
 

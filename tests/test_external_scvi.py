@@ -18,11 +18,11 @@ from scuvae._keys import SCVI, Keys
 
 scvi = pytest.importorskip("scvi")
 
+from scuvae.distributions.gaussian import kl_to_prior  # noqa: E402
 from scuvae.external import _last_layer  # noqa: E402
 from scuvae.external import scvi as bridge  # noqa: E402
 from scuvae.external._scvi_checks import loader_of  # noqa: E402
 from scuvae.external._scvi_module import Bridge  # noqa: E402
-from scuvae.inference.objectives import kl_to_prior  # noqa: E402
 
 CPU = torch.device("cpu")
 N_LATENT = 3

@@ -36,8 +36,8 @@ from scipy import sparse as sp
 
 from scuvae import get, tl
 from scuvae.inference.posteriors import POSTERIORS
-from scuvae.model import LIKELIHOODS
-from scuvae.tl._settings import INFERENCE
+from scuvae.inference.training.settings import INFERENCE
+from scuvae.model.likelihoods import LIKELIHOODS
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
 every_scheme = pytest.mark.parametrize("amortized", SCHEMES)

@@ -9,12 +9,12 @@ from small_models import batch_of, cells_of, model_of
 from torch.distributions import Independent, Normal
 
 from scuvae import tl
-from scuvae.inference.gene_totals import GeneTotals
-from scuvae.inference.optimizers import adam
-from scuvae.inference.posteriors import UnamortizedPosterior
-from scuvae.inference.starts import fit_loadings, start_decoder
-from scuvae.inference.steps import Step
-from scuvae.model import LIKELIHOODS
+from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
+from scuvae.inference.training.gene_totals import GeneTotals
+from scuvae.inference.training.linear_start import fit_loadings, start_decoder
+from scuvae.inference.training.optimizers import adam
+from scuvae.inference.training.step import Step
+from scuvae.model.likelihoods import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -11,13 +11,14 @@ from scipy import sparse as sp
 from small_models import COUNTS, likelihood_of
 
 from scuvae import get, tl
-from scuvae.inference import replays
+from scuvae.batches import Batch, Cells
+from scuvae.batches.sources import in_memory as sources
+from scuvae.batches.sources.in_memory import SparseSource
 from scuvae.inference.posteriors import Posterior
-from scuvae.inference.train import train
-from scuvae.io import sources
-from scuvae.io.sources import Cells, SparseSource
-from scuvae.model import VAE, Batch
-from scuvae.tl import _run
+from scuvae.inference.training import cuda_graphs as replays
+from scuvae.inference.training import fit as _run
+from scuvae.inference.training.loop import train
+from scuvae.model import VAE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,18 +10,13 @@ from scipy import sparse as sp
 from small_models import COUNTS, EPS, likelihood_of, model_of
 from torch import Tensor
 
-from scuvae.inference import natural
-from scuvae.inference.objectives import kl_to_prior
-from scuvae.model import (
-    Likelihood,
-    SparseRows,
-    gaussian,
-    kernels,
-    negative_binomial,
-    poisson,
-    vectors,
-)
-from scuvae.model.rows import Linear
+from scuvae.batches import SparseRows
+from scuvae.distributions import precision
+from scuvae.distributions.gaussian import gaussian, kl_to_prior
+from scuvae.kernels import count_likelihoods as kernels
+from scuvae.kernels import vector_math as vectors
+from scuvae.model.likelihoods import Likelihood, negative_binomial, poisson
+from scuvae.model.likelihoods.autograd import Linear
 from scuvae.model.vae import frozen
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
@@ -166,7 +161,7 @@ def test_small_gaussians_are_torchs() -> None:
         (q.scale_tril, exact.scale_tril),
         (kl_to_prior(q), kl_to_prior(exact)),
         (
-            natural.precondition(q.scale_tril, mean),
+            precision.precondition(q.scale_tril, mean),
             (exact.covariance_matrix @ mean.double().unsqueeze(-1)).squeeze(-1),
         ),
     ]:
@@ -182,7 +177,7 @@ def test_small_gaussians_are_torchs() -> None:
 def test_numba_may_be_told_to_interpret() -> None:
     """Then torch's operators do the work: interpreted kernels would take minutes."""
     code = (
-        "import torch; from scuvae.model.rising import compiled; "
+        "import torch; from scuvae.model.likelihoods.rising_factorial import compiled; "
         "from scuvae.model import LIKELIHOODS; print(compiled(torch.zeros(1)), "
         "LIKELIHOODS['nb'](3).log_prob(torch.ones(2, 3), torch.zeros(2, 3)).shape)"
     )

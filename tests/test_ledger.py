@@ -21,10 +21,16 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae import get, tl
-from scuvae.inference.annealing import annealed_log_evidence
-from scuvae.inference.importance import draw_weights, gap, gap_to_evidence, ledger, log_mean
-from scuvae.inference.pareto import fit_generalized_pareto, pareto_k, tail_size
-from scuvae.inference.polish import refine_diagonal
+from scuvae.inference.evaluation.annealed_importance_sampling import annealed_log_evidence
+from scuvae.inference.evaluation.importance_sampling import (
+    draw_weights,
+    gap,
+    gap_to_evidence,
+    ledger,
+    log_mean,
+)
+from scuvae.inference.evaluation.pareto import fit_generalized_pareto, pareto_k, tail_size
+from scuvae.inference.refinement.stein import refine_diagonal
 from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")

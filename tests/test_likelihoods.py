@@ -13,10 +13,12 @@ from scipy import stats
 from small_models import COUNTS, EPS, UNIQUE, batch_of, likelihood_of, model_of
 from torch import Tensor
 
-from scuvae.io.sources import SOURCES
-from scuvae.model import LIKELIHOODS, VAE, Likelihood, SparseRows
-from scuvae.model.negative_binomial import log_prob as negative_binomial_log_prob
-from scuvae.model.rising import rising
+from scuvae.batches import SparseRows
+from scuvae.batches.sources.registry import SOURCES
+from scuvae.model import VAE
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.likelihoods.negative_binomial import log_prob as negative_binomial_log_prob
+from scuvae.model.likelihoods.rising_factorial import rising
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from scuvae.model import Decoder, Encoder
-from scuvae.model.networks import NORMALIZATIONS
+from scuvae.model.encoder import NORMALIZATIONS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

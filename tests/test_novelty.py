@@ -21,11 +21,11 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae import get, tl
 from scuvae._keys import Keys
-from scuvae.inference.neighbours import distance_to_posteriors
-from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Alike, Residual, combine, log_tail
-from scuvae.inference.thinning import thinned
-from scuvae.model.batch import dense, sparse
+from scuvae.batches.sparse_rows import dense, sparse
+from scuvae.batches.thinning import thinned
+from scuvae.inference.mapping.latent_distance import distance_to_posteriors
+from scuvae.inference.mapping.tail_probabilities import Alike, Residual, combine, log_tail
+from scuvae.inference.mapping.typicality import surprise
 
 N_GENES = 60
 
@@ -133,7 +133,7 @@ def test_no_other_cell_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     # Sums of float32 in another order, which a local step may amplify.
     np.testing.assert_allclose(alone(new[rows].copy(), reference), whole[rows], atol=5e-3)
     together = novelty(new.copy(), reference)
-    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
+    monkeypatch.setattr("scuvae.runtime.CHUNK", 7)
     monkeypatch.setattr("scuvae.tl._novelty.CHUNK", 7)
     np.testing.assert_allclose(alone(new.copy(), reference), whole, atol=5e-3)
     np.testing.assert_allclose(novelty(new.copy(), reference), together, atol=5e-3)
@@ -155,7 +155,7 @@ def test_what_all_new_cells_have_in_common_can_be_taken_out() -> None:
     new.X = np.random.default_rng(1).binomial(new.X.astype(int), lost).astype(np.float32)
     options: list[dict[str, Any]] = [{}, {"adjust_genes": True}, {"n_neighbors": 1}]
     usual, adjusted, alone = ((novelty(new.copy(), reference, **o) > 1).mean() for o in options)
-    # Shares of 300 cells and of tails read off 300: alone and adjusted differ by up to .06 over five
+    # Shares of 300 cells, by tails read off 300: alone and adjusted differ by up to .06 over five
     # seeds, and what all have in common adds .28 or more.
     assert usual > alone + 0.2
     assert adjusted < alone + 0.1

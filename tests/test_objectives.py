@@ -19,12 +19,21 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from scuvae.inference.importance import draw_weights, log_mean
-from scuvae.inference.local_steps import normal_points
-from scuvae.inference.objectives import elbo, kl_to_prior
-from scuvae.inference.refine import fixed_elbo
-from scuvae.model import VAE, Batch, gaussian, raw_scale
-from scuvae.model.gaussian import COVARIANCES, n_scale_parameters, pack, unpack
+from scuvae.batches import Batch
+from scuvae.distributions.gaussian import (
+    COVARIANCES,
+    gaussian,
+    kl_to_prior,
+    n_scale_parameters,
+    pack,
+    raw_scale,
+    unpack,
+)
+from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.evaluation.importance_sampling import draw_weights, log_mean
+from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.refinement.refine import fixed_elbo
+from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -14,7 +14,7 @@ from scipy.integrate import trapezoid
 from scipy.stats import binom, chi2, norm
 
 from scuvae import get, pp, tl
-from scuvae.inference.embedding import Basis
+from scuvae.inference.mapping.embedding import Basis
 from scuvae.pp._graph import nearest, rows, stability, times_near
 from scuvae.pp._neighbors import _draws
 

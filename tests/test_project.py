@@ -31,12 +31,13 @@ from torch.distributions import Independent, Normal
 
 from scuvae import get, tl
 from scuvae._keys import SCVI, Keys
-from scuvae.inference.calibration import simulate
-from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
-from scuvae.inference.refine import fixed_elbo, refine
-from scuvae.inference.surprise import surprise
-from scuvae.inference.validation import starts
-from scuvae.model import VAE, Batch, SparseRows
+from scuvae.batches import Batch, SparseRows
+from scuvae.inference.evaluation.simulation_based_calibration import simulate
+from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
+from scuvae.inference.mapping.typicality import surprise
+from scuvae.inference.refinement.initialization import starts
+from scuvae.inference.refinement.refine import fixed_elbo, refine
+from scuvae.model import VAE
 
 # Sums of float32 in another order, through some dozen turns of estimation.
 REORDERED = 5e-3
@@ -313,7 +314,7 @@ def test_the_estimate_depends_neither_on_order_nor_on_chunks(
     tl.project(adata, reference, new_batches="estimate")
     tl.project(shuffled, reference, new_batches="estimate")
     tl.project(alone, reference, new_batches="estimate")
-    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
+    monkeypatch.setattr("scuvae.runtime.CHUNK", 7)
     tl.project(chunked, reference, new_batches="estimate")
     offsets = [
         one.uns["scuvae"]["state"]["decoder"]["offset.weight"][:, 2]

@@ -17,19 +17,22 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH, climb, normal_points
-from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import (
+from scuvae.batches import Batch
+from scuvae.distributions.gaussian import (
+    COVARIANCES,
     as_family,
     concatenate,
-    fixed_elbo,
-    likeliest_start,
-    prior_start,
-    refine,
+    gaussian,
+    kl_to_prior,
+    n_scale_parameters,
+    raw_scale,
     select,
 )
-from scuvae.model import VAE, Batch, gaussian, raw_scale
-from scuvae.model.gaussian import COVARIANCES, n_scale_parameters
+from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.refinement.gauss_newton import climb
+from scuvae.inference.refinement.initialization import likeliest_start, prior_start
+from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, fixed_elbo, refine
+from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

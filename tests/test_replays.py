@@ -10,10 +10,11 @@ from scipy import sparse as sp
 from small_models import COUNTS, UNIQUE, likelihood_of, model_of, posterior_of
 from torch import Tensor
 
-from scuvae.inference import replays
-from scuvae.inference.steps import Step
-from scuvae.io.sources import Cells, DenseSource, Loader, SparseSource
-from scuvae.model import SparseRows
+from scuvae.batches import Cells, SparseRows
+from scuvae.batches.loader import Loader
+from scuvae.batches.sources.in_memory import DenseSource, SparseSource
+from scuvae.inference.training import cuda_graphs as replays
+from scuvae.inference.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -9,11 +9,13 @@ from small_models import COUNTS, EPS, UNIQUE, batch_of, cells_of, model_of
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from scuvae.inference import natural
-from scuvae.inference.objectives import _drawn, descend, elbo, kl_to_prior
-from scuvae.inference.optimizers import CompiledAdam, adam
-from scuvae.model import VAE, Batch
-from scuvae.model.networks import Decoder, _gated
+from scuvae.batches import Batch
+from scuvae.distributions import precision
+from scuvae.distributions.gaussian import kl_to_prior
+from scuvae.inference.posteriors.objectives import _drawn, descend, elbo
+from scuvae.inference.training.optimizers import CompiledAdam, adam
+from scuvae.model import VAE, Decoder
+from scuvae.model.decoder import _gated
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -168,7 +170,7 @@ def test_steps_of_the_mean(full: bool, dtype: torch.dtype) -> None:
     expected = torch.where(length > 1, step / length, step)
     rows, table = torch.randperm(40)[:30], torch.randn(40, 4, dtype=dtype)
     moved = table.clone()
-    natural.move(moved, rows, q, slope, factor=-1.5, rate=0.4, longest=1.0, by=0.5)
+    precision.move_rows(moved, rows, q, slope, factor=-1.5, rate=0.4, longest=1.0, by=0.5)
     table[rows] += 0.5 * expected
     torch.testing.assert_close(moved, table, rtol=1e-5, atol=1e-5)  # float32's roundings
 

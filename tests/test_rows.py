@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from scuvae.inference.optimizers import OPTIMIZERS
-from scuvae.inference.rows import ROW_OPTIMIZERS
+from scuvae.inference.posteriors.row_optimizers import ROW_OPTIMIZERS
+from scuvae.inference.training.optimizers import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

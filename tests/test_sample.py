@@ -21,7 +21,7 @@ from scipy.special import log_softmax
 from small_models import likelihood_of
 
 from scuvae import get, tl
-from scuvae.model import LIKELIHOODS
+from scuvae.model.likelihoods import LIKELIHOODS
 
 COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].counts]
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)

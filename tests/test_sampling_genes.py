@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import batch_of, cells_of, model_of
 
-from scuvae.model.vae import systematic_sample
+from scuvae.model.curvature import systematic_sample
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

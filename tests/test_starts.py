@@ -8,10 +8,12 @@ from scipy import special, stats
 from small_models import UNIQUE, batch_of, cells_of, model_of
 from torch import Tensor
 
-from scuvae.inference.local_steps import normal_points
-from scuvae.inference.starts import WhitenedPCA, likeliest
-from scuvae.io.sources import SparseSource
-from scuvae.model import VAE, Batch
+from scuvae.batches import Batch
+from scuvae.batches.sources.in_memory import SparseSource
+from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
+from scuvae.inference.refinement.initialization import likeliest
+from scuvae.model import VAE
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -11,14 +11,15 @@ from scipy import stats
 from small_models import COUNTS, batch_of, cells_of, model_of
 
 from scuvae import get, tl
-from scuvae.inference import posteriors
-from scuvae.inference.objectives import elbo
-from scuvae.inference.posteriors import AmortizedPosterior
-from scuvae.inference.steps import Step
-from scuvae.inference.thinning import FEWEST, shallow, with_shallow
-from scuvae.model import Encoder, SparseRows
-from scuvae.model.batch import dense, sparse
-from scuvae.model.networks import encoder_input
+from scuvae.batches import SparseRows
+from scuvae.batches.sparse_rows import dense, sparse
+from scuvae.batches.thinning import FEWEST, shallow, with_shallow
+from scuvae.inference.posteriors import base as posteriors
+from scuvae.inference.posteriors.amortized import AmortizedPosterior
+from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.training.step import Step
+from scuvae.model import Encoder
+from scuvae.model.encoder import encoder_input
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -192,8 +193,12 @@ def test_an_encoder_labels_thinned_cells(distilled: bool, monkeypatch: pytest.Mo
     found = []
     for new in (True, False):
         if not new:
-            monkeypatch.setattr("scuvae.io.state._encoder_input", lambda *args: "log1p")
-            for module in ("posteriors", "distil"):
+            monkeypatch.setattr("scuvae.io.model_arrays._encoder_input", lambda *args: "log1p")
+            for module in (
+                "posteriors.amortized",
+                "posteriors.semi_amortized",
+                "training.distillation",
+            ):
                 monkeypatch.setattr(f"scuvae.inference.{module}.with_shallow", lambda batch: batch)
         fitted = kinds(400, 2000, seed=1)
         options: dict[str, Any] = {"n_latent": 2, "n_hidden": 32, "max_epochs": 60}

@@ -31,9 +31,11 @@ from small_models import (
 )
 
 from scuvae import get, tl
-from scuvae.inference.distil import distil, simulated
-from scuvae.inference.objectives import elbo
-from scuvae.model import Encoder, gaussian, raw_scale
+from scuvae.distributions.gaussian import gaussian, raw_scale
+from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.posteriors.simulated import simulated
+from scuvae.inference.training.distillation import distil
+from scuvae.model import Encoder
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
 FEW: dict[str, Any] = {"max_epochs": 3, "batch_size": 32}

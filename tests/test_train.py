@@ -20,14 +20,17 @@ from small_models import (
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
-from scuvae.inference.posteriors import POSTERIORS, Posterior, UnamortizedPosterior
-from scuvae.inference.refine import prior_start, refine
-from scuvae.inference.starts import WhitenedPCA
-from scuvae.inference.train import EarlyStopping, TrainingError, train
-from scuvae.inference.validation import HeldOutCells
-from scuvae.model import VAE, Batch, Decoder
-from scuvae.model.gaussian import COVARIANCES
+from scuvae.batches import Batch
+from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.inference.posteriors import POSTERIORS, Posterior
+from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
+from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
+from scuvae.inference.refinement.initialization import prior_start
+from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, refine
+from scuvae.inference.training.early_stopping import EarlyStopping
+from scuvae.inference.training.held_out import HeldOutCells
+from scuvae.inference.training.loop import TrainingError, train
+from scuvae.model import VAE, Decoder
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -15,8 +15,9 @@ from scipy import special, stats
 from small_models import UNIQUE, batch_of, model_of
 
 from scuvae import get, tl
-from scuvae.inference import affinity as module
-from scuvae.inference.affinity import affinity, votes
+from scuvae.inference.mapping.label_transfer import votes
+from scuvae.inference.refinement import profile_likelihood as module
+from scuvae.inference.refinement.profile_likelihood import affinity
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

@@ -33,8 +33,8 @@ from scipy.stats import multivariate_normal
 from torch.distributions import Independent, MultivariateNormal
 
 from scuvae import datasets, get, tl
-from scuvae.model import LIKELIHOODS
-from scuvae.tl import _shared
+from scuvae import runtime as _shared
+from scuvae.model.likelihoods import LIKELIHOODS
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
 every_scheme = pytest.mark.parametrize("amortized", SCHEMES)
@@ -220,7 +220,7 @@ def test_a_cell_depends_on_no_other_cell(
     ]
     assert sorted(moved)[-2] < REORDERED
     assert max(moved) < 0.2
-    monkeypatch.setattr("scuvae.tl._shared.CHUNK", 7)
+    monkeypatch.setattr("scuvae.runtime.CHUNK", 7)
     chunked = new_cells(likelihood)
     tl.project(chunked, reference)
     assert_same_up_to_ties(chunked, cells)

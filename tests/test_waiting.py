@@ -8,11 +8,10 @@ import torch
 from small_models import COUNTS, batch_of, model_of, posterior_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scuvae.inference import natural, thinning
-from scuvae.inference.optimizers import adam
-from scuvae.inference.train import train
-from scuvae.model import Batch
-from scuvae.model import batch as batches_module
+from scuvae.batches import Batch, sparse_rows, thinning
+from scuvae.distributions import precision
+from scuvae.inference.training.loop import train
+from scuvae.inference.training.optimizers import adam
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -73,8 +72,8 @@ def test_steps_wait_for_nothing(
     name: str, kind: str, local_step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, whose operators are those of a GPU; with renewals of all precisions."""
-    monkeypatch.setattr(natural, "_at_hand", lambda values: False)
-    for module in (batches_module, thinning):
+    monkeypatch.setattr(precision, "_at_hand", lambda values: False)
+    for module in (sparse_rows, thinning):
         monkeypatch.setattr(module, "at_hand", lambda values: False)
     model = model_of(name, encoder=True, n_covariates=2)
     x = torch.poisson(torch.full((12, model.n_vars), 3.0)).double()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scuvae.model import SparseRows
-from scuvae.model.negative_binomial import passes
-from scuvae.model.rising import compiled
+from scuvae.batches import SparseRows
+from scuvae.kernels.dispatch import compiled
+from scuvae.model.likelihoods.negative_binomial import passes
 
 # Numbers in a block of logits, for a processor's caches.
 _NUMBERS = 2**20

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scuvae.model.batch import SparseRows, dense, sparse
+from scuvae.batches import SparseRows
+from scuvae.batches.sparse_rows import dense, sparse
 
 
 class Heads(NamedTuple):

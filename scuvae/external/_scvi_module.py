@@ -1,9 +1,9 @@
 """A trained module of scvi-tools as a model that refinement can work on.
 
-:class:`Bridge` has what :func:`scuvae.inference.refine.refine` asks of a VAE: ``log_likelihood``,
-``curvature``, ``prior`` and the widths. The usual decoder is read as one of ours, which is faster.
-Others stay scvi-tools' own, so that layers, norms, activations and covariates are what they were
-in training; their Jacobians are forward mode.
+:class:`Bridge` has what :func:`scuvae.inference.refinement.refine.refine` asks of a VAE:
+``log_likelihood``, ``curvature``, ``prior`` and the widths. The usual decoder is read as one of
+ours, which is faster. Others stay scvi-tools' own, so that layers, norms, activations and
+covariates are what they were in training; their Jacobians are forward mode.
 """
 
 import copy
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
+from scuvae.batches import Batch, SparseRows
+from scuvae.batches.sparse_rows import sparse
 from scuvae.external._last_layer import LastLayer
 from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
-from scuvae.model import VAE, Batch, Decoder, SparseRows, negative_binomial
-from scuvae.model.batch import sparse
-from scuvae.model.vae import cells_at_once, jacobian_gram, weighted_gram
+from scuvae.model import VAE, Decoder
+from scuvae.model.curvature import cells_at_once, jacobian_gram, weighted_gram
+from scuvae.model.likelihoods import negative_binomial
 
 # Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
 _X, _BATCH, _LABELS = "X", "batch", "labels"

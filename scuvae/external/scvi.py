@@ -13,16 +13,15 @@ from tqdm.auto import tqdm
 from scuvae import __version__
 from scuvae._checks import one_of, random_state_alias, whole
 from scuvae._keys import SCVI, Keys
+from scuvae.distributions.gaussian import COVARIANCES, as_family, moments, select
 from scuvae.external._scvi_checks import check_model, loader_of
 from scuvae.external._scvi_module import Bridge
-from scuvae.inference.comparison import compare
-from scuvae.inference.local_steps import THOROUGH, refine_natural
-from scuvae.inference.polish import refine_diagonal
-from scuvae.inference.refine import as_family, select
-from scuvae.io.slots import target
-from scuvae.io.state import moments, write_posterior
-from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import random_state, resolve_device, show_progress
+from scuvae.inference.evaluation.paired_elbo import compare
+from scuvae.inference.refinement.natural_gradient import refine_natural
+from scuvae.inference.refinement.refine import THOROUGH
+from scuvae.inference.refinement.stein import refine_diagonal
+from scuvae.io.slots import target, write_posterior
+from scuvae.runtime import random_state, resolve_device, show_progress
 
 __all__ = ["hand_back", "refine"]
 

@@ -1,6 +1,13 @@
-"""Where results are written."""
+"""Where results go, and the posteriors in them."""
 
+import numpy as np
+import torch
 from anndata import AnnData
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from scuvae._keys import DEFAULT, Keys
+from scuvae.distributions.gaussian import unpack
+from scuvae.io.fit_state import read_entry
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -8,3 +15,43 @@ def target(adata: AnnData, copy: bool) -> AnnData:
     if not copy:
         return adata
     return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
+
+
+def read_posterior(adata: AnnData, key: str | None) -> Distribution:
+    """q of every cell from ``obsm``, on the CPU."""
+    read_entry(adata, key)
+    keys = Keys.of(key)
+    for slot in (keys.mean, keys.scale):
+        if slot not in adata.obsm:
+            raise ValueError(
+                f"adata.obsm[{slot!r}] is gone: fit again, or refit its cells with tl.project"
+            )
+    mean = torch.as_tensor(np.array(adata.obsm[keys.mean], np.float32))
+    if keys.covariance in adata.obsm:
+        packed = torch.as_tensor(np.array(adata.obsm[keys.covariance], np.float64))
+        lower = unpack(packed, mean.shape[1])
+        covariance = lower + lower.tril(-1).mT
+        tril, failed = torch.linalg.cholesky_ex(covariance)
+        if failed.any():
+            # float32 has rounded a very long, thin covariance past positive definiteness.
+            longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+            jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
+            bad = (failed > 0)[:, None, None]
+            tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
+        tril = tril.float()
+        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
+    scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
+    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def write_posterior(
+    adata: AnnData, key: str | None, values: dict[str, np.ndarray], default: str = DEFAULT
+) -> None:
+    """The :func:`moments` of every cell's q into ``obsm``, in place of those of an earlier fit."""
+    keys = Keys.of(key, default)
+    slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
+    for name, slot in slots.items():
+        if slot in adata.obsm:
+            del adata.obsm[slot]
+        if name in values:
+            adata.obsm[slot] = values[name]

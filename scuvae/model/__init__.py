@@ -1,20 +1,7 @@
-"""p: likelihoods, networks and the VAE. Torch only; knows nothing of inference or of AnnData."""
+"""p: decoder, encoder, likelihood and the VAE of them. Torch only; knows nothing of AnnData."""
 
-from scuvae.model.batch import Batch, SparseRows
-from scuvae.model.gaussian import full_gaussian, gaussian, raw_scale
-from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
-from scuvae.model.networks import Decoder, Encoder
+from scuvae.model.decoder import Decoder
+from scuvae.model.encoder import Encoder
 from scuvae.model.vae import VAE
 
-__all__ = [
-    "LIKELIHOODS",
-    "VAE",
-    "Batch",
-    "Decoder",
-    "Encoder",
-    "Likelihood",
-    "SparseRows",
-    "full_gaussian",
-    "gaussian",
-    "raw_scale",
-]
+__all__ = ["VAE", "Decoder", "Encoder"]

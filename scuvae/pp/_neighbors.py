@@ -10,11 +10,11 @@ from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys
-from scuvae.inference.embedding import Basis, place
-from scuvae.inference.local_steps import draw
+from scuvae.distributions.gaussian import draw
+from scuvae.inference.mapping.embedding import Basis, place
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
 from scuvae.pp._graph import nearest, rows, stability, times_near
 

@@ -10,20 +10,22 @@ from anndata import AnnData
 
 from scuvae._checks import one_of, random_state_alias, real, whole
 from scuvae._keys import Keys
-from scuvae.inference.calibration import (
+from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.inference.evaluation.simulation_based_calibration import (
     Residuals,
     coverage,
     diagonal_coverage,
     scale_ratio,
     simulate,
 )
-from scuvae.inference.unseen import POLISH, Polish, infer
-from scuvae.inference.validation import encoded
+from scuvae.inference.refinement.infer import POLISH, Polish, infer
+from scuvae.inference.refinement.initialization import encoded
+from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
+from scuvae.io.fit_state import read_fit
+from scuvae.io.genes import cells_of
 from scuvae.io.slots import target
-from scuvae.io.state import read_fit
-from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device, step_options
+from scuvae.runtime import CHUNK, random_state, resolve_device
 
 
 @random_state_alias

@@ -14,13 +14,16 @@ from torch import Tensor
 from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.inference.gene_totals import DENOISING_DRAWS
-from scuvae.inference.local_steps import draw, normal_points
+from scuvae.batches import Batch
+from scuvae.distributions.gaussian import draw, gaussian, raw_scale
+from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import Fit, read_fit, read_posterior
-from scuvae.model import VAE, Batch, gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, places, resolve_device
+from scuvae.io.fit_state import Fit, read_fit
+from scuvae.io.genes import cells_of, places
+from scuvae.io.slots import read_posterior, target
+from scuvae.model import VAE
+from scuvae.runtime import CHUNK, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
 MOST_COLUMNS = 4000

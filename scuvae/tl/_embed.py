@@ -9,12 +9,13 @@ from anndata import AnnData
 
 from scuvae._checks import flag, whole
 from scuvae._keys import Keys
-from scuvae.inference.embedding import Basis, find_basis, place
+from scuvae.inference.mapping.embedding import Basis, find_basis, place
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_entry, read_fit, read_posterior
+from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.genes import cells_of
+from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.tl._shared import cells_of, resolve_device
+from scuvae.runtime import resolve_device
 
 N_COMPONENTS = 30
 

@@ -15,15 +15,16 @@ from scuvae import __version__
 from scuvae._checks import flag, random_state_alias
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.sources import Cells, source_of
-from scuvae.io.state import build_model, model_to_arrays, write_posterior
-from scuvae.model import LIKELIHOODS, Likelihood
+from scuvae.batches import Cells
+from scuvae.batches.sources.registry import source_of
+from scuvae.inference.training.fit import run
+from scuvae.inference.training.settings import DROPOUT, Settings
+from scuvae.io import covariates, inputs
+from scuvae.io.model_arrays import build_model, model_to_arrays
+from scuvae.io.slots import target, write_posterior
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.runtime import logger, random_state, resolve_device
 from scuvae.tl._embed import common_total, new_map, posterior_scale
-from scuvae.tl._run import run
-from scuvae.tl._settings import DROPOUT, Settings
-from scuvae.tl._shared import logger, random_state, resolve_device
 
 
 @random_state_alias
@@ -160,7 +161,7 @@ def fit(
     ------
     ValueError, TypeError
         For values, slots or arguments that cannot be fitted, before any work.
-    scuvae.inference.train.TrainingError
+    scuvae.inference.training.loop.TrainingError
         The loss became infinite or NaN: names epoch, batch and cells.
 
     Notes
@@ -217,8 +218,8 @@ def fit(
     if dropout is None and settings.linear_path and chosen.counts:
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
-    codes, batches = inputs.batch_codes(adata, batch_key)
-    size_factor = inputs.size_factors(adata, size_factor_key)
+    codes, batches = covariates.batch_codes(adata, batch_key)
+    size_factor = covariates.size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
 

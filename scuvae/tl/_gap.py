@@ -8,17 +8,18 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
-from scuvae.inference.importance import draw_weights, gap, gap_to_evidence
-from scuvae.inference.local_steps import THOROUGH
-from scuvae.inference.polish import refine_diagonal
-from scuvae.inference.refine import as_family, refine, select
+from scuvae.batches import Batch, Cells
+from scuvae.distributions.gaussian import COVARIANCES, as_family, select
+from scuvae.inference.evaluation.importance_sampling import draw_weights, gap, gap_to_evidence
+from scuvae.inference.evaluation.paired_elbo import elbo_gain
+from scuvae.inference.refinement.refine import THOROUGH, refine
+from scuvae.inference.refinement.stein import refine_diagonal
 from scuvae.io import inputs
+from scuvae.io.fit_state import read_fit
+from scuvae.io.genes import cells_of
 from scuvae.io.slots import target
-from scuvae.io.sources import Cells
-from scuvae.io.state import read_fit
-from scuvae.model import VAE, Batch
-from scuvae.model.gaussian import COVARIANCES
-from scuvae.tl._shared import CHUNK, cells_of, elbo_gain, random_state, resolve_device
+from scuvae.model import VAE
+from scuvae.runtime import CHUNK, random_state, resolve_device
 
 
 @random_state_alias

@@ -15,21 +15,28 @@ from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
-from scuvae.inference.agreement import Neighbours, Residuals, joined, residuals
-from scuvae.inference.neighbours import distance_to_posteriors
-from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.refine import concatenate
-from scuvae.inference.surprise import surprise
-from scuvae.inference.tails import Alike, Residual, combine, log_tail, standardised
-from scuvae.inference.thinning import thinned
-from scuvae.inference.unseen import infer
+from scuvae.batches import Cells
+from scuvae.batches.sparse_rows import sparse
+from scuvae.batches.thinning import thinned
+from scuvae.distributions.gaussian import concatenate, kl_to_prior
+from scuvae.inference.mapping.latent_distance import distance_to_posteriors
+from scuvae.inference.mapping.neighbour_residuals import Neighbours, Residuals, joined, residuals
+from scuvae.inference.mapping.tail_probabilities import (
+    Alike,
+    Residual,
+    combine,
+    log_tail,
+    standardised,
+)
+from scuvae.inference.mapping.typicality import surprise
+from scuvae.inference.refinement.infer import infer
+from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
+from scuvae.io.fit_state import Fit, read_fit, read_missing
+from scuvae.io.genes import match
 from scuvae.io.slots import target
-from scuvae.io.sources import Cells
-from scuvae.io.state import Fit, read_fit, read_missing
-from scuvae.model.batch import sparse
-from scuvae.tl._project import CHUNK, projected, read_reference
-from scuvae.tl._shared import match, random_state, resolve_device, step_options
+from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.tl._project import projected, read_reference
 
 logger = logging.getLogger("scuvae")
 

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from scuvae._checks import whole
 from scuvae._keys import Keys
-from scuvae.inference.local_steps import draw, normal_points
+from scuvae.batches import Batch, SparseRows
+from scuvae.batches.sparse_rows import select
+from scuvae.distributions.gaussian import draw, gaussian, raw_scale
+from scuvae.distributions.quasi_random import normal_points
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_fit, read_posterior
-from scuvae.model import VAE, Batch, SparseRows, gaussian, raw_scale
-from scuvae.model.batch import select
-from scuvae.tl._shared import CHUNK, cells_of, logger, resolve_device
+from scuvae.io.fit_state import read_fit
+from scuvae.io.genes import cells_of
+from scuvae.io.slots import read_posterior, target
+from scuvae.model import VAE
+from scuvae.runtime import CHUNK, logger, resolve_device
 
 
 def predictive_check(

@@ -17,34 +17,20 @@ from torch.distributions import Distribution
 
 from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.offsets import estimate_offset, known_offsets, with_offsets
-from scuvae.inference.unseen import POLISH, Polish, infer
-from scuvae.inference.validation import encoded
+from scuvae.batches import Batch, Cells
+from scuvae.distributions.gaussian import COVARIANCES, moments
+from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
+from scuvae.inference.refinement.infer import POLISH, Polish, infer
+from scuvae.inference.refinement.initialization import encoded
+from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.sources import Cells
-from scuvae.io.state import (
-    Fit,
-    model_to_arrays,
-    moments,
-    read_entry,
-    read_fit,
-    write_posterior,
-)
-from scuvae.model import VAE, Batch
-from scuvae.model.gaussian import COVARIANCES
+from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.genes import Matched, match, some, warn_of_empty
+from scuvae.io.model_arrays import model_to_arrays
+from scuvae.io.slots import target, write_posterior
+from scuvae.model import VAE
+from scuvae.runtime import CHUNK, chunk_on, logger, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
-from scuvae.tl._shared import (
-    CHUNK,
-    Matched,
-    chunk_on,
-    logger,
-    match,
-    resolve_device,
-    some,
-    step_options,
-    warn_of_empty,
-)
 
 NEW_BATCHES = ("error", "estimate")
 # A smaller share of the reference's genes than this is more often a mistake than a panel.

@@ -7,20 +7,27 @@ from anndata import AnnData
 
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
-from scuvae.inference.local_steps import LOCAL_STEPS, THOROUGH
-from scuvae.inference.matching import match_moments
-from scuvae.inference.polish import polish as polish_batch
-from scuvae.inference.refine import as_family, select
-from scuvae.inference.refine import refine as refine_batch
-from scuvae.inference.unseen import POLISH, Polish, family_of
-from scuvae.inference.validation import start
+from scuvae.distributions.gaussian import (
+    COVARIANCES,
+    as_family,
+    gaussian,
+    moments,
+    raw_scale,
+    select,
+)
+from scuvae.inference.evaluation.paired_elbo import elbo_gain
+from scuvae.inference.refinement.infer import POLISH, Polish, family_of
+from scuvae.inference.refinement.initialization import start
+from scuvae.inference.refinement.moments import match_moments
+from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, step_options
+from scuvae.inference.refinement.refine import refine as refine_batch
+from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import moments, read_entry, read_fit, read_posterior, write_posterior
-from scuvae.model import gaussian, raw_scale
-from scuvae.model.gaussian import COVARIANCES
+from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.genes import cells_of
+from scuvae.io.slots import read_posterior, target, write_posterior
+from scuvae.runtime import chunk_on, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
-from scuvae.tl._shared import cells_of, chunk_on, elbo_gain, resolve_device, step_options
 
 
 def refine(

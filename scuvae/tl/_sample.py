@@ -7,11 +7,12 @@ from scipy import sparse as sp
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
+from scuvae.distributions.gaussian import gaussian, raw_scale
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_fit, read_posterior
-from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, places, random_state, resolve_device, spread
+from scuvae.io.fit_state import read_fit
+from scuvae.io.genes import cells_of, places, spread
+from scuvae.io.slots import read_posterior, target
+from scuvae.runtime import CHUNK, random_state, resolve_device
 
 
 @random_state_alias

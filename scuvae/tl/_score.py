@@ -6,13 +6,14 @@ from anndata import AnnData
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
-from scuvae.inference.annealing import annealed_log_evidence
-from scuvae.inference.importance import draw_weights, ledger
+from scuvae.distributions.gaussian import gaussian, raw_scale
+from scuvae.inference.evaluation.annealed_importance_sampling import annealed_log_evidence
+from scuvae.inference.evaluation.importance_sampling import draw_weights, ledger
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_fit, read_posterior
-from scuvae.model import gaussian, raw_scale
-from scuvae.tl._shared import CHUNK, cells_of, random_state, resolve_device
+from scuvae.io.fit_state import read_fit
+from scuvae.io.genes import cells_of
+from scuvae.io.slots import read_posterior, target
+from scuvae.runtime import CHUNK, random_state, resolve_device
 
 
 @random_state_alias

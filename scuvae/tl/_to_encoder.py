@@ -12,24 +12,19 @@ from tqdm.auto import tqdm
 from scuvae import __version__
 from scuvae._checks import random_state_alias, real, whole
 from scuvae._keys import Keys
-from scuvae.inference.distil import distil
-from scuvae.inference.validation import encoded
+from scuvae.batches import Cells
+from scuvae.distributions.gaussian import moments, raw_scale
+from scuvae.inference.refinement.initialization import encoded
+from scuvae.inference.training.distillation import distil
+from scuvae.inference.training.settings import BATCH_SIZE, LEARNING_RATES, epochs_for
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.sources import Cells
-from scuvae.io.state import (
-    Fit,
-    build_model,
-    model_to_arrays,
-    moments,
-    read_entry,
-    read_fit,
-    read_posterior,
-)
-from scuvae.model import VAE, raw_scale
+from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.genes import cells_of
+from scuvae.io.model_arrays import build_model, model_to_arrays
+from scuvae.io.slots import read_posterior, target
+from scuvae.model import VAE
+from scuvae.runtime import CHUNK, logger, random_state, resolve_device, show_progress
 from scuvae.tl._gap import gap_columns
-from scuvae.tl._settings import BATCH_SIZE, LEARNING_RATES, epochs_for
-from scuvae.tl._shared import CHUNK, cells_of, logger, random_state, resolve_device, show_progress
 
 
 @random_state_alias
@@ -98,7 +93,7 @@ def to_encoder(
     ValueError
         ``adata`` holds no fit under ``key``, the fit has an encoder already, its posteriors are
         gone, or ``adata`` lacks some of its genes.
-    scuvae.inference.train.TrainingError
+    scuvae.inference.training.loop.TrainingError
         The loss became infinite or NaN.
 
     Notes

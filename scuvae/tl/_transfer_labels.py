@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from scuvae._checks import random_state_alias, whole
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.inference.affinity import affinity, votes
+from scuvae.inference.mapping.label_transfer import votes
+from scuvae.inference.refinement.profile_likelihood import affinity
 from scuvae.io import inputs
-from scuvae.io.slots import target
-from scuvae.io.state import read_fit, read_missing, read_posterior
+from scuvae.io.fit_state import read_fit, read_missing
+from scuvae.io.genes import match, warn_of_empty
+from scuvae.io.slots import read_posterior, target
+from scuvae.runtime import CHUNK, random_state, resolve_device
 from scuvae.tl._project import read_reference
-from scuvae.tl._shared import CHUNK, match, random_state, resolve_device, warn_of_empty
 
 logger = logging.getLogger("scuvae")
 

@@ -22,11 +22,13 @@ import torch
 from scipy import sparse as sp
 from torch.distributions import Distribution, MultivariateNormal
 
-from scuvae.inference.importance import draw_weights, log_mean
-from scuvae.inference.local_steps import THOROUGH
-from scuvae.inference.objectives import elbo
-from scuvae.inference.refine import as_family, concatenate, likeliest_start, refine
-from scuvae.io.sources import Cells, source_of
+from scuvae.batches import Cells
+from scuvae.batches.sources.registry import source_of
+from scuvae.distributions.gaussian import as_family, concatenate
+from scuvae.inference.evaluation.importance_sampling import draw_weights, log_mean
+from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.refinement.initialization import likeliest_start
+from scuvae.inference.refinement.refine import THOROUGH, refine
 from scuvae.model import VAE
 
 torch.set_num_threads(1)

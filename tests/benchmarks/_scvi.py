@@ -18,7 +18,9 @@ from _common import Clock
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from scuvae.model import LIKELIHOODS, VAE, Batch, Decoder
+from scuvae.batches import Batch
+from scuvae.model import VAE, Decoder
+from scuvae.model.likelihoods import LIKELIHOODS
 
 MODEL: dict[str, Any] = {
     "n_hidden": 128,
@@ -266,8 +268,8 @@ def check(state: dict[str, Tensor], batch: Batch) -> dict[str, float]:
     import scvi
     from scvi.distributions._negative_binomial import log_nb_positive
 
-    from scuvae.inference.objectives import kl_to_prior
-    from scuvae.model.batch import dense
+    from scuvae.batches.sparse_rows import dense
+    from scuvae.distributions.gaussian import kl_to_prior
 
     x = dense(batch.x)
     module = scvi.module.VAE(x.shape[1], n_batch=1, **MODEL)

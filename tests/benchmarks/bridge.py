@@ -21,12 +21,11 @@ from _common import Clock, load, medians, name_of, print_table, split, write_jso
 from torch.distributions import Distribution, Independent, Normal
 
 import scuvae
+from scuvae.distributions.gaussian import concatenate, kl_to_prior
 from scuvae.external._scvi_checks import loader_of
 from scuvae.external._scvi_module import Bridge
-from scuvae.inference.comparison import compare
-from scuvae.inference.objectives import kl_to_prior
-from scuvae.inference.polish import refine_diagonal
-from scuvae.inference.refine import concatenate
+from scuvae.inference.evaluation.paired_elbo import compare
+from scuvae.inference.refinement.stein import refine_diagonal
 
 COLUMNS = {
     "what": ("cells", ""),

@@ -2,7 +2,7 @@
 
 For each setting: held-out ELBO (a fifth of the cells, q refined), held-out molecules (Poisson,
 beyond the mean profile), own-type share of 15 neighbours in the map, and what two seeds have in
-common. One line a setting and set; the constants of scuvae/model/networks.py are set for the run.
+common. One line a setting and set; the constants of scuvae/model/decoder.py are set for the run.
 
 python tests/benchmarks/defaults.py pbmc68k DATA.h5ad ... --hidden 30 100 300 --dropout 0 0.05 0.1
 """
@@ -18,7 +18,7 @@ from _common import cells_of, held_out_scores, load, name_of, print_table, split
 from _views import halves, jaccard, mean_profile, neighbours, poisson_score, purity
 
 import scuvae
-from scuvae.model import networks
+from scuvae.model import decoder as networks
 
 COLUMNS = {
     "data": ("data", "s"),

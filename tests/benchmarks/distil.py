@@ -32,8 +32,8 @@ from _common import (
 from anndata import AnnData
 
 import scuvae
-from scuvae.inference.distil import distil
-from scuvae.inference.local_steps import THOROUGH
+from scuvae.inference.refinement.refine import THOROUGH
+from scuvae.inference.training.distillation import distil
 from scuvae.model import VAE
 from scuvae.tl import _to_encoder
 

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 import scuvae
-from scuvae.inference.embedding import find_basis, place
+from scuvae.inference.mapping.embedding import find_basis, place
 
 COMPONENTS = 10, 15, 30, 50
 _DRAWS = 4

@@ -38,9 +38,10 @@ from scipy import sparse as sp
 from torch.distributions import Distribution, MultivariateNormal
 
 import scuvae
-from scuvae.inference.local_steps import THOROUGH
-from scuvae.inference.refine import prior_start
-from scuvae.io.sources import Cells, source_of
+from scuvae.batches import Cells
+from scuvae.batches.sources.registry import source_of
+from scuvae.inference.refinement.initialization import prior_start
+from scuvae.inference.refinement.refine import THOROUGH
 from scuvae.model import VAE
 
 _NEIGHBOURS = 15

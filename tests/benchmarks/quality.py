@@ -143,7 +143,7 @@ def fit_traced(
     The training loop that ``tl.fit`` calls is wrapped, to look at the model at the end of each
     epoch; the clock stands still meanwhile. It covers all else: PCA start, validation, final q.
     """
-    module = importlib.import_module("scuvae.tl._run")
+    module = importlib.import_module("scuvae.inference.training.fit")
     original = module.train
     points: list[tuple[int, float, Callable[[], VAE]]] = []
 

@@ -34,16 +34,13 @@ from _common import (
 from torch.distributions import Distribution
 
 import scuvae
-from scuvae.inference.objectives import elbo
-from scuvae.inference.refine import (
-    as_family,
-    concatenate,
-    likeliest_start,
-    refine,
-)
-from scuvae.inference.unseen import infer
-from scuvae.io.sources import Cells
-from scuvae.model import VAE, Batch, gaussian, raw_scale
+from scuvae.batches import Batch, Cells
+from scuvae.distributions.gaussian import as_family, concatenate, gaussian, raw_scale
+from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.refinement.infer import infer
+from scuvae.inference.refinement.initialization import likeliest_start
+from scuvae.inference.refinement.refine import refine
+from scuvae.model import VAE
 
 KINDS = ["scvi", "unamortized", "amortized"]
 COLUMNS = {

@@ -57,7 +57,7 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
 
     import scuvae
 
-    run = importlib.import_module("scuvae.tl._run")
+    run = importlib.import_module("scuvae.inference.training.fit")
     arrays = [np.load(Path(folder) / f"{name}.npy") for name in ARRAYS]
     n_cells = len(arrays[2]) - 1
     x = sp.csr_matrix(tuple(arrays), shape=(n_cells, args.genes), copy=False)

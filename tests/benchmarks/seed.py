@@ -5,7 +5,8 @@
 200 cells × 500 genes of ``datasets.linear_factor``, 3 latent dimensions, Gaussian, decoder
 3 → 128 → 128 → 500, diagonal q, 10 draws, full batch, RMSprop, no encoder. The plain loop uses
 torch.distributions and torch.optim on the same one thread, or GPU; it maximises the same ELBO (math
-in scuvae.inference.objectives). Seconds are CPU seconds of all epochs, on a GPU wall seconds.
+in scuvae.inference.posteriors.objectives). Seconds are CPU seconds of all epochs, on a GPU wall
+seconds.
 """
 
 import argparse

@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from _common import platform_of, print_table, seconds_now, simulated, write_json
 
-from scuvae.inference.optimizers import OPTIMIZERS
-from scuvae.inference.train import train
-from scuvae.io.sources import Cells, Loader, source_of
-from scuvae.io.state import build_model
-from scuvae.model import LIKELIHOODS
-from scuvae.tl._run import _posterior
-from scuvae.tl._settings import INFERENCE, Settings
+from scuvae.batches import Cells
+from scuvae.batches.loader import Loader
+from scuvae.batches.sources.registry import source_of
+from scuvae.inference.training.fit import _posterior
+from scuvae.inference.training.loop import train
+from scuvae.inference.training.optimizers import OPTIMIZERS
+from scuvae.inference.training.settings import INFERENCE, Settings
+from scuvae.io.model_arrays import build_model
+from scuvae.model.likelihoods import LIKELIHOODS
 
 SCHEMES = {name: amortized for amortized, name in INFERENCE.items()}
 COLUMNS = {

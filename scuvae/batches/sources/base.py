@@ -1,0 +1,34 @@
+"""What gives the values of cells by row number."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from scuvae.batches.sparse_rows import SparseRows
+
+
+class Source(ABC):
+    """The values of some cells by row number."""
+
+    shape: tuple[int, int]
+
+    resident: bool
+    """Whether all values are on the device, so that the host has no part in gathering rows."""
+
+    @abstractmethod
+    def rows(
+        self, index: Tensor, on_host: Tensor | None = None, size: int | None = None
+    ) -> Tensor | SparseRows:
+        """Values of the rows ``index``, in that order.
+
+        ``on_host`` is ``index`` on the host; ``size`` a number of nonzeros that the rows do not
+        exceed, by which a GPU need not be asked for theirs.
+        """
+
+    def sizes(self, on_host: Tensor) -> Tensor | None:
+        """The most nonzeros that 1, 2, … of these rows have together, where that is of use."""
+        return None
+
+    @abstractmethod
+    def totals(self) -> Tensor:
+        """Each cell's total, (cells,)."""

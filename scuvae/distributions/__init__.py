@@ -1,0 +1,1 @@
+"""The Gaussian q, fixed draws of it, and its precision."""

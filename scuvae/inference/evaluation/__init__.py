@@ -1,0 +1,1 @@
+"""How good q is: bounds, gaps, intervals."""

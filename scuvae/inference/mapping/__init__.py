@@ -1,0 +1,1 @@
+"""What new cells need: a map, batches, labels, and the parts of novelty."""

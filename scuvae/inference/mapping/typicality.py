@@ -1,0 +1,74 @@
+"""How surprising a cell is to a model: its ELBO's two parts, and what one of them should be."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from scuvae.batches import Batch
+from scuvae.distributions.gaussian import draw, kl_to_prior
+from scuvae.distributions.quasi_random import normal_points
+from scuvae.model import VAE
+
+_DRAWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """Of each cell, (cells,), float64, in nats.
+
+    ``reconstruction`` is E_q[log p(x | z)]; ``expected`` the same of values x̃ drawn from the
+    model itself, E_q E_{x̃|z}[log p(x̃ | z)], with the cell's own size factor; ``kl`` is
+    KL(q ‖ prior).
+    """
+
+    reconstruction: Tensor
+    expected: Tensor
+    kl: Tensor
+
+
+@torch.no_grad()
+def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surprise:
+    """The surprise of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
+
+    Torch's random state is taken up anew for every cell, and left as it was, so that a cell's x̃
+    depend neither on the cells beside it nor on their batches.
+    """
+    z = draw(q, normal_points(n_samples, q.mean))
+    parts = [model.log_likelihood(batch, some) for some in z.split(_DRAWS_AT_ONCE)]
+    device = q.mean.device
+    states = _random_states(device)
+    expected = []
+    for i, total in enumerate(batch.size_factor):
+        covariates = None
+        if batch.covariates is not None:
+            covariates = batch.covariates[i].expand(n_samples, -1)
+        eta = model.decoder(z[:, i], covariates)
+        size = model.size_factor(replace(batch, size_factor=total.expand(n_samples)), eta)
+        _restore(states, device)
+        simulated = model.likelihood.sample(_unobserved_out(model, eta, batch.observed), size)
+        log_p = model.likelihood.log_prob(simulated, eta, size, batch.observed)
+        expected.append(log_p.double().mean())
+    _restore(states, device)  # for the next batch
+    reconstruction = torch.cat(parts).double().mean(0)
+    return Surprise(reconstruction, torch.stack(expected), kl_to_prior(q).double())
+
+
+def _unobserved_out(model: VAE, eta: Tensor, observed: Tensor | None) -> Tensor:
+    """η with nothing left for genes that are not observed: the totals are those of the others."""
+    if observed is None or not model.likelihood.counts:
+        return eta
+    return eta.masked_fill(~observed, -torch.inf)
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), (
+        torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    )
+
+
+def _restore(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,26 @@
+"""The encoder's q."""
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from scuvae.batches import Batch
+from scuvae.batches.thinning import with_shallow
+from scuvae.inference.posteriors.base import Posterior
+from scuvae.model import VAE
+
+
+class AmortizedPosterior(Posterior):
+    """The encoder's q; it has no parameters of its own.
+
+    Where values are counts it learns from thinned cells too: an encoder that has seen one depth
+    only knows no other.
+    """
+
+    def visit(self, on_host: Tensor) -> str | None:
+        return "encoder"
+
+    def seen(self, model: VAE, batch: Batch) -> Batch:
+        return with_shallow(batch) if model.likelihood.counts else batch
+
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+        return model.encode(batch)

@@ -1,0 +1,62 @@
+"""q(z) for the cells of a batch: from an encoder, from a row of a table, or from both.
+
+A posterior is called with the model and a batch and hands out q; after the backward pass it may
+take a local step. Gradients of the loss reach an encoder through autograd, and a table's rows
+through the leaves that the call made.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from scuvae.batches import Batch
+from scuvae.model import VAE
+
+
+class Posterior(nn.Module, ABC):
+    """Hands out q for a batch of cells."""
+
+    @abstractmethod
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+        """q for the cells of the batch; ``kl_weight`` is that of the fit."""
+
+    def visit(self, on_host: Tensor) -> str | None:
+        """Note that these rows, given on the host, are visited next: before each training step.
+
+        Returned is the kind of step that it will be. Steps of a kind, on as many cells, do the same
+        with other numbers; None where what is done depends on numbers.
+        """
+        return None
+
+    def seen(self, model: VAE, batch: Batch) -> Batch:
+        """What a training step is taken on: the batch's cells, and perhaps others behind them.
+
+        Losses are those of the batch's cells; the others count in gradients alone.
+        """
+        return batch
+
+    def step(
+        self,
+        model: VAE,
+        batch: Batch,
+        slope: Tensor,
+        *,
+        scale: float,
+        kl_weight: float,
+        rate: float | Tensor = 1.0,
+    ) -> None:
+        """A local step after the backward pass.
+
+        ``slope`` is the gradient of the reconstruction's loss in the draws of the last q, ``scale``
+        what the loss of a cell weighs, ``rate`` the schedule's factor on step sizes.
+        """
+
+    def descend(
+        self, model: VAE, batch: Batch, *, weight: float, kl_weight: float
+    ) -> Tensor | None:
+        """The backward pass of ``weight`` times what is minimised beside the loss of the last q.
+
+        Returned is that, summed over the batch, or None where there is nothing.
+        """
+        return None

@@ -1,0 +1,1 @@
+"""q of single cells, the decoder frozen."""

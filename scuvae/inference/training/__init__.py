@@ -1,0 +1,1 @@
+"""Fitting a model and every q: start, train, finish."""

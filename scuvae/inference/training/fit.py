@@ -1,0 +1,220 @@
+"""A fit between tensors: start, train, and a posterior for every cell."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from scuvae.batches import Batch, Cells
+from scuvae.batches.sparse_rows import dense
+from scuvae.batches.thinning import with_shallow
+from scuvae.distributions.gaussian import moments, n_scale_parameters, pack
+from scuvae.inference.posteriors import POSTERIORS, Posterior
+from scuvae.inference.posteriors.amortized import AmortizedPosterior
+from scuvae.inference.posteriors.semi_amortized import SemiAmortizedPosterior
+from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
+from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
+from scuvae.inference.refinement.initialization import encoded
+from scuvae.inference.refinement.refine import refine
+from scuvae.inference.training.early_stopping import EarlyStopping
+from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
+from scuvae.inference.training.held_out import HeldOutCells
+from scuvae.inference.training.linear_start import start_decoder
+from scuvae.inference.training.loop import train
+from scuvae.inference.training.optimizers import OPTIMIZERS
+from scuvae.inference.training.settings import INFERENCE, Settings
+from scuvae.model import VAE
+from scuvae.runtime import chunk_on, show_progress
+
+# Cells that the decoder's start is fitted to.
+_MOST_TO_START = 5000
+# Rounds that give genes' totals back, once q is final, and what a gene may be off by before the
+# last.
+_MOST_ROUNDS, _OFF = 4, 0.02
+# Steps between two looks at a GPU's losses, for which it has to be waited for.
+_LOOK_EVERY = 64
+
+
+def run(
+    model: VAE,
+    cells: Cells,
+    held_out: np.ndarray,
+    settings: Settings,
+    *,
+    early_stopping: bool,
+    progress: bool | None,
+    seed: int,
+) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    """Train, then give every cell its posterior: its moments, and the history."""
+    where = next(model.parameters()).device
+    training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
+    validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
+    posterior = _posterior(model, cells, training, settings).to(where)
+    table = _table(posterior)
+    counts = model.likelihood.counts
+    # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
+    measured = settings.optimizer == "adam" and settings.local_step == "natural"
+    if measured and table is not None:
+        some = training[torch.randperm(len(training))[:_MOST_TO_START].sort().values]
+        start_decoder(model, cells.batch(some), table.mean[some])
+    precision = None
+    if measured and counts:
+        precision = model.decoder.output_precision(len(training))
+    judge = None
+    if len(validation):
+        judge = HeldOutCells(
+            cells.loader(validation, chunk_on(where, model.n_vars)),
+            covariance=settings.covariance,
+            local_step=settings.local_step,
+        )
+    every = max(1, settings.max_epochs // 20)
+    stopping = EarlyStopping(patience=6 * every) if early_stopping and judge else None
+    cosine = settings.optimizer == "adam"
+    with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
+
+        def on_epoch(row: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.1f}")
+
+        history = train(
+            model,
+            posterior,
+            cells.loader(training, settings.batch_size, torch.Generator().manual_seed(seed)),
+            n_obs=len(training),
+            optimizer=OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
+            max_epochs=settings.max_epochs,
+            n_samples=settings.n_samples,
+            kl_weight=settings.kl_weight,
+            output_precision=precision,
+            learning_rate_at=_cosine if cosine else lambda progress: 1.0,
+            held_out=judge,
+            evaluate_every=every,
+            early_stopping=stopping,
+            look_every=1 if where.type == "cpu" else _LOOK_EVERY,
+            on_epoch=on_epoch,
+        )
+    if model.encoder is not None:
+        settling = cells.loader(training, settings.batch_size)
+        seen = with_shallow if counts else lambda batch: batch
+        model.encoder.settle(dense(seen(batch).x) for batch in settling)
+    if judge is not None and table is not None:
+        table.store(validation, judge.q())
+    if not counts:
+        return moments(
+            final_posterior(model, posterior, cells, settings), settings.covariance
+        ), history
+    # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
+    # sees, but of genes that share cells of which they are the most.
+    totals = _totals(model, posterior, cells, settings, 2)
+    totals.give_back()
+    totals = GeneTotals(model, DENOISING_DRAWS)
+    found = moments(final_posterior(model, posterior, cells, settings, totals), settings.covariance)
+    for _ in range(_MOST_ROUNDS):
+        off = totals.off
+        totals.give_back()
+        if off < _OFF:
+            break
+        totals = _totals(model, posterior, cells, settings, DENOISING_DRAWS)
+    return found, history
+
+
+def _totals(
+    model: VAE, posterior: Posterior, cells: Cells, settings: Settings, n_samples: int
+) -> GeneTotals:
+    """Genes' totals by the q that there are."""
+    totals = GeneTotals(model, n_samples)
+    for batch in _everyone(model, cells):
+        totals.add(batch, _present(model, posterior, batch, settings)[0])
+    return totals
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def final_posterior(
+    model: VAE,
+    posterior: Posterior,
+    cells: Cells,
+    settings: Settings,
+    totals: GeneTotals | None = None,
+) -> Iterator[Distribution]:
+    """q of every cell under the final decoder, in parts: the encoder's, or refined.
+
+    Each part is added to ``totals``, and put into the table where there is one.
+    """
+    table = _table(posterior)
+    for batch in _everyone(model, cells):
+        with torch.no_grad():
+            q = _final(model, posterior, batch, settings)
+        if table is not None:
+            table.store(batch.index, q)
+        if totals is not None:
+            totals.add(batch, q)
+        yield q
+
+
+def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
+    starts = _present(model, posterior, batch, settings)
+    if isinstance(posterior, AmortizedPosterior):
+        return starts[0]
+    return refine(
+        model, batch, starts, local_step=settings.local_step, kl_weight=settings.kl_weight
+    )
+
+
+@torch.no_grad()
+def _present(
+    model: VAE, posterior: Posterior, batch: Batch, settings: Settings
+) -> list[Distribution]:
+    """What is there of a batch's q: its rows, and the encoder's."""
+    table = _table(posterior)
+    found = [] if table is None else [table(model, batch)]
+    if model.encoder is not None:
+        found.append(encoded(model, batch, settings.covariance))
+    return found
+
+
+def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
+    where = cells.size_factor.device
+    return cells.loader(torch.arange(len(cells), device=where), chunk_on(where, model.n_vars))
+
+
+def _table(posterior: Posterior) -> UnamortizedPosterior | None:
+    """The rows of cells' own parameters, where there are any."""
+    if isinstance(posterior, SemiAmortizedPosterior):
+        return posterior.table
+    return posterior if isinstance(posterior, UnamortizedPosterior) else None
+
+
+def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
+    kind = POSTERIORS[INFERENCE[settings.amortized]]
+    if kind is not UnamortizedPosterior and kind is not SemiAmortizedPosterior:
+        return kind()
+    shape = len(cells), settings.n_latent
+    like = cells.size_factor
+    mean = like.new_zeros(shape)
+    n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
+    raw_of_each = like.new_zeros(1, n_raw)
+    if settings.local_step == "natural":
+        # From random or zero means the decoder needs many epochs to tell the cells apart.
+        some = training[torch.randperm(len(training))[:MOST_CELLS].sort().values]
+        pca = WhitenedPCA(cells.batch(some), settings.n_latent, counts=model.likelihood.counts)
+        for batch in cells.loader(training, 8192):
+            mean[batch.index] = pca(batch)
+        diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3
+        raw_of_each = _raw_from_diagonal(diagonal, settings.covariance).to(like)
+    return kind(
+        mean,
+        raw_of_each.repeat(len(cells), 1),
+        local_step=settings.local_step,
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+    )
+
+
+def _raw_from_diagonal(raw: torch.Tensor, covariance: str) -> torch.Tensor:
+    return pack(torch.diag_embed(raw)) if covariance == "full" else raw

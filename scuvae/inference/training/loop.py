@@ -1,0 +1,173 @@
+"""The training loop, one for every posterior."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scuvae.batches import Batch
+from scuvae.inference.posteriors import Posterior
+from scuvae.inference.training.cuda_graphs import steps_over
+from scuvae.inference.training.early_stopping import EarlyStopping
+from scuvae.inference.training.history import Losses
+from scuvae.inference.training.optimizers import Optimizer
+from scuvae.inference.training.step import Step
+from scuvae.kernels.malloc import keep_freed_memory
+from scuvae.model import VAE
+
+
+class TrainingError(FloatingPointError):
+    """The loss became infinite or NaN. The model and posterior are as after the last good look:
+    after the last good epoch, unless ``look_every`` says that fewer are enough.
+
+    Attributes
+    ----------
+    epoch, batch
+        Where it happened, counted from 0.
+    cells
+        Row numbers of that batch's cells.
+    """
+
+    def __init__(self, loss: float, epoch: int, batch: int, cells: list[int]) -> None:
+        self.epoch, self.batch, self.cells = epoch, batch, cells
+        shown = ", ".join(map(str, cells[:5])) + (", ..." if len(cells) > 5 else "")
+        super().__init__(
+            f"the loss is {loss} at epoch {epoch}, batch {batch} (rows {shown}): training stopped "
+            "and nothing was written. Lower learning_rate=, or look at these cells' values."
+        )
+
+
+class HeldOut(Protocol):
+    """Cells to judge the decoder by."""
+
+    def elbo(self, model: VAE) -> float:
+        """Mean ELBO in nats a cell, q optimised with the decoder frozen."""
+
+
+def train(
+    model: VAE,
+    posterior: Posterior,
+    cells: Iterable[Batch],
+    *,
+    n_obs: int,
+    optimizer: Optimizer,
+    max_epochs: int,
+    n_samples: int = 1,
+    kl_weight: float = 1.0,
+    output_precision: Tensor | None = None,
+    learning_rate_at: Callable[[float], float] = lambda progress: 1.0,
+    held_out: HeldOut | None = None,
+    evaluate_every: int = 1,
+    early_stopping: EarlyStopping | None = None,
+    look_every: int = 1,
+    on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+) -> list[dict[str, float]]:
+    """Fit ``model`` and ``posterior`` to the cells, full batch or in minibatches.
+
+    Parameters
+    ----------
+    cells
+        Its iteration is an epoch: every training cell in one batch.
+    n_obs
+        Number of training cells n: the loss of a batch of B cells weighs n/B, so that its
+        gradient estimates that of all cells; a cell's own parameters are moved by its own loss.
+    optimizer
+        Over the model's parameters; a posterior's rows have their own. On a GPU steps are recorded
+        and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD can.
+    output_precision
+        Precisions of a normal prior of the decoder's last weights, broadcast to these: the loss of
+        all cells has its −log density beside it. It is no part of the losses that are reported.
+    learning_rate_at
+        Factor on the learning rate as a function of progress in [0, 1).
+    held_out, evaluate_every, early_stopping
+        Cells to judge the decoder by, every so many epochs, and when to stop; the best state
+        is restored.
+    look_every
+        Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
+        ``on_epoch`` is called for every epoch, when it is looked at.
+
+    Returns
+    -------
+    One row an epoch: ``loss``, ``elbo``, ``reconstruction``, ``kl``, ``validation_elbo`` in nats
+    a cell, each cell judged when its batch was visited.
+    """
+    keep_freed_memory()
+    step = Step(
+        model,
+        posterior,
+        optimizer,
+        n_obs=n_obs,
+        n_samples=n_samples,
+        kl_weight=kl_weight,
+        output_precision=output_precision,
+    )
+    epoch_of_steps = steps_over(cells, step)
+    losses = Losses(n_obs, kl_weight)
+    history: list[dict[str, float]] = []
+    last_good: dict[str, Any] = {}
+    before: dict[str, Any] = {}
+
+    for epoch in range(max_epochs):
+        if not losses.n_steps:  # all that was lost has been looked at
+            before = _snapshot(model, posterior)
+        step.set_rate(learning_rate_at(epoch / max_epochs))
+        model.train()
+        for sums, index in epoch_of_steps():
+            losses.add(sums, index)
+        losses.end_epoch()
+
+        last_epoch = epoch == max_epochs - 1
+        judge = held_out if (epoch + 1) % evaluate_every == 0 or last_epoch else None
+        if losses.n_steps < look_every and judge is None and not last_epoch:
+            continue
+        last_step = losses.last()
+        rows, bad = losses.read()
+        if bad is not None:
+            # A last step can ruin what only the next loss shows: a first loss that is no number
+            # condemns the state that its steps began with.
+            _restore(last_good or before if bad.first else before, model, posterior)
+            raise TrainingError(bad.loss, bad.epoch, bad.batch, bad.cells)
+        last_good = before
+        # The last of the steps has no loss after it that would show what it did.
+        if not _all_finite(model, posterior):
+            _restore(last_good, model, posterior)
+            raise TrainingError(math.nan, *last_step)
+        stop = False
+        if judge is not None:
+            model.eval()
+            value = judge.elbo(model)
+            if not math.isfinite(value):
+                _restore(last_good, model, posterior)
+                raise TrainingError(value, *last_step)
+            rows[-1]["validation_elbo"] = value
+            if early_stopping is not None:
+                stop = early_stopping.update(epoch, value, lambda: _snapshot(model, posterior))
+        history += rows
+        for row in rows:
+            on_epoch(row)
+        if stop:
+            break
+
+    if early_stopping is not None and early_stopping.state:
+        _restore(early_stopping.state, model, posterior)
+    model.eval()
+    return history
+
+
+def _all_finite(model: VAE, posterior: Posterior) -> bool:
+    tensors = [*model.state_dict().values(), *posterior.state_dict().values()]
+    # Extremes are no numbers where any entry is none, and need no room of the table's size.
+    ends = [torch.stack(torch.aminmax(tensor)).float() for tensor in tensors if tensor.numel()]
+    return bool(torch.stack(ends).isfinite().all())
+
+
+def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
+    return copy.deepcopy({"model": model.state_dict(), "posterior": posterior.state_dict()})
+
+
+def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:
+    model.load_state_dict(state["model"])
+    posterior.load_state_dict(state["posterior"])

@@ -1,0 +1,105 @@
+"""The arguments of a fit that concern model and training, checked and resolved."""
+
+import math
+from dataclasses import dataclass
+
+from scuvae._checks import one_of, real, whole
+from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.inference.refinement.refine import LOCAL_STEPS
+from scuvae.inference.training.optimizers import OPTIMIZERS
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+
+LEARNING_RATES = {"adam": 1e-2, "rmsprop": 1e-2, "sgd": 1e-3}
+# Cells a step.
+BATCH_SIZE = 128
+# Epochs where one takes a single step; with more cells fewer are needed, but more steps.
+EPOCHS = 425
+# Of counts, whose decoders have a prior.
+DROPOUT = 0.05
+# Others overfit few cells: as many drop every second hidden unit.
+DROPOUT_CELLS = 1000
+INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
+
+
+def epochs_for(n_cells: float, batch_size: int) -> int:
+    """How long to train on so many cells."""
+    return min(200, max(10, round(EPOCHS / math.sqrt(math.ceil(n_cells / batch_size)))))
+
+
+@dataclass(frozen=True)
+class Settings:
+    amortized: bool | str
+    n_latent: int
+    n_hidden: int
+    n_layers: int
+    covariance: str
+    validation_fraction: float
+    max_epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    local_step: str
+    n_samples: int
+    kl_weight: float
+    dropout: float
+    linear_path: bool
+
+    @classmethod
+    def resolve(
+        cls,
+        n_obs: int,
+        amortized: bool | str,
+        likelihood: object,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        covariance: str | None,
+        validation_fraction: float,
+        max_epochs: int | None,
+        batch_size: int | None,
+        learning_rate: float | None,
+        optimizer: str,
+        local_step: str,
+        n_samples: int,
+        kl_weight: float,
+        dropout: float | None,
+    ) -> "Settings":
+        one_of("amortized", amortized, INFERENCE)
+        if not isinstance(likelihood, Likelihood):
+            one_of("likelihood", likelihood, ["auto", *LIKELIHOODS])
+        one_of("optimizer", optimizer, OPTIMIZERS)
+        one_of("local_step", local_step, LOCAL_STEPS)
+        if covariance is None:
+            natural = amortized is not True and local_step == "natural"
+            covariance = "full" if natural else "diagonal"
+        one_of("covariance", covariance, COVARIANCES)
+        # Adam with natural steps is the recipe that was measured; others stay plain networks.
+        plain = optimizer != "adam" or local_step != "natural"
+        fraction = real("validation_fraction", validation_fraction, low=0.0, below=1.0)
+        size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
+        if max_epochs is None:
+            max_epochs = epochs_for(n_obs * (1 - fraction), size)
+        if dropout is None:
+            dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
+        if learning_rate is None:
+            learning_rate = LEARNING_RATES[optimizer]
+            if amortized is not True and optimizer == "adam" and local_step == "natural":
+                # The decoder does not wait for an encoder: it can take longer steps.
+                learning_rate *= 2
+        return cls(
+            amortized=amortized,
+            n_latent=whole("n_latent", n_latent),
+            n_hidden=whole("n_hidden", n_hidden),
+            n_layers=whole("n_layers", n_layers, at_least=0),
+            covariance=covariance,
+            validation_fraction=fraction,
+            max_epochs=whole("max_epochs", max_epochs),
+            batch_size=size,
+            learning_rate=real("learning_rate", learning_rate, above=0.0),
+            optimizer=optimizer,
+            local_step=local_step,
+            n_samples=whole("n_samples", n_samples),
+            kl_weight=real("kl_weight", kl_weight, above=0.0),
+            dropout=real("dropout", dropout, low=0.0, below=1.0),
+            linear_path=not plain and n_layers > 0,
+        )

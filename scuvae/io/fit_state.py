@@ -1,0 +1,87 @@
+"""A fit in ``uns``: the model as plain arrays, and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from scuvae._errors import near
+from scuvae._keys import DEFAULT, Keys
+from scuvae.io.model_arrays import model_from_arrays
+from scuvae.model import VAE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit as read from ``uns``.
+
+    ``missing`` names those of its genes that a projection's posteriors are not conditioned on.
+    """
+
+    params: dict[str, Any]
+    var_names: pd.Index
+    model: VAE
+    missing: pd.Index
+
+    @property
+    def layer(self) -> str | None:
+        layer = self.params.get("layer")
+        return None if layer is None else str(layer)
+
+    @property
+    def batch_key(self) -> str | None:
+        key = self.params.get("batch_key")
+        return None if key is None else str(key)
+
+    @property
+    def batches(self) -> list[str]:
+        return [str(name) for name in self.params.get("batches", ())]
+
+    @property
+    def size_factor_key(self) -> str | None:
+        key = self.params.get("size_factor_key")
+        return None if key is None else str(key)
+
+
+def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
+    """``adata.uns[key]`` of a fit, or an error that says which call is missing."""
+    name = Keys.of(key).uns
+    entry = adata.uns.get(name)
+    if not _holds_fit(entry):
+        fits = [
+            k for k, v in adata.uns.items() if hasattr(v, "keys") and {"params", "state"} <= set(v)
+        ]
+        known = f" {near(name, fits)}" if fits else ""
+        argument = "" if name == DEFAULT else f", key_added={name!r}"
+        raise ValueError(
+            f"adata.uns[{name!r}] holds no fit: run scuvae.tl.fit(adata{argument}) first.{known}"
+        )
+    return dict(entry)
+
+
+def _holds_fit(entry: Any) -> bool:
+    return hasattr(entry, "keys") and {"params", "history", "state"} <= set(entry.keys())
+
+
+def read_missing(adata: AnnData, key: str | None) -> pd.Index:
+    """Names of the genes that the projection under ``key``, if there is one, did without."""
+    entry = adata.uns.get(Keys.of(key).uns)
+    report = entry.get("genes", {}) if _holds_fit(entry) else {}
+    return pd.Index([str(name) for name in report.get("missing", ())], dtype=object)
+
+
+def read_fit(adata: AnnData, key: str | None) -> Fit:
+    entry = read_entry(adata, key)
+    params = {name: _plain(value) for name, value in entry["params"].items()}
+    var_names = pd.Index([str(name) for name in entry["var_names"]])
+    model = model_from_arrays(params, entry["state"], len(var_names))
+    return Fit(params, var_names, model, read_missing(adata, key))
+
+
+def _plain(value: Any) -> Any:
+    """Files hand back numpy scalars and arrays where Python's own went in."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value

@@ -1,0 +1,71 @@
+"""Models as plain arrays and back."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from scuvae.model import VAE, Decoder, Encoder
+from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+
+
+def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | None = None) -> VAE:
+    """The VAE that ``params`` describe, freshly initialised from torch's current random state."""
+    n_latent = int(params["n_latent"])
+    n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
+    if likelihood is None:
+        likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
+    # The decoder first: the same seed starts it alike with an encoder and without.
+    decoder = Decoder(
+        n_latent,
+        n_vars,
+        n_covariates=len(params.get("batches", ())),
+        dropout=float(params["dropout"]),
+        linear_path=bool(params.get("linear_path", False)),
+        n_hidden=n_hidden,
+        n_layers=n_layers,
+    )
+    encoder = None
+    if params["amortized"]:  # True, "semi" or, by tl.to_encoder, "distilled"
+        encoder = Encoder(
+            n_vars,
+            n_latent,
+            covariance=str(params["covariance"]),
+            inputs=_encoder_input(params, likelihood),
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+        )
+    return VAE(decoder, likelihood, encoder)
+
+
+def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:
+    """How values enter the encoder; fits of before it was recorded had log(1 + x) of counts."""
+    return str(params.get("encoder_input", "log1p" if likelihood.counts else "values"))
+
+
+def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
+    """Every parameter and buffer by part and name, on the CPU."""
+    return {
+        part: {
+            # A single number would come back from a file as a scalar.
+            name: np.atleast_1d(tensor.detach().cpu().numpy().copy())
+            for name, tensor in module.state_dict().items()
+        }
+        for part, module in model.named_children()
+    }
+
+
+def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int) -> VAE:
+    """The inverse of :func:`model_to_arrays`, in evaluation mode."""
+    # Initial values are overwritten: they must not cost the caller random numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(params, n_vars)
+    for part, module in model.named_children():
+        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
+        if part == "likelihood":
+            for name, value in arrays.items():
+                setattr(module, name, nn.Parameter(value))
+        else:
+            module.load_state_dict(arrays)
+    return model.eval()
