@@ -1,4 +1,4 @@
-"""The README does what it says: its snippets run, its commands parse, its paths exist."""
+"""The README and docs/ do what they say: snippets run, commands parse, paths exist."""
 
 import re
 import shlex
@@ -12,32 +12,38 @@ import pytest
 from scuvae import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+# Pages whose links are looked at, though nothing in them is run.
+OTHERS = ["CONTRIBUTING.md", "tests/benchmarks/README.md", "tests/benchmarks/TRIED.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
     """Every ``scuvae ...`` of the sh blocks, without what stands before it on its line."""
-    return re.findall(r"^(?:.*/bin/)?scuvae( .*)$", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    lines = "\n".join(block for text in PAGES.values() for block in blocks(text, "sh"))
+    return re.findall(r"^(?:.*/bin/)?scuvae( .*)$", lines, flags=re.MULTILINE)
 
 
-def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(PAGES[page], "python")])
+def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    snippets = blocks("python")
-    assert snippets
     namespace: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*non-interactive")
-        for number, snippet in enumerate(snippets, start=1):
-            exec(compile(snippet, f"README.md, python block {number}", "exec"), namespace)
+        for number, snippet in enumerate(blocks(PAGES[page], "python"), start=1):
+            exec(compile(snippet, f"{page}, python block {number}", "exec"), namespace)
     plt.close("all")
     assert not list(tmp_path.iterdir())
 
@@ -61,9 +67,32 @@ def test_test_command_is_marked_once() -> None:
         assert extra in PROJECT["optional-dependencies"]
 
 
-def test_paths_exist() -> None:
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    quoted = re.findall(r"`((?:scuvae|tests|tutorials|data|\.ci)/[\w./]*|LICENSE)`", README)
-    made = {"scuvae-demo/"}
-    missing = [path for path in {*linked, *quoted} - made if not (ROOT / path).exists()]
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[\w-]*)?\)", text)
+    missing = [path for path in linked if not ((ROOT / page).parent / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page: str) -> None:
+    quoted = re.findall(
+        r"`((?:scuvae|tests|tutorials|data|docs|\.ci)/[\w./]*|[A-Z]+\.md|LICENSE)`", PAGES[page]
+    )
+    made = {"scuvae-demo/"}
+    assert not [path for path in {*quoted} - made if not (ROOT / path).exists()]
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert len(PAGES) > 1
+    assert blocks(README, "python")  # what the test of snippets runs is not empty
+    assert {page for page in PAGES if f"]({page})" not in README} == {"README.md"}
+
+
+def test_hooks_run_what_ci_runs() -> None:
+    linters = r"(\.venv/bin/(?:ruff|mypy)\b.*)$"
+    run = re.findall("^" + linters, (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert run
+    assert re.findall("^ +entry: " + linters, config, flags=re.MULTILINE) == run
