@@ -17,14 +17,15 @@ from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
 from scuvae.runtime import resolve_device
 
-N_COMPONENTS = 30
+# More say little of types, and less of them comes back with another seed.
+N_COMPONENTS = 15
 
 
 def embed(
     adata: AnnData,
     *,
     key: str | None = None,
-    n_components: int = N_COMPONENTS,
+    n_components: int | None = None,
     device: str = "auto",
     copy: bool = False,
 ) -> AnnData | None:
@@ -44,7 +45,8 @@ def embed(
     key
         The fit; None for the default.
     n_components
-        Principal components to keep, at most the number of genes or of cells.
+        Principal components to keep, at most the number of genes or of cells; by default 15, or the
+        latent dimensions where these are more.
     device
         As in :func:`scuvae.tl.fit`.
     copy
@@ -78,7 +80,8 @@ def embed(
     (700, 10)
     """
     fit = read_fit(inputs.check_anndata(adata), key)
-    n_components = whole("n_components", n_components)
+    if n_components is not None:
+        n_components = whole("n_components", n_components)
     flag("copy", copy)
     keys = Keys.of(key)
     mean = read_posterior(adata, key).mean
@@ -104,10 +107,12 @@ def common_total(size_factor: torch.Tensor) -> float:
 
 
 def new_map(
-    model: VAE, mean: torch.Tensor, total: float, n_batches: int, n_components: int = N_COMPONENTS
+    model: VAE, mean: torch.Tensor, total: float, n_batches: int, n_components: int | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates for ``obsm``, and the map's basis for ``uns``."""
     model.eval()
+    if n_components is None:
+        n_components = max(N_COMPONENTS, model.n_latent)
     basis = find_basis(model, mean, total, n_batches, n_components)
     entry = {
         "centre": basis.centre.cpu().numpy(),

@@ -169,7 +169,7 @@ def warm_up() -> None:
         scuvae.tl.fit(few, amortized=amortized, max_epochs=1, progress=False, device="cpu")
 
 
-def our_map(adata: ad.AnnData, n_components: int = 30) -> np.ndarray:
+def our_map(adata: ad.AnnData, n_components: int = 15) -> np.ndarray:
     """``obsm["X_scuvae_embed"]``, by ``tl.embed`` if need be; before there was one, made here.
 
     Each gene's variance-stabilising coordinate 2 √θ asinh √(μ/θ) of means decoded at the posterior
