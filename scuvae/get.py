@@ -8,10 +8,12 @@ from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.inputs import check_anndata
 from scuvae.io.slots import read_posterior
 from scuvae.model import VAE
+from scuvae.runtime import isolated
 
 __all__ = ["history", "model", "posterior"]
 
 
+@isolated
 def model(adata: AnnData, *, key: str | None = None) -> VAE:
     """The fitted model, in evaluation mode on the CPU.
 
@@ -46,6 +48,7 @@ def model(adata: AnnData, *, key: str | None = None) -> VAE:
     return read_fit(check_anndata(adata), key).model
 
 
+@isolated
 def posterior(adata: AnnData, *, key: str | None = None) -> Distribution:
     """Every cell's q(z) as a torch distribution, batch shape (n_obs,), event shape (n_latent,).
 

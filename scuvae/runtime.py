@@ -2,13 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from threading import Lock
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from scuvae._checks import one_of, random_generator
+from scuvae._random import using
 
 logger = logging.getLogger("scuvae")
 
@@ -20,6 +24,55 @@ CHUNK = 512
 _MOST, _NUMBERS, _SHARE = 16_384, 320, 0.8
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """A verb that neither minds nor changes how the process has set torch.
+
+    Inside, gradients can be asked for, new tensors are float32 on the CPU, and nothing is cast.
+    """
+
+    @wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            if not torch.is_grad_enabled():
+                stack.enter_context(torch.enable_grad())
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(_single_precision())
+            return function(*args, **kwargs)
+
+    return inside
+
+
+_lock = Lock()
+# Calls inside that found another default dtype, and that dtype: it is the whole process's.
+_changed: list[torch.dtype] = []
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    with _lock:
+        changed = bool(_changed) or torch.get_default_dtype() is not torch.float32
+        if changed:
+            _changed.append(_changed[0] if _changed else torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        if changed:
+            with _lock:
+                before = _changed.pop()
+                if not _changed:  # the last call out
+                    torch.set_default_dtype(before)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -54,25 +107,35 @@ def chunk_on(device: torch.device, n_vars: int) -> int:
 def random_state(
     rng: int | np.random.Generator | None, device: torch.device
 ) -> Iterator[np.random.Generator]:
-    """Inside, torch's random state comes from ``rng``; outside, nothing has changed."""
+    """Inside, random numbers come from ``rng``; no random state outside is read or changed."""
     generator = random_generator(rng)
     seed = int(generator.integers(2**63))
     if isinstance(rng, int | np.integer):  # then as torch.manual_seed(rng) would have it
         seed = int(rng) % 2**63
-    metal = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # torch.manual_seed would seed every device, also those that nothing restores.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif metal is not None:
-            torch.mps.manual_seed(seed)
+    with using(torch.Generator().manual_seed(seed)), _seeded(device, seed):
+        yield generator
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The device's own generator from a seed, and then as it was. The CPU's is not touched."""
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
         try:
-            yield generator
+            yield
         finally:
-            if metal is not None:
-                torch.mps.set_rng_state(metal)
+            torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        state = torch.mps.get_rng_state()
+        torch.mps.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.mps.set_rng_state(state)
+    else:
+        yield
 
 
 def show_progress(progress: bool | None) -> bool:
@@ -81,4 +144,4 @@ def show_progress(progress: bool | None) -> bool:
         return progress
     shell = sys.modules.get("IPython")
     notebook = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-    return notebook or sys.stderr.isatty()
+    return notebook or bool(getattr(sys.stderr, "isatty", bool)())

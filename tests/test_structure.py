@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "tl": {"inference", "io", "get", "model", "distributions", "batches", "runtime"},
     "pp": {"inference", "io", "model", "distributions", "batches", "runtime"},
     "pl": set(),
-    "get": {"io", "model"},
+    "get": {"io", "model", "runtime"},
     "io": {"model", "distributions", "batches"},
     "inference": {"model", "distributions", "batches", "kernels", "runtime"},
     "model": {"distributions", "batches", "kernels"},
@@ -43,13 +43,21 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors"}
+HELPERS = {"_keys", "_checks", "_errors", "_random"}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {
     **{
         part: {"anndata", "scanpy", "pandas", "h5py", "zarr"}
-        for part in ("model", "inference", "distributions", "batches", "kernels", "runtime")
+        for part in (
+            "_random",
+            "model",
+            "inference",
+            "distributions",
+            "batches",
+            "kernels",
+            "runtime",
+        )
     },
     "pl": {"torch"},
     "datasets": {"torch"},

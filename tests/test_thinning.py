@@ -11,10 +11,10 @@ from scipy import stats
 from small_models import COUNTS, batch_of, cells_of, model_of
 
 from scuvae import get, tl
-from scuvae.batches import SparseRows
+from scuvae.batches import SparseRows, thinning
 from scuvae.batches.sparse_rows import dense, sparse
 from scuvae.batches.thinning import FEWEST, shallow, with_shallow
-from scuvae.inference.posteriors import base as posteriors
+from scuvae.inference.posteriors import semi_amortized
 from scuvae.inference.posteriors.amortized import AmortizedPosterior
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.training.step import Step
@@ -36,7 +36,7 @@ def test_depths_are_log_uniform() -> None:
 
 
 def test_counts_are_binomial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 0.5))
+    monkeypatch.setattr(thinning, "uniform_like", lambda like: torch.full_like(like, 0.5))
     x = torch.full((1, 4000), 6.0)
     chance = (FEWEST / 24_000) ** 0.5
     found = dense(shallow(batch_of(x, sparse=True), 1).x)[0].int()
@@ -56,7 +56,7 @@ def test_cells_without_counts_to_spare_stay_as_they_are() -> None:
 
 
 def test_what_is_not_whole_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand_like", torch.ones_like)
+    monkeypatch.setattr(thinning, "uniform_like", torch.ones_like)
     x = torch.full((1, 400), 0.5)
     found = dense(shallow(batch_of(x), 1).x)
     torch.testing.assert_close(found, x * FEWEST / 200)
@@ -249,7 +249,7 @@ def test_a_followers_gradient_is_that_of_its_own_elbo(name: str) -> None:
 
     def loss() -> float:
         torch.manual_seed(7)
-        posterior = posteriors.SemiAmortizedPosterior(given.clone(), given - 1)
+        posterior = semi_amortized.SemiAmortizedPosterior(given.clone(), given - 1)
         with torch.no_grad():
             seen = posterior._cells(model, batch)
             terms = elbo(model.eval(), seen, model.encode(seen))
@@ -257,7 +257,7 @@ def test_a_followers_gradient_is_that_of_its_own_elbo(name: str) -> None:
         return float((0.5 * terms.kl - terms.reconstruction).sum())
 
     torch.manual_seed(7)
-    posterior = posteriors.SemiAmortizedPosterior(given.clone(), given - 1)
+    posterior = semi_amortized.SemiAmortizedPosterior(given.clone(), given - 1)
     posterior.descend(model, batch, weight=1.0, kl_weight=0.5)
     assert model.decoder.training
     assert all(
@@ -291,7 +291,7 @@ def test_table_and_decoder_do_not_ask_the_encoder() -> None:
         with torch.no_grad():
             for parameter in model.encoder.parameters():
                 parameter += seed
-        posterior = posteriors.SemiAmortizedPosterior(mean.clone(), mean - 1)
+        posterior = semi_amortized.SemiAmortizedPosterior(mean.clone(), mean - 1)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         step = Step(model, posterior, optimizer, n_obs=12, n_samples=1, kl_weight=1.0)
         torch.manual_seed(6)
@@ -308,7 +308,7 @@ def test_drawn_cells_serve_some_steps() -> None:
     model = model_of("poisson", encoder=True)
     batch = batch_of(cells_of(model, 40, total=500.0), sparse=True)
     mean = torch.zeros(40, 2, dtype=torch.float64)
-    posterior = posteriors.SemiAmortizedPosterior(mean, mean - 1)
+    posterior = semi_amortized.SemiAmortizedPosterior(mean, mean - 1)
     drawn = []
     for _ in range(2 * posterior.draw_every):
         seen = posterior._cells(model, batch)

@@ -32,8 +32,7 @@ from scipy.special import softmax
 from scipy.stats import multivariate_normal
 from torch.distributions import Independent, MultivariateNormal
 
-from scuvae import datasets, get, tl
-from scuvae import runtime as _shared
+from scuvae import datasets, get, runtime, tl
 from scuvae.model.likelihoods import LIKELIHOODS
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
@@ -767,8 +766,8 @@ def test_a_gpu_takes_as_many_cells_as_fit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(1e9))
     for n_vars in (200, 2_000, 20_000):
         expected = 0.8 * (20e9 + 3e9 - 1e9) / (20 * 16 * 4 * n_vars)
-        assert _shared.chunk_on(gpu, n_vars) == min(int(expected), 16_384)
+        assert runtime.chunk_on(gpu, n_vars) == min(int(expected), 16_384)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(1e9))
-    assert _shared.chunk_on(gpu, 2_000) == 1
-    assert _shared.chunk_on(torch.device("cpu"), 20_000) == _shared.CHUNK
+    assert runtime.chunk_on(gpu, 2_000) == 1
+    assert runtime.chunk_on(torch.device("cpu"), 20_000) == runtime.CHUNK

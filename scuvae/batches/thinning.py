@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from scuvae._random import binomial, uniform_like
 from scuvae.batches.batch import Batch
 from scuvae.batches.sparse_rows import at_hand, sparse
 
@@ -45,7 +46,7 @@ def shallow(batch: Batch, n: int) -> Batch:
     x = sparse(batch.x).first(n)
     total = x.sum().clamp_min(1e-12)
     fewest = total.clamp_max(FEWEST)
-    chance = (fewest / total) ** torch.rand_like(total)
+    chance = (fewest / total) ** uniform_like(total)
     value = _thinned(x.value, chance[x.row])
     # On a GPU entries of 0 stay: how many these are must not set the arrays' shapes.
     fewer = x.entries(value > 0, value) if at_hand(value) else replace(x, value=value)
@@ -62,4 +63,4 @@ def shallow(batch: Batch, n: int) -> Batch:
 def _thinned(value: Tensor, chance: Tensor) -> Tensor:
     """Binomial draws of counts; of counts that are not whole the rest is multiplied."""
     whole = value.floor()
-    return torch.binomial(whole, chance) + chance * (value - whole)
+    return binomial(whole, chance) + chance * (value - whole)

@@ -21,7 +21,7 @@ from scuvae.inference.refinement.natural_gradient import refine_natural
 from scuvae.inference.refinement.refine import THOROUGH
 from scuvae.inference.refinement.stein import refine_diagonal
 from scuvae.io.slots import target, write_posterior
-from scuvae.runtime import random_state, resolve_device, show_progress
+from scuvae.runtime import isolated, random_state, resolve_device, show_progress
 
 __all__ = ["hand_back", "refine"]
 
@@ -29,6 +29,7 @@ __all__ = ["hand_back", "refine"]
 _NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 
+@isolated
 @random_state_alias
 def refine(
     model: Any,
@@ -171,6 +172,7 @@ def refine(
     return out if copy else None
 
 
+@isolated
 def hand_back(model: Any, *, key: str | None = None) -> None:
     """Let scvi-tools use the refined posteriors: its latents, expression and tests come from them.
 

@@ -117,7 +117,7 @@ def match(
     return Matched(cells, found, unknown + chosen_out, names)
 
 
-def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 3) -> None:
+def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 4) -> None:
     """Warn of cells without counts to go by, at the line that called the verb."""
     if fit.model.likelihood.counts:
         empty = int((cells.source.totals() == 0).sum())

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from scuvae._random import using
 from scuvae.model import VAE, Decoder, Encoder
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
@@ -59,7 +60,7 @@ def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
 def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int) -> VAE:
     """The inverse of :func:`model_to_arrays`, in evaluation mode."""
     # Initial values are overwritten: they must not cost the caller random numbers.
-    with torch.random.fork_rng(devices=[]):
+    with using(torch.Generator()):
         model = build_model(params, n_vars)
     for part, module in model.named_children():
         arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}

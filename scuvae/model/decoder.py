@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scuvae._random import generator_on, linear
 from scuvae.kernels.dispatch import asks_gradient, compiled
 from scuvae.model.likelihoods.autograd import accumulate
 
@@ -50,8 +51,8 @@ class Decoder(nn.Module):
         widths = [n_latent, *[n_hidden] * n_layers, n_vars]
         self.n_covariates = n_covariates
         entering = [*widths[:-2], widths[-2] + self.n_beside]
-        self.layers = nn.ModuleList(map(nn.Linear, entering, widths[1:]))
-        self.offset = nn.Linear(n_covariates, widths[1], bias=False) if n_covariates else None
+        self.layers = nn.ModuleList(map(linear, entering, widths[1:]))
+        self.offset = linear(n_covariates, widths[1], bias=False) if n_covariates else None
         self.dropout = dropout
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
@@ -197,7 +198,11 @@ def _gated(entered: Tensor, p: float) -> tuple[Tensor, Tensor]:
         return entered * open_, open_
     n, dropped = entered.numel(), min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=entered.device)
-    draws = bits.random_(-(2**63), None).view(torch.int16)[:n].view(entered.shape)
+    draws = (
+        bits.random_(-(2**63), None, generator=generator_on(bits.device))
+        .view(torch.int16)[:n]
+        .view(entered.shape)
+    )
     least, gain = dropped - 2**15, 2**16 / (2**16 - dropped)
     if compiled(entered) and not asks_gradient(entered):
         from scuvae.kernels.relu_dropout import gated

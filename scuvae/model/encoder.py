@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from scuvae._random import linear
 from scuvae.distributions.gaussian import gaussian, n_scale_parameters
 
 
@@ -90,10 +91,10 @@ class Encoder(nn.Module):
         hidden: list[nn.Module] = []
         widths = [n_vars + (inputs == "profile"), *[n_hidden] * n_layers]
         for a, b in pairwise(widths):
-            hidden += [nn.Linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
+            hidden += [linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
         self.hidden = nn.Sequential(*hidden)
-        self.mean = nn.Linear(widths[-1], n_latent)
-        self.scale = nn.Linear(widths[-1], n_scale_parameters(n_latent, covariance))
+        self.mean = linear(widths[-1], n_latent)
+        self.scale = linear(widths[-1], n_scale_parameters(n_latent, covariance))
         self.inputs = inputs
 
     def forward(self, x: Tensor) -> Distribution:

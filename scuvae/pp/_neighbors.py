@@ -17,8 +17,10 @@ from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
 from scuvae.pp._graph import nearest, rows, stability, times_near
+from scuvae.runtime import isolated
 
 
+@isolated
 @random_state_alias
 def neighbors(
     adata: AnnData,

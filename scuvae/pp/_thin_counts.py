@@ -10,11 +10,13 @@ from scipy import sparse as sp
 from scuvae._checks import flag, names, random_generator, random_state_alias, real
 from scuvae.io import inputs
 from scuvae.io.slots import target
+from scuvae.runtime import isolated
 
 # Whole numbers up to here are exact in float32.
 _EXACT = 2**24
 
 
+@isolated
 @random_state_alias
 def thin_counts(
     adata: AnnData,

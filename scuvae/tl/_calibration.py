@@ -25,9 +25,10 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import target
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 
 
+@isolated
 @random_state_alias
 def calibration(
     adata: AnnData,
@@ -137,8 +138,8 @@ def calibration(
     families = COVARIANCES if covariance is None else (covariance,)
     found: dict[str, list[Residuals]] = {}
     ratios = []
-    with torch.no_grad(), random_state(rng, where):
-        rows = torch.randint(len(cells), (n_cells,)).to(where)
+    with torch.no_grad(), random_state(rng, where) as generator:
+        rows = torch.as_tensor(generator.integers(len(cells), size=n_cells), device=where)
         for real_cells in cells.loader(rows, CHUNK):
             z, batch = simulate(model, real_cells)
             for family in families:

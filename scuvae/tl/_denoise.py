@@ -23,12 +23,13 @@ from scuvae.io.fit_state import Fit, read_fit
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, resolve_device
+from scuvae.runtime import CHUNK, isolated, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
 MOST_COLUMNS = 4000
 
 
+@isolated
 def denoise(
     adata: AnnData,
     *,

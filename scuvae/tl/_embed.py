@@ -15,12 +15,13 @@ from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.runtime import resolve_device
+from scuvae.runtime import isolated, resolve_device
 
 # More say little of types, and less of them comes back with another seed.
 N_COMPONENTS = 15
 
 
+@isolated
 def embed(
     adata: AnnData,
     *,

@@ -23,10 +23,11 @@ from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import target, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
-from scuvae.runtime import logger, random_state, resolve_device
+from scuvae.runtime import isolated, logger, random_state, resolve_device
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 
 
+@isolated
 @random_state_alias
 def fit(
     adata: AnnData,
@@ -331,13 +332,13 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
     n_vars = matrix.shape[1]
     if settings.n_latent >= n_vars > 1:
         warnings.warn(
-            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=4
+            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=5
         )
     if likelihood.counts:
         empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
         if empty:
             warnings.warn(
-                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=4
+                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
 
 

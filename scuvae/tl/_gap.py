@@ -19,9 +19,10 @@ from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import target
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 
 
+@isolated
 @random_state_alias
 def amortization_gap(
     adata: AnnData,

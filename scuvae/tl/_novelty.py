@@ -35,7 +35,7 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_fit, read_missing
 from scuvae.io.genes import match
 from scuvae.io.slots import target
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 from scuvae.tl._project import projected, read_reference
 
 logger = logging.getLogger("scuvae")
@@ -50,6 +50,7 @@ _POOL = 2000
 _NO_DEPTH = 1e-3
 
 
+@isolated
 @random_state_alias
 def novelty(
     adata: AnnData,

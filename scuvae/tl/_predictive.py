@@ -17,9 +17,10 @@ from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, logger, resolve_device
+from scuvae.runtime import CHUNK, isolated, logger, resolve_device
 
 
+@isolated
 def predictive_check(
     adata: AnnData,
     *,

@@ -29,7 +29,7 @@ from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.slots import target, write_posterior
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, chunk_on, logger, resolve_device
+from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
 NEW_BATCHES = ("error", "estimate")
@@ -39,6 +39,7 @@ _FEW_GENES = 0.1
 _MOST_CELLS = 1000
 
 
+@isolated
 def project(
     adata: AnnData,
     reference: AnnData | str | PathLike[str],
@@ -274,7 +275,7 @@ def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.In
             f"{who} {found.sum()} of the reference's {len(found)} genes: the reference has "
             f"{some(fit.var_names)}, adata has {some(adata.var_names)}{named}. Are they all "
             "symbols, or all ids?",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -26,10 +26,11 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target, write_posterior
-from scuvae.runtime import chunk_on, resolve_device
+from scuvae.runtime import chunk_on, isolated, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
 
+@isolated
 def refine(
     adata: AnnData,
     *,

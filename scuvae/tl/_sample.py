@@ -7,14 +7,16 @@ from scipy import sparse as sp
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
-from scuvae.distributions.gaussian import gaussian, raw_scale
+from scuvae._random import normal_like
+from scuvae.distributions.gaussian import draw, gaussian, raw_scale
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of, places, spread
 from scuvae.io.slots import read_posterior, target
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 
 
+@isolated
 @random_state_alias
 def sample(
     adata: AnnData,
@@ -87,7 +89,7 @@ def sample(
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             q = gaussian(mean[batch.index], raw[batch.index])
             for part in parts:
-                eta = model.decoder(q.sample(), batch.covariates)
+                eta = model.decoder(draw(q, normal_like(q.mean)), batch.covariates)
                 size = model.size_factor(batch, eta)
                 values = model.likelihood.sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)

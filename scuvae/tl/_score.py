@@ -13,9 +13,10 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 
 
+@isolated
 @random_state_alias
 def score(
     adata: AnnData,

@@ -23,10 +23,11 @@ from scuvae.io.genes import cells_of
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, logger, random_state, resolve_device, show_progress
+from scuvae.runtime import CHUNK, isolated, logger, random_state, resolve_device, show_progress
 from scuvae.tl._gap import gap_columns
 
 
+@isolated
 @random_state_alias
 def to_encoder(
     adata: AnnData,

@@ -19,7 +19,7 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit, read_missing
 from scuvae.io.genes import match, warn_of_empty
 from scuvae.io.slots import read_posterior, target
-from scuvae.runtime import CHUNK, random_state, resolve_device
+from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
 from scuvae.tl._project import read_reference
 
 logger = logging.getLogger("scuvae")
@@ -30,6 +30,7 @@ _NUMBERS = 2**24
 _CELLS = 4 * CHUNK
 
 
+@isolated
 @random_state_alias
 def transfer_labels(
     adata: AnnData,
@@ -141,7 +142,7 @@ def transfer_labels(
         ]
     ).max(1)
 
-    warn_of_empty(fit, cells, "they get the most common label", stacklevel=4)
+    warn_of_empty(fit, cells, "they get the most common label", stacklevel=5)
     out = target(adata, copy)
     found: dict[str, Any] = {
         "label": pd.Categorical.from_codes(best.indices.cpu().numpy(), dtype=kinds.dtype),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from scuvae._random import normal_like, uniform_like
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import as_family, draw
 from scuvae.inference.evaluation.importance_sampling import log_mean
@@ -50,7 +51,7 @@ def annealed_log_evidence(
             (slope,) = torch.autograd.grad((likelihood + half_squares).sum(), at)
         return (likelihood + half_squares).detach().double() + log_det, slope
 
-    u = torch.randn((n_chains, *q.mean.shape), dtype=q.mean.dtype, device=q.mean.device)
+    u = normal_like(q.mean, (n_chains,))
     ratio, slope = look(u)
     log_weight = torch.zeros_like(ratio)
     for step in range(1, n_anneal + 2):
@@ -69,7 +70,7 @@ def _move(
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A Hamiltonian transition under ln f_β = −½ uᵀu + β ratio(u), up to a constant."""
-    momentum = torch.randn_like(u)
+    momentum = normal_like(u)
     energy = 0.5 * (u.square() + momentum.square()).sum(-1).double() - beta * ratio
     new, new_ratio, new_slope = u, ratio, slope
     for _ in range(_LEAPS):
@@ -78,7 +79,7 @@ def _move(
         new_ratio, new_slope = look(new)
         momentum = momentum + 0.5 * _STEP * (beta * new_slope - new)
     new_energy = 0.5 * (new.square() + momentum.square()).sum(-1).double() - beta * new_ratio
-    taken = torch.rand_like(energy).log() < energy - new_energy  # never where it is no number
+    taken = uniform_like(energy).log() < energy - new_energy  # never where it is no number
     return (
         torch.where(taken.unsqueeze(-1), new, u),
         torch.where(taken, new_ratio, ratio),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae._random import normal_like
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import draw, kl_to_prior
 from scuvae.inference.evaluation.pareto import pareto_k
@@ -33,12 +34,12 @@ class Draws:
 def draw_weights(
     model: VAE, batch: Batch, posteriors: Sequence[Distribution], n_samples: int
 ) -> list[Draws]:
-    """Draws of each of the posteriors, all from the same noise of torch's random state."""
+    """Draws of each of the posteriors, all from the same noise."""
     like = posteriors[0].mean
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in posteriors]
     for first in range(0, n_samples, _DRAWS_AT_ONCE):
         n = min(_DRAWS_AT_ONCE, n_samples - first)
-        noise = torch.randn((n, *like.shape), dtype=like.dtype, device=like.device)
+        noise = normal_like(like, (n,))
         for q, part in zip(posteriors, parts, strict=True):
             z = draw(q, noise)
             log_likelihood = model.log_likelihood(batch, z).double()

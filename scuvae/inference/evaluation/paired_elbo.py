@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from scuvae._random import normal_like
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import draw, kl_to_prior
 from scuvae.distributions.quasi_random import normal_points
@@ -36,11 +37,7 @@ def compare(
     sums: dict[str, Tensor] = {}
     n_pairs = n_draws // 2
     for first in range(0, n_pairs, _AT_ONCE // 2):
-        half = torch.randn(
-            (min(_AT_ONCE // 2, n_pairs - first), *q.mean.shape),
-            dtype=q.mean.dtype,
-            device=q.mean.device,
-        )
+        half = normal_like(q.mean, (min(_AT_ONCE // 2, n_pairs - first),))
         pairs = {
             name: model.log_likelihood(batch, draw(which, torch.cat([half, -half])))
             for name, which in (("elbo", q), ("elbo_encoder", encoder))

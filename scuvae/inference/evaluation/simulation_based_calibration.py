@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae._random import normal_like
 from scuvae.batches import Batch, SparseRows
 from scuvae.model import VAE
 
@@ -21,15 +22,9 @@ from scuvae.model import VAE
 def simulate(model: VAE, batch: Batch) -> tuple[Tensor, Batch]:
     """z* ~ p(z), (cells, latent), and the batch with x ~ p(x | z*) in place of its values.
 
-    Size factors, covariates and the mask of genes are the batch's own. From torch's current
-    random state.
+    Size factors, covariates and the mask of genes are the batch's own.
     """
-    z = torch.randn(
-        len(batch),
-        model.n_latent,
-        dtype=batch.size_factor.dtype,
-        device=batch.size_factor.device,
-    )
+    z = normal_like(batch.size_factor.new_empty(len(batch), model.n_latent))
     eta = model.decoder(z, batch.covariates)
     x = model.likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
     values = SparseRows.from_dense(x) if model.likelihood.counts else x

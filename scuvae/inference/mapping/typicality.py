@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from scuvae._random import generator_on
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import draw, kl_to_prior
 from scuvae.distributions.quasi_random import normal_points
@@ -32,7 +33,7 @@ class Surprise:
 def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surprise:
     """The surprise of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
 
-    Torch's random state is taken up anew for every cell, and left as it was, so that a cell's x̃
+    The random state is taken up anew for every cell, and left as it was, so that a cell's x̃
     depend neither on the cells beside it nor on their batches.
     """
     z = draw(q, normal_points(n_samples, q.mean))
@@ -62,13 +63,17 @@ def _unobserved_out(model: VAE, eta: Tensor, observed: Tensor | None) -> Tensor:
     return eta.masked_fill(~observed, -torch.inf)
 
 
+def _host() -> torch.Generator:
+    return generator_on(torch.device("cpu")) or torch.default_generator
+
+
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), (
+    return (_host().get_state()), (
         torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     )
 
 
 def _restore(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
+    _host().set_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)

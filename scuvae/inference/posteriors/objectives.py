@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
+from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import kl_to_prior
+from scuvae.distributions.gaussian import draw, kl_to_prior
 from scuvae.kernels.dispatch import asks_gradient, compiled
 from scuvae.model import VAE
 
@@ -56,11 +57,11 @@ def _drawn(q: Distribution, n_samples: int) -> tuple[Tensor, Tensor]:
     if isinstance(q, MultivariateNormal):
         mean, tril = q.loc, q.scale_tril
         if mean.dim() == 2 and compiled(mean) and not asks_gradient(mean, tril):
-            from scuvae.kernels.gaussian import draw
+            from scuvae.kernels.gaussian import draw as compiled_draw
 
-            points = mean.new_empty(*shape, *mean.shape).normal_()
-            return draw(mean.detach().contiguous(), tril.detach().contiguous(), points)
-    return q.rsample(shape), kl_to_prior(q)
+            points = normal_like(mean, shape)
+            return compiled_draw(mean.detach().contiguous(), tril.detach().contiguous(), points)
+    return draw(q, normal_like(q.mean, shape)), kl_to_prior(q)
 
 
 def _mean(values: Tensor, n_samples: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from scuvae._random import permutation
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import sparse
 from scuvae.batches.thinning import with_shallow
@@ -95,7 +96,7 @@ class SemiAmortizedPosterior(Posterior):
             old, self._age = drawn, 0
         self._drawn, self._age = old, self._age + 1
         n_own = len(batch) // self.own_one_of
-        some = torch.randperm(len(old))[: len(batch) - n_own].to(batch.index.device)
+        some = permutation(len(old))[: len(batch) - n_own].to(batch.index.device)
         seen = old.take(some)
         if n_own:
             seen = seen.followed_by(batch.take(torch.arange(n_own, device=batch.index.device)))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from scuvae._random import normal_like
 from scuvae.batches import Batch, SparseRows
 
 # Enough cells to find the leading components by; the others are projected on them.
@@ -68,7 +69,7 @@ def _leading(x: Tensor, member: Tensor, centre: Tensor, rank: int) -> tuple[Tens
         return x.mT @ u - centre.mT @ (member.mT @ u)
 
     width = min(rank + 10, *x.shape)
-    u = times(torch.randn(x.shape[1], width, dtype=x.dtype, device=x.device))
+    u = times(normal_like(centre.new_empty(x.shape[1], width)))
     for _ in range(4):
         v = torch.linalg.qr(transposed_times(torch.linalg.qr(u).Q)).Q
         u = times(v)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from scuvae._random import uniform_like
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
@@ -96,7 +97,7 @@ def distil(
         visited: list[Tensor] = []
         for batch in cells:
             index = batch.index
-            if torch.rand(()).item() < share_simulated:
+            if float(uniform_like(torch.empty(()))) < share_simulated:
                 batch = simulated(model, batch, gaussian(mean[index], raw[index]), totals)
             seen = with_shallow(batch) if counts else batch
             terms = elbo(model, seen, model.encode(seen))

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from scuvae._random import permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
@@ -58,7 +59,7 @@ def run(
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.optimizer == "adam" and settings.local_step == "natural"
     if measured and table is not None:
-        some = training[torch.randperm(len(training))[:_MOST_TO_START].sort().values]
+        some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
         start_decoder(model, cells.batch(some), table.mean[some])
     precision = None
     if measured and counts:
@@ -201,7 +202,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     raw_of_each = like.new_zeros(1, n_raw)
     if settings.local_step == "natural":
         # From random or zero means the decoder needs many epochs to tell the cells apart.
-        some = training[torch.randperm(len(training))[:MOST_CELLS].sort().values]
+        some = training[permutation(len(training))[:MOST_CELLS].sort().values]
         pca = WhitenedPCA(cells.batch(some), settings.n_latent, counts=model.likelihood.counts)
         for batch in cells.loader(training, 8192):
             mean[batch.index] = pca(batch)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scuvae._random import normal_like
 from scuvae.batches import SparseRows
 from scuvae.batches.sparse_rows import dense
 from scuvae.model.likelihoods.autograd import Linear, written
@@ -119,7 +120,7 @@ class Gaussian(Likelihood):
         return torch.zeros_like(mu)
 
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
-        return mu + self.scale[genes] * torch.randn_like(mu)
+        return mu + self.scale[genes] * normal_like(mu)
 
 
 def _log_normaliser(scale: Tensor) -> Tensor:

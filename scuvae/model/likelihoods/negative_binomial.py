@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scuvae._random import gamma, poisson
 from scuvae.batches import SparseRows
 from scuvae.batches.sparse_rows import sparse
 from scuvae.kernels.dispatch import compiled
@@ -188,7 +189,7 @@ class NegativeBinomial(Likelihood):
         return log_zero_probability(mu, self.log_theta[genes]).exp()
 
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
-        return torch.poisson(gamma_means(mu, self.log_theta[genes]))
+        return poisson(gamma_means(mu, self.log_theta[genes]))
 
 
 def stabilised_counts(mu: Tensor, excess: Tensor) -> Tensor:
@@ -206,4 +207,4 @@ def gamma_means(mu: Tensor, log_theta: Tensor) -> Tensor:
     """Draws of the rate of a negative binomial: gamma with mean μ and shape θ."""
     # Above 1e6 the rate's relative spread is under .001, which counts do not show.
     theta = log_theta.exp().clamp_max(1e6)
-    return mu * torch.distributions.Gamma(theta.expand_as(mu), theta.expand_as(mu)).sample()
+    return mu * (gamma(theta.expand_as(mu)) / theta)

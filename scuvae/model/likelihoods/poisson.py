@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scuvae._random import poisson
 from scuvae.batches import SparseRows
 from scuvae.batches.sparse_rows import sparse
 from scuvae.kernels.dispatch import compiled
@@ -96,4 +97,4 @@ class Poisson(Likelihood):
         return (-mu).exp()
 
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
-        return torch.poisson(mu)
+        return poisson(mu)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from scuvae._random import poisson, uniform_like
 from scuvae.batches import SparseRows
 from scuvae.batches.sparse_rows import sparse
 from scuvae.model.likelihoods.autograd import Linear
@@ -67,5 +68,5 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         return dropout + (1 - dropout) * log_zero_probability(mu, self.log_theta[genes]).exp()
 
     def _draw(self, mu: Tensor, genes: Genes) -> Tensor:
-        kept = torch.rand_like(mu) < torch.sigmoid(-self.logit_dropout[genes])
-        return kept * torch.poisson(gamma_means(mu, self.log_theta[genes]))
+        kept = uniform_like(mu) < torch.sigmoid(-self.logit_dropout[genes])
+        return kept * poisson(gamma_means(mu, self.log_theta[genes]))

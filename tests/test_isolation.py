@@ -1,0 +1,121 @@
+"""A call keeps to itself: threads, and what a process has set torch to."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+from helpers import SCHEMES, fingerprint, random_states, small_counts, small_fit
+
+from scuvae import get, pp, tl
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+}
+VERBS: dict[str, Callable[[AnnData, AnnData], Any]] = {
+    "project": lambda new, old: tl.project(new, old, key="semi"),
+    "polish": lambda new, old: tl.project(new, old, key="semi", polish="moments"),
+    "transfer_labels": lambda new, old: tl.transfer_labels(new, old, labels="kind", key="semi"),
+    "novelty": lambda new, old: tl.novelty(new, old, key="semi", n_reference=30),
+    "refine": lambda new, old: tl.refine(old, key="semi", key_added="r"),
+    "refine by Adam": lambda new, old: tl.refine(
+        old, key="semi", key_added="r", local_step="gradient", max_steps=3
+    ),
+    "score": lambda new, old: tl.score(old, key="semi", n_samples=3, n_anneal=2),
+    "gap": lambda new, old: tl.amortization_gap(old, key="semi", decompose=True),
+    "denoise": lambda new, old: tl.denoise(old, key="semi"),
+    "sample": lambda new, old: tl.sample(old, key="semi"),
+    "embed": lambda new, old: tl.embed(old, key="semi"),
+    "to_encoder": lambda new, old: tl.to_encoder(old, key="table", max_epochs=2),
+    "calibration": lambda new, old: tl.calibration(old, key="semi", n_cells=5),
+    "predictive_check": lambda new, old: tl.predictive_check(old, key="semi"),
+    "neighbors": lambda new, old: pp.neighbors(old, key="semi", n_neighbors=5),
+    "thin_counts": lambda new, old: pp.thin_counts(old),
+    "model": lambda new, old: get.model(old, key="semi"),
+    "posterior": lambda new, old: get.posterior(old, key="semi"),
+}
+
+
+def state() -> tuple[Any, ...]:
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    return random_states(), modes, torch.get_default_device(), torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture(scope="module")
+def fitted() -> AnnData:
+    adata = small_counts(n_obs=120)
+    adata.obs["kind"] = np.where(np.arange(120) % 2, "a", "b")
+    small_fit(adata, amortized="semi", key_added="semi", validation_fraction=0.25)
+    return small_fit(adata, key_added="table")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("amortized", SCHEMES)
+def test_a_fit_does_not_mind(amortized: bool | str, setting: str) -> None:
+    alone = small_fit(small_counts(), amortized=amortized)
+    adata = small_counts()
+    with SETTINGS[setting]():
+        before = state()
+        small_fit(adata, amortized=amortized)
+        assert state() == before
+    assert fingerprint(adata) == fingerprint(alone)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_does_not_mind(verb: str, setting: str, fitted: AnnData) -> None:
+    def call(context: AbstractContextManager[Any]) -> Any:
+        old, new = fitted.copy(), small_counts(seed=5)
+        with context:
+            before = state()
+            VERBS[verb](new, old)
+            assert state() == before
+        return fingerprint(old), fingerprint(new)
+
+    assert call(SETTINGS[setting]()) == call(nullcontext())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nor_does_it_when_it_fails(setting: str, fitted: AnnData) -> None:
+    with SETTINGS[setting]():
+        before = state()
+        with pytest.raises(ValueError, match="holds no fit"):
+            tl.score(fitted, key="missing")
+        assert state() == before
+
+
+@pytest.mark.parametrize("amortized", SCHEMES)
+def test_fits_in_threads_are_those_alone(amortized: bool | str) -> None:
+    """Bit for bit: each has random numbers of its own, and switches none off for another."""
+
+    def fit(seed: int) -> Any:
+        adata = small_fit(small_counts(), amortized=amortized, rng=seed, max_epochs=6)
+        tl.score(adata, n_samples=5)
+        tl.sample(adata)
+        return fingerprint(adata)
+
+    alone = [fit(seed) for seed in range(4)]
+    before = random_states()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fit, range(4))) == alone
+    assert random_states() == before
+    assert len(set(map(str, alone))) == 4
