@@ -150,8 +150,9 @@ def _fit_arguments(sub: argparse.ArgumentParser) -> None:
         "--inference",
         dest="amortized",
         action=_Inference,
-        choices=INFERENCE,
-        help="tl.fit's amortized=: False (every cell its own posterior), True (an encoder), 'semi'",
+        metavar="NAME",
+        help="tl.fit's amortized=: unamortized (False: every cell its own posterior), amortized "
+        "(True: an encoder) or semi",
     )
     for title, flags in FIT.items():
         for flag, kind, metavar, text in flags:
@@ -205,7 +206,7 @@ class _Inference(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, INFERENCE[values])
+        setattr(namespace, self.dest, INFERENCE.get(values, values))
 
 
 def _data_path(text: str) -> Path:

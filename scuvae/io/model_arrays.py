@@ -16,7 +16,13 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
     n_latent = int(params["n_latent"])
     n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
     if likelihood is None:
-        likelihood = LIKELIHOODS[str(params["likelihood"])](n_vars)
+        name = str(params["likelihood"])
+        if name not in LIKELIHOODS:
+            raise ValueError(
+                f"the fit's likelihood is {name!r}, which is not registered: set "
+                f"scuvae.model.likelihoods.LIKELIHOODS[{name!r}] to its class"
+            )
+        likelihood = LIKELIHOODS[name](n_vars)
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
         n_latent,
@@ -28,7 +34,8 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_layers=n_layers,
     )
     encoder = None
-    if params["amortized"]:  # True, "semi" or, by tl.to_encoder, "distilled"
+    # Fits of before schemes could be registered did not say; then only those of False had none.
+    if params.get("has_encoder", bool(params["amortized"])):
         encoder = Encoder(
             n_vars,
             n_latent,

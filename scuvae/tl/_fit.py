@@ -17,8 +17,9 @@ from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
+from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.fit import run
-from scuvae.inference.training.settings import DROPOUT, Settings
+from scuvae.inference.training.settings import DROPOUT, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import target, write_posterior
@@ -225,11 +226,13 @@ def fit(
     size_factor = covariates.size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
+    has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
 
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
-        "encoder_input": "profile" if settings.amortized and chosen.counts else None,
+        "has_encoder": has_encoder,
+        "encoder_input": "profile" if has_encoder and chosen.counts else None,
         "layer": layer,
         "batch_key": batch_key,
         "batches": np.array(batches, dtype=object) if batches else None,
@@ -299,7 +302,7 @@ def _choose_likelihood(
         if LIKELIHOODS.get(likelihood.name) is not type(likelihood):
             raise ValueError(
                 f"likelihood of class {type(likelihood).__name__} is not registered: set "
-                f"scuvae.model.LIKELIHOODS[{likelihood.name!r}] to the class, so that the fit can "
+                f"scuvae.model.likelihoods.LIKELIHOODS[{likelihood.name!r}] to it, so that the fit can "
                 f"be read back. {near(likelihood.name, LIKELIHOODS)}"
             )
         return copying.deepcopy(likelihood)

@@ -228,5 +228,5 @@ def _with_encoder(fit: Fit) -> VAE:
 
 def _params_of(fit: Fit) -> dict[str, Any]:
     """What describes the new encoder among the parameters of the fit."""
-    found = {"amortized": "distilled"}
+    found = {"amortized": "distilled", "has_encoder": True}
     return found | ({"encoder_input": "profile"} if fit.model.likelihood.counts else {})

@@ -1,7 +1,9 @@
 """What gives the values of cells by row number."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from scuvae.batches.sparse_rows import SparseRows
@@ -11,6 +13,14 @@ class Source(ABC):
     """The values of some cells by row number."""
 
     shape: tuple[int, int]
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, x: Any) -> bool:
+        """Whether it is for matrices such as ``x``."""
+
+    @abstractmethod
+    def __init__(self, x: Any, device: torch.device) -> None: ...
 
     resident: bool
     """Whether all values are on the device, so that the host has no part in gathering rows."""

@@ -23,6 +23,10 @@ class DenseSource(Source):
 
     resident = True
 
+    @classmethod
+    def takes(cls, x: Any) -> bool:
+        return isinstance(x, np.ndarray)
+
     def __init__(self, x: np.ndarray, device: torch.device) -> None:
         self.shape = (x.shape[0], x.shape[1])
         self.x = torch.as_tensor(np.array(x, np.float32, order="C"), device=device)
@@ -40,6 +44,10 @@ class SparseSource(Source):
     Where they would take more than half of a GPU's free memory, indices and values stay on the
     host in pinned memory, and those of a batch are sent when it is asked for.
     """
+
+    @classmethod
+    def takes(cls, x: Any) -> bool:
+        return bool(sp.issparse(x))
 
     def __init__(self, x: Any, device: torch.device) -> None:
         x = sp.csr_array(x)

@@ -1,20 +1,24 @@
 """The sources by name, and the one for a matrix."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from scipy import sparse as sp
 
 from scuvae.batches.sources.base import Source
 from scuvae.batches.sources.in_memory import DenseSource, SparseSource
 
-SOURCES: dict[str, Callable[[Any, torch.device], Source]] = {
+SOURCES: dict[str, type[Source]] = {
     "dense": DenseSource,
     "sparse": SparseSource,
 }
 
 
 def source_of(x: Any, device: torch.device) -> Source:
-    """The source for a matrix in memory, sparse or dense."""
-    return SOURCES["sparse" if sp.issparse(x) else "dense"](x, device)
+    """The source for a matrix: of those that take it, the one that was registered last."""
+    for kind in reversed(SOURCES.values()):
+        if kind.takes(x):
+            return kind(x, device)
+    raise TypeError(
+        f"no source takes a {type(x).__name__}: known are {', '.join(SOURCES)}. Pass a scipy CSR "
+        "matrix or a numpy array, or register a source in SOURCES"
+    )

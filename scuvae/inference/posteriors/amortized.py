@@ -16,6 +16,9 @@ class AmortizedPosterior(Posterior):
     only knows no other.
     """
 
+    has_encoder = True
+    refined = False
+
     def visit(self, on_host: Tensor) -> str | None:
         return "encoder"
 

@@ -6,6 +6,7 @@ through the leaves that the call made.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -14,8 +15,36 @@ from scuvae.batches import Batch
 from scuvae.model import VAE
 
 
+class Rows(Protocol):
+    """A table of parameters, a row a cell."""
+
+    mean: Tensor
+
+    def __call__(self, model: VAE, batch: Batch) -> Distribution:
+        """q of the batch's cells."""
+
+    def store(self, rows: Tensor, q: Distribution) -> None:
+        """Put ``q`` into the table's rows."""
+
+
 class Posterior(nn.Module, ABC):
-    """Hands out q for a batch of cells."""
+    """Hands out q for a batch of cells.
+
+    A scheme is a class in ``POSTERIORS``, by a name that ``tl.fit(amortized=)`` then takes. One
+    that :attr:`has_rows` is made with the table that cells start from, ``(mean, raw, *,
+    local_step, optimizer, learning_rate)``, any other without arguments.
+    """
+
+    has_encoder: ClassVar[bool] = False
+    """Whether the model has an encoder, ``model.encode``."""
+    has_rows: ClassVar[bool] = False
+    """Whether cells have parameters of their own, which :meth:`rows` hands out."""
+    refined: ClassVar[bool] = True
+    """Whether a cell's final q is refined under the final decoder, or as the posterior has it."""
+
+    def rows(self) -> Rows | None:
+        """The table of cells' own parameters, where there is one."""
+        return None
 
     @abstractmethod
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:

@@ -36,6 +36,8 @@ class SemiAmortizedPosterior(Posterior):
         Those of the table.
     """
 
+    has_encoder = True
+    has_rows = True
     draw_every = 8
     # One of so many cells that the encoder learns from is the batch's own.
     own_one_of = 4
@@ -55,6 +57,9 @@ class SemiAmortizedPosterior(Posterior):
         )
         self._drawn: Batch | None = None
         self._age = 0
+
+    def rows(self) -> UnamortizedPosterior:
+        return self.table
 
     def visit(self, on_host: Tensor) -> str | None:
         self.table.visit(on_host)

@@ -30,6 +30,8 @@ class UnamortizedPosterior(Posterior):
         For gradient steps: a name from ``ROW_OPTIMIZERS``.
     """
 
+    has_rows = True
+
     def __init__(
         self,
         mean: Tensor,
@@ -46,6 +48,9 @@ class UnamortizedPosterior(Posterior):
         self.raw: Tensor
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
         self._last: tuple[Tensor, Tensor, Distribution] | None = None
+
+    def rows(self) -> "UnamortizedPosterior":
+        return self
 
     def visit(self, on_host: Tensor) -> str | None:
         return self.rule.visit(on_host)

@@ -14,9 +14,6 @@ from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
 from scuvae.distributions.gaussian import moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
-from scuvae.inference.posteriors.amortized import AmortizedPosterior
-from scuvae.inference.posteriors.semi_amortized import SemiAmortizedPosterior
-from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import refine
@@ -26,7 +23,7 @@ from scuvae.inference.training.held_out import HeldOutCells
 from scuvae.inference.training.linear_start import start_decoder
 from scuvae.inference.training.loop import train
 from scuvae.inference.training.optimizers import OPTIMIZERS
-from scuvae.inference.training.settings import INFERENCE, Settings
+from scuvae.inference.training.settings import Settings, scheme_of
 from scuvae.model import VAE
 from scuvae.runtime import chunk_on, show_progress
 
@@ -54,7 +51,7 @@ def run(
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
-    table = _table(posterior)
+    table = posterior.rows()
     counts = model.likelihood.counts
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.optimizer == "adam" and settings.local_step == "natural"
@@ -147,7 +144,7 @@ def final_posterior(
 
     Each part is added to ``totals``, and put into the table where there is one.
     """
-    table = _table(posterior)
+    table = posterior.rows()
     for batch in _everyone(model, cells):
         with torch.no_grad():
             q = _final(model, posterior, batch, settings)
@@ -160,7 +157,7 @@ def final_posterior(
 
 def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
     starts = _present(model, posterior, batch, settings)
-    if isinstance(posterior, AmortizedPosterior):
+    if not posterior.refined:
         return starts[0]
     return refine(
         model, batch, starts, local_step=settings.local_step, kl_weight=settings.kl_weight
@@ -172,7 +169,7 @@ def _present(
     model: VAE, posterior: Posterior, batch: Batch, settings: Settings
 ) -> list[Distribution]:
     """What is there of a batch's q: its rows, and the encoder's."""
-    table = _table(posterior)
+    table = posterior.rows()
     found = [] if table is None else [table(model, batch)]
     if model.encoder is not None:
         found.append(encoded(model, batch, settings.covariance))
@@ -184,16 +181,9 @@ def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
     return cells.loader(torch.arange(len(cells), device=where), chunk_on(where, model.n_vars))
 
 
-def _table(posterior: Posterior) -> UnamortizedPosterior | None:
-    """The rows of cells' own parameters, where there are any."""
-    if isinstance(posterior, SemiAmortizedPosterior):
-        return posterior.table
-    return posterior if isinstance(posterior, UnamortizedPosterior) else None
-
-
 def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
-    kind = POSTERIORS[INFERENCE[settings.amortized]]
-    if kind is not UnamortizedPosterior and kind is not SemiAmortizedPosterior:
+    kind = POSTERIORS[scheme_of(settings.amortized)]
+    if not kind.has_rows:
         return kind()
     shape = len(cells), settings.n_latent
     like = cells.size_factor

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from scuvae._checks import one_of, real, whole
 from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.refinement.refine import LOCAL_STEPS
 from scuvae.inference.training.optimizers import OPTIMIZERS
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
@@ -18,7 +19,13 @@ EPOCHS = 425
 DROPOUT = 0.05
 # Others overfit few cells: as many drop every second hidden unit.
 DROPOUT_CELLS = 1000
-INFERENCE = {False: "unamortized", True: "amortized", "semi": "semi"}
+# What ``tl.fit(amortized=)`` takes beside the names in ``POSTERIORS``.
+INFERENCE: dict[bool | str, str] = {False: "unamortized", True: "amortized", "semi": "semi"}
+
+
+def scheme_of(amortized: bool | str) -> str:
+    """The name in ``POSTERIORS`` that ``tl.fit(amortized=)`` stands for."""
+    return INFERENCE.get(amortized, str(amortized))
 
 
 def epochs_for(n_cells: float, batch_size: int) -> int:
@@ -64,13 +71,16 @@ class Settings:
         kl_weight: float,
         dropout: float | None,
     ) -> "Settings":
-        one_of("amortized", amortized, INFERENCE)
+        one_of("amortized", amortized, [*INFERENCE, *set(POSTERIORS).difference(INFERENCE)])
+        if amortized in ("unamortized", "amortized"):
+            amortized = amortized == "amortized"
+        kind = POSTERIORS[scheme_of(amortized)]
         if not isinstance(likelihood, Likelihood):
             one_of("likelihood", likelihood, ["auto", *LIKELIHOODS])
         one_of("optimizer", optimizer, OPTIMIZERS)
         one_of("local_step", local_step, LOCAL_STEPS)
         if covariance is None:
-            natural = amortized is not True and local_step == "natural"
+            natural = kind.has_rows and local_step == "natural"
             covariance = "full" if natural else "diagonal"
         one_of("covariance", covariance, COVARIANCES)
         # Adam with natural steps is the recipe that was measured; others stay plain networks.
@@ -83,7 +93,7 @@ class Settings:
             dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
-            if amortized is not True and optimizer == "adam" and local_step == "natural":
+            if kind.has_rows and optimizer == "adam" and local_step == "natural":
                 # The decoder does not wait for an encoder: it can take longer steps.
                 learning_rate *= 2
         return cls(
