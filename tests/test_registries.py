@@ -166,16 +166,18 @@ def data(kind: type[Likelihood], **shape: int) -> AnnData:
     return adata
 
 
-@pytest.mark.parametrize("amortized", [*SCHEMES, "tempered"])
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(
+    ("name", "amortized"),
+    [*(("zip", scheme) for scheme in SCHEMES), ("zip", "tempered"), ("student", "tempered")],
+)
 @pytest.mark.usefixtures("registered")
 def test_every_verb_works_for_an_entry_from_outside(
     name: str, amortized: bool | str, tmp_path: Path
 ) -> None:
     kind = OUTSIDE[name]
-    adata, new = data(kind, n_obs=80), data(kind, n_obs=30, seed=3)
+    adata, new = data(kind, n_obs=60), data(kind, n_obs=30, seed=3)
     new = new[:, ::-1][:, :-4].copy()  # other order, some genes missing
-    small_fit(adata, likelihood=kind.name, amortized=amortized, max_epochs=8)
+    small_fit(adata, likelihood=kind.name, amortized=amortized, max_epochs=4)
     assert np.isfinite(get.history(adata)["elbo"]).all()
     assert (get.model(adata).encoder is not None) == (amortized in (True, "semi"))
     tl.project(new, adata)

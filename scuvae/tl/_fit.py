@@ -302,8 +302,8 @@ def _choose_likelihood(
         if LIKELIHOODS.get(likelihood.name) is not type(likelihood):
             raise ValueError(
                 f"likelihood of class {type(likelihood).__name__} is not registered: set "
-                f"scuvae.model.likelihoods.LIKELIHOODS[{likelihood.name!r}] to it, so that the fit can "
-                f"be read back. {near(likelihood.name, LIKELIHOODS)}"
+                f"scuvae.model.likelihoods.LIKELIHOODS[{likelihood.name!r}] to it, so that the fit "
+                f"can be read back. {near(likelihood.name, LIKELIHOODS)}"
             )
         return copying.deepcopy(likelihood)
     if likelihood == "auto":
