@@ -27,7 +27,7 @@ def systematic_sample(size: Tensor, n: int) -> tuple[Tensor, Tensor]:
     shared = (n - torch.arange(len(size), device=size.device)) / rest
     n_certain = (shared * ordered > 1).sum(0, keepdim=True)
     chance = (exact * shared.gather(0, n_certain)).clamp_max(1.0)
-    at = uniform_like(exact.new_empty(())).to(size) + torch.arange(n, device=size.device)
+    at = uniform_like(size.new_empty((), dtype=torch.float32)) + torch.arange(n, device=size.device)
     drawn = torch.searchsorted(chance.cumsum(0), at).clamp_max(len(size) - 1)
     return drawn, chance[drawn].to(size)
 
