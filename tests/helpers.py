@@ -49,8 +49,11 @@ def small_counts(n_obs: int = N_OBS, n_vars: int = N_VARS, seed: int = 0) -> Ann
 def small_data(likelihood: str, **shape: int) -> AnnData:
     """Values that the likelihood can have."""
     adata = small_counts(**shape)
-    if not LIKELIHOODS[likelihood].counts:
+    support = LIKELIHOODS[likelihood].support
+    if support == "real":
         adata.X = np.log1p(adata.X) - 1
+    elif support == "binary":
+        adata.X = (adata.X > 2).astype(np.float32)
     return adata
 
 

@@ -15,7 +15,7 @@ from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
 # Each likelihood once: aliases name the same class.
 UNIQUE = sorted({cls.name for cls in LIKELIHOODS.values()})
-COUNTS = [name for name in UNIQUE if LIKELIHOODS[name].counts]
+COUNTS = [name for name in UNIQUE if LIKELIHOODS[name].support == "counts"]
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -87,7 +87,7 @@ def model_of(
             n_latent,
             n_hidden=n_hidden,
             covariance=covariance,
-            inputs="log1p" if likelihood.counts else "values",
+            inputs="log1p" if likelihood.support == "counts" else "values",
             normalization=normalization,
         )
     return VAE(decoder, likelihood, encoding).to(dtype).eval()

@@ -32,7 +32,7 @@ from scuvae.io.inputs import read_matrix
 from scuvae.model.likelihoods import LIKELIHOODS
 from scuvae.model.likelihoods.negative_binomial import NegativeBinomial
 
-COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].counts]
+COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].support == "counts"]
 
 
 @cache

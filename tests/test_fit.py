@@ -524,7 +524,9 @@ def test_as_many_latent_dimensions_as_genes_warns() -> None:
 
 
 @every_scheme
-@pytest.mark.parametrize("likelihood", [n for n in LIKELIHOOD_NAMES if LIKELIHOODS[n].counts])
+@pytest.mark.parametrize(
+    "likelihood", [n for n in LIKELIHOOD_NAMES if LIKELIHOODS[n].support == "counts"]
+)
 def test_an_empty_cell_warns_and_has_the_prior(likelihood: str, amortized: bool | str) -> None:
     adata = small_counts()
     adata.X[7] = 0

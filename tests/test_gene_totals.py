@@ -18,7 +18,7 @@ from scuvae.model.likelihoods import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
-COUNTS = sorted({kind.name for kind in LIKELIHOODS.values() if kind.counts})
+COUNTS = sorted({kind.name for kind in LIKELIHOODS.values() if kind.support == "counts"})
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_loadings_of_counts_are_the_penalised_regression(n_batches: int) -> None
         covariates=covariates,
         sparse=True,
     )
-    b, v = fit_loadings(batch, torch.tensor(z), counts=True, n_steps=12)
+    b, v = fit_loadings(batch, torch.tensor(z), link="softmax", n_steps=12)
     for gene in range(3):
 
         def loss(w: np.ndarray, gene: int = gene) -> float:
@@ -57,7 +57,7 @@ def test_loadings_of_counts_are_the_penalised_regression(n_batches: int) -> None
 def test_loadings_of_values_are_least_squares() -> None:
     z = torch.randn(50, 2, dtype=torch.float64)
     x = 3 + z @ torch.randn(2, 4, dtype=torch.float64) + 0.1 * torch.randn(50, 4).double()
-    b, v = fit_loadings(batch_of(x), z, counts=False)
+    b, v = fit_loadings(batch_of(x), z, link="identity")
     design = torch.cat([torch.ones(50, 1).double(), z], 1)
     ridge = torch.diag(torch.tensor([0.0, 1.0, 1.0]).double())
     expected = torch.linalg.solve(design.T @ design + ridge, design.T @ x)
@@ -75,7 +75,7 @@ def test_the_decoder_starts_linear(n_layers: int, linear_path: bool, n_covariate
     batch = batch_of(cells_of(model_of("poisson"), 30), covariates=covariates, sparse=True)
     z = torch.randn(30, 2, dtype=torch.float64)
     start_decoder(model, batch, z)
-    b, v = fit_loadings(batch, z, counts=True)
+    b, v = fit_loadings(batch, z, link="softmax")
     parts = [z] if covariates is None else [z, covariates]
     torch.testing.assert_close(model.decoder(z, covariates), b + torch.cat(parts, 1) @ v.T)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse as sp
-from scipy import stats
+from scipy import special, stats
 from small_models import COUNTS, EPS, UNIQUE, batch_of, likelihood_of, model_of
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from scuvae.model import VAE
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.likelihoods.negative_binomial import log_prob as negative_binomial_log_prob
 from scuvae.model.likelihoods.rising_factorial import rising
+from scuvae.model.likelihoods.support import SUPPORTS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -123,6 +124,39 @@ def test_gaussian_is_scipys(per_gene: bool, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(likelihood.log_prob(x, eta).detach(), expected, rtol=tolerance)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bernoulli_is_scipys(dtype: torch.dtype, sparse: bool) -> None:
+    x = (torch.randn(4, 6) > 0.5).to(dtype)
+    # some roundings of terms of order 10; scipy's 1 − p has few digits beyond
+    close = {"rtol": 1e5 * torch.finfo(dtype).eps if dtype == torch.float64 else 1e-5}
+    eta = (5 * torch.randn(3, 4, 6, dtype=dtype)).clamp(-10, 10)
+    likelihood = LIKELIHOODS["bernoulli"](6)
+    found = likelihood.log_prob(SparseRows.from_dense(x) if sparse else x, eta)
+    p = special.expit(eta.double().numpy())
+    np.testing.assert_allclose(found, stats.bernoulli.logpmf(x.numpy(), p).sum(-1), **close)
+    np.testing.assert_allclose(likelihood.mean(eta), p, **close)
+    moments = likelihood.moments(eta)
+    torch.testing.assert_close(moments.mean + moments.zero, torch.ones_like(eta))
+
+
+def test_far_logits_of_a_bernoulli_stay_finite() -> None:
+    eta = torch.tensor([[200.0], [-200.0]], requires_grad=True)
+    for x, nats in (([[1.0], [0.0]], 0.0), ([[0.0], [1.0]], -200.0)):
+        value = LIKELIHOODS["bernoulli"](1).log_prob(torch.tensor(x), eta)
+        assert value.tolist() == [nats, nats]
+        (gradient,) = torch.autograd.grad(value.sum(), eta)
+        assert gradient.isfinite().all()
+
+
+def test_the_stabilised_coordinate_of_a_bernoulli_is_its_definitions() -> None:
+    """dv/dη = (dp/dη) / √(p (1 − p)) = √(p (1 − p))."""
+    eta = torch.linspace(-8, 8, 41, dtype=torch.float64)[:, None].requires_grad_()
+    likelihood = LIKELIHOODS["bernoulli"](1)
+    (slope,) = torch.autograd.grad(likelihood.stabilised(eta).sum(), eta)
+    torch.testing.assert_close(slope, likelihood.moments(eta).variance.sqrt(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_negative_binomial_tends_to_poisson(dtype: torch.dtype) -> None:
     x, mu = (grid.ravel() for grid in np.meshgrid([0, 1, 2, 5, 50], MEANS[:4]))
@@ -198,7 +232,9 @@ def test_float32_gradients_are_those_of_float64(name: str) -> None:
 
 
 def scores(likelihood: Likelihood, x: Tensor, mu: Tensor) -> Tensor:
-    """∂/∂log μ of counts, ∂/∂μ of a Gaussian, as in the table."""
+    """∂/∂log μ of counts, else ∂/∂η, as in the table."""
+    if likelihood.name == "bernoulli":
+        return x - mu
     if likelihood.name == "gaussian":
         return (x - mu) / likelihood.scale**2
     if likelihood.name == "poisson":
@@ -215,6 +251,8 @@ def scores(likelihood: Likelihood, x: Tensor, mu: Tensor) -> Tensor:
 
 def weights(likelihood: Likelihood, x: Tensor, mu: Tensor) -> Tensor:
     """Fisher weights, as in the table."""
+    if likelihood.name == "bernoulli":
+        return mu * (1 - mu)
     if likelihood.name == "gaussian":
         return (1 / likelihood.scale**2).expand_as(mu)
     if likelihood.name == "poisson":
@@ -228,7 +266,7 @@ def weights(likelihood: Likelihood, x: Tensor, mu: Tensor) -> Tensor:
     return nb * torch.where(x > 0, 1.0, (1 - dropped) * zero / (dropped + (1 - dropped) * zero))
 
 
-TABLE = ["gaussian", "poisson", "negative_binomial", "zero_inflated_negative_binomial"]
+TABLE = ["bernoulli", "gaussian", "poisson", "negative_binomial", "zero_inflated_negative_binomial"]
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -238,17 +276,20 @@ def test_score_and_fisher_weight_are_the_tables(name: str) -> None:
     size = torch.linspace(1.0, 50.0, 6, dtype=torch.float64)
     eta = torch.randn(2, 6, 7, dtype=torch.float64, requires_grad=True)
     pi = eta.detach().softmax(-1)
-    mu = size[:, None] * pi if likelihood.counts else eta.detach()
+    softmax = likelihood.link == "softmax"
+    mu = size[:, None] * pi if softmax else eta.detach()
+    if likelihood.link == "logit":
+        mu, x = mu.sigmoid(), (x > 0).double()
     with torch.no_grad():
         score, weight = scores(likelihood, x, mu), weights(likelihood, x, mu)
     # the softmax takes its share of the scores' sum
-    expected = score - pi * score.sum(-1, keepdim=True) if likelihood.counts else score
+    expected = score - pi * score.sum(-1, keepdim=True) if softmax else score
     (found,) = torch.autograd.grad(likelihood.log_prob(x, eta, size).sum(), eta)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)  # float64 roundings
 
     found_weight, centre = likelihood.fisher(x, eta, size)
     torch.testing.assert_close(found_weight, weight, rtol=1e-10, atol=1e-10)  # the same
-    if likelihood.counts:
+    if softmax:
         torch.testing.assert_close(centre, pi, rtol=1e-12, atol=0.0)  # the same
     else:
         assert centre is None
@@ -284,8 +325,9 @@ def test_gaussian_fisher_weight_is_the_expected_squared_score() -> None:
 @pytest.mark.parametrize("name", UNIQUE)
 def test_probabilities_sum_to_one_and_have_the_mean(name: str) -> None:
     likelihood = likelihood_of(name, 1)
-    if likelihood.counts:
-        x, step = torch.arange(4000, dtype=torch.float64), 1.0
+    if likelihood.support != "real":
+        n_values = 2 if likelihood.support == "binary" else 4000
+        x, step = torch.arange(n_values, dtype=torch.float64), 1.0
     else:
         x = torch.linspace(-40, 40, 8001, dtype=torch.float64)
         step = float(x[1] - x[0])
@@ -310,7 +352,8 @@ def test_draws_follow_the_likelihood(name: str) -> None:
         x = likelihood.sample(eta, size)
         mean = likelihood.mean(eta[:1], size[:1])[0]
     assert x.shape == eta.shape
-    assert not likelihood.counts or ((x >= 0) & (x == x.round())).all()
+    for outside in SUPPORTS[likelihood.support].outside:
+        assert not outside(x.numpy()).any()
     error = x.std(0) / math.sqrt(n_draws)
     assert ((x.mean(0) - mean).abs() < 5 * error).all()  # 5 standard errors
 
@@ -369,12 +412,12 @@ def test_a_gene_mask_is_the_model_of_those_genes_alone(name: str) -> None:
     weight, centre = alone.fisher(*part, size)
     torch.testing.assert_close(found_weight[..., observed], weight, **close)
     assert (found_weight[..., ~observed] == 0).all()
-    if likelihood.counts:
+    if likelihood.link == "softmax":
         torch.testing.assert_close(found_centre[..., observed], centre, **close)
         assert (found_centre[..., ~observed] == 0).all()
     mean = likelihood.mean(eta, size, observed)
     torch.testing.assert_close(mean[..., observed], alone.mean(eta[..., observed], size), **close)
-    assert not likelihood.counts or (mean[..., ~observed] == 0).all()
+    assert likelihood.link != "softmax" or (mean[..., ~observed] == 0).all()
 
 
 def test_poisson_given_the_total_is_multinomial() -> None:
@@ -501,7 +544,7 @@ def test_fisher_weights_are_no_negative_numbers(name: str) -> None:
     assert weight.shape == (4, 5, 6)
     assert (weight >= 0).all()
     assert weight.max() > 0
-    if likelihood.counts:
+    if likelihood.link == "softmax":
         torch.testing.assert_close(centre.sum(-1), torch.ones(4, 5).double())
 
 

@@ -128,7 +128,7 @@ def simulated(
         eta = model.decoder(torch.randn(n_cells, 2), covariates)
         x = model.likelihood.sample(eta, size)
     model = with_offsets(model, offsets[:, :3])
-    batch = batch_of(x, sparse=model.likelihood.counts)
+    batch = batch_of(x, sparse=model.likelihood.support != "real")
     return model, batch, offsets[:, 3:]
 
 

@@ -33,7 +33,8 @@ class ZeroInflatedPoisson(Likelihood):
     """Zero with a gene's probability π, else Poisson."""
 
     name = "zero_inflated_poisson"
-    counts = True
+    link = "softmax"
+    support = "counts"
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
@@ -71,7 +72,8 @@ class StudentT(Likelihood):
     """Values with heavier tails than a Gaussian's: five degrees of freedom."""
 
     name = "student_t"
-    counts = False
+    link = "identity"
+    support = "real"
     degrees = 5.0
 
     def __init__(self, n_vars: int) -> None:
@@ -161,7 +163,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def data(kind: type[Likelihood], **shape: int) -> AnnData:
-    adata = small_data("poisson" if kind.counts else "gaussian", **shape)
+    adata = small_data("poisson" if kind.support == "counts" else "gaussian", **shape)
     adata.obs["kind"] = np.where(np.arange(adata.n_obs) % 3, "a", "b")
     return adata
 

@@ -17,19 +17,22 @@ from helpers import (
 )
 from scipy import sparse as sp
 from scipy import stats
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 from small_models import likelihood_of
 
 from scuvae import get, tl
 from scuvae.model.likelihoods import LIKELIHOODS
 
-COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].counts]
+COUNTS = [name for name in LIKELIHOOD_NAMES if LIKELIHOODS[name].support == "counts"]
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
 
 
 def scipy_moments(likelihood: torch.nn.Module, mu: np.ndarray) -> tuple[np.ndarray, ...]:
     """E[x], Var[x] and P(x = 0) at the means μ before dropout (or at η), by scipy.stats."""
-    if not likelihood.counts:
+    if likelihood.name == "bernoulli":
+        bernoulli = stats.bernoulli(expit(mu))
+        return bernoulli.mean(), bernoulli.var(), bernoulli.pmf(0)
+    if likelihood.support == "real":
         normal = stats.norm(mu, likelihood.scale.detach().numpy())
         return normal.mean(), normal.var(), np.zeros_like(mu)
     if likelihood.name == "poisson":
@@ -51,7 +54,7 @@ def test_moments_are_scipys(likelihood: str) -> None:
     eta = torch.randn(3, 4, 6, dtype=torch.float64)
     size = torch.tensor([3.0, 20.0, 100.0, 1e4], dtype=torch.float64)
     mu = eta.numpy()
-    if model.counts:
+    if model.link == "softmax":
         mu = np.exp(log_softmax(mu, -1)) * size.numpy()[:, None]
     with torch.no_grad():
         found = model.moments(eta, size)
@@ -77,7 +80,7 @@ def test_draws_have_scipys_moments(likelihood: str) -> None:
     eta = torch.tensor([0.3, -0.5, 1.0, 0.2], dtype=torch.float64)
     observed = torch.tensor([True, True, False, True])
     mu = eta[observed].numpy()
-    if model.counts:
+    if model.link == "softmax":
         mu = np.exp(log_softmax(mu)) * 9.0
     with torch.no_grad():
         size = torch.full((n_draws,), 9.0, dtype=torch.float64)
@@ -115,7 +118,7 @@ def test_sample_writes_layers(likelihood: str) -> None:
     layer = adata.layers["scuvae_sample"]
     assert layer.dtype == np.float32
     assert layer.shape == adata.shape
-    if LIKELIHOODS[likelihood].counts:
+    if LIKELIHOODS[likelihood].support != "real":
         assert isinstance(layer, sp.csr_matrix)
         assert layer.has_canonical_format
         assert ((layer.data > 0) & (layer.data == np.rint(layer.data))).all()
@@ -225,7 +228,7 @@ def test_check_at_the_posterior_mean_is_scipys(likelihood: str) -> None:
     model = get.model(adata)
     with torch.no_grad():
         mu = model.decoder(torch.as_tensor(adata.obsm["X_scuvae"])).double().numpy()
-    if model.likelihood.counts:
+    if model.likelihood.link == "softmax":
         mu = np.exp(log_softmax(mu, -1)) * x.sum(1, keepdims=True)
     mean, variance, zero = scipy_moments(model.likelihood, mu)
     near = {"rtol": 1e-4}  # the model's float32
@@ -235,7 +238,7 @@ def test_check_at_the_posterior_mean_is_scipys(likelihood: str) -> None:
     np.testing.assert_allclose(table["mean_predicted_scale"], scale, **near)
     expected = (variance + mean**2).mean(0) - mean.mean(0) ** 2 - scale**2
     np.testing.assert_allclose(table["variance_predicted"], expected, **near)
-    if not model.likelihood.counts:
+    if model.likelihood.support == "real":
         assert not [name for name in table if name.startswith("zero")]
         return
     np.testing.assert_array_equal(table["zero_fraction"], (x == 0).mean(0))

@@ -42,7 +42,7 @@ def normalised(x: Tensor, is_counts: bool) -> np.ndarray:
 def test_scores_are_numpys_left_singular_vectors(sparse: bool, is_counts: bool) -> None:
     x = counts() if is_counts else counts().log1p()
     batch = batch_of(x, sparse=sparse)
-    scores = WhitenedPCA(batch, 3, counts=is_counts)(batch).numpy()
+    scores = WhitenedPCA(batch, 3, inputs="profile" if is_counts else "values")(batch).numpy()
     y = normalised(x, is_counts)
     left, singular, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
     assert singular[2] > 1.2 * singular[3]  # else the three are not determined
@@ -63,13 +63,13 @@ def test_sparse_is_dense(is_counts: bool) -> None:
     for sparse in (True, False):
         torch.manual_seed(1)
         batch = batch_of(x, sparse=sparse)
-        found.append(WhitenedPCA(batch, 4, counts=is_counts)(batch))
+        found.append(WhitenedPCA(batch, 4, inputs="profile" if is_counts else "values")(batch))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)  # sums reordered
 
 
 def test_other_cells_are_projected() -> None:
     x = counts()
-    pca = WhitenedPCA(batch_of(x, sparse=True), 3, counts=True)
+    pca = WhitenedPCA(batch_of(x, sparse=True), 3, inputs="profile")
     everyone = pca(batch_of(x, sparse=True))
     some = torch.tensor([3, 70, 11])
     close = {"rtol": 1e-10, "atol": 1e-10}  # roundings
@@ -81,7 +81,7 @@ def test_other_cells_are_projected() -> None:
 def test_fewer_components_than_asked_for_are_filled_with_zeros(shape: tuple[int, int]) -> None:
     x = torch.poisson(torch.full(shape, 2.0, dtype=torch.float64))
     batch = batch_of(x, sparse=True)
-    scores = WhitenedPCA(batch, 6, counts=False)(batch)
+    scores = WhitenedPCA(batch, 6, inputs="values")(batch)
     assert scores.shape == (shape[0], 6)
     y = x.numpy() - x.numpy().mean(0)
     rank = np.linalg.matrix_rank(y)
@@ -99,7 +99,7 @@ def test_memory_stays_far_below_the_dense_matrix() -> None:
     batch = Batch(source.rows(torch.arange(n_cells)), torch.arange(n_cells), source.totals())
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        WhitenedPCA(batch, 5, counts=True)(batch)
+        WhitenedPCA(batch, 5, inputs="profile")(batch)
     events = profile.profiler.kineto_results.events()
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     # blocks of cells or genes × 15 directions
@@ -114,7 +114,9 @@ def joint(model: VAE, x: Tensor, z: Tensor, covariates: Tensor | None) -> np.nda
     with torch.no_grad():
         eta = model.decoder(z, covariates).numpy()
     prior = stats.norm.logpdf(z.numpy()).sum(1)
-    if not model.likelihood.counts:
+    if model.likelihood.link == "logit":
+        return stats.bernoulli.logpmf(x.numpy()[:, None], special.expit(eta)).sum(-1) + prior
+    if model.likelihood.link == "identity":
         scale = model.likelihood.scale.detach().numpy()
         return stats.norm.logpdf(x.numpy()[:, None], eta, scale).sum(-1) + prior
     profile = special.softmax(eta, axis=1)

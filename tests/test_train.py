@@ -527,7 +527,7 @@ def test_unamortized_natural_training_reaches_ppca(batch_size: int, max_epochs: 
     x = cells_of(truth, 100)
     model = VAE(Decoder(2, 12, n_layers=0), copy.deepcopy(truth.likelihood)).double()
     torch.nn.init.zeros_(model.likelihood.scale_raw)
-    pca = WhitenedPCA(batch_of(x), 2, counts=False)
+    pca = WhitenedPCA(batch_of(x), 2, inputs="values")
     raw = torch.tensor([-1.0, 0.0, -1.0]).double().repeat(100, 1)
     posterior = UnamortizedPosterior(pca(batch_of(x)), raw)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)

@@ -36,23 +36,30 @@ def test_affinities_are_scipys_log_densities(
     z = torch.randn(7, 2).double()
     kind = torch.arange(6) % 2
     one_hot = torch.eye(2).double()[kind] if covariates else None
-    counts = model.likelihood.counts
+    support = model.likelihood.support
     x = torch.poisson(torch.full((6, model.n_vars), 3.0)).double()
-    if not counts:
+    if support == "real":
         x = x - 3
+    if support == "binary":
+        x = (x > 3).double()
     observed = torch.arange(model.n_vars) % 3 != 0 if missing else None
     seen = torch.ones(model.n_vars, dtype=torch.bool) if observed is None else observed
     given = torch.where(seen, x, 0.0)
-    batch = batch_of(given, covariates=one_hot, observed=observed, sparse=sparse and counts)
+    batch = batch_of(
+        given, covariates=one_hot, observed=observed, sparse=sparse and support != "real"
+    )
     found = affinity(model, batch, z).numpy()
     expected = np.empty((6, 7))
     for i in range(6):
         given_batch = None if one_hot is None else one_hot[i].expand(7, -1)
         eta = model.decoder(z, given_batch)[:, seen].detach().numpy()
-        if counts:
+        if support == "counts":
             share = special.softmax(eta, 1)
             values = x[i, seen].numpy()
             expected[i] = [stats.multinomial(values.sum(), p).logpmf(values) for p in share]
+        elif support == "binary":
+            p = special.expit(eta)
+            expected[i] = stats.bernoulli(p).logpmf(x[i, seen].numpy()).sum(1)
         else:
             scale = model.likelihood.scale[seen].detach().numpy()
             expected[i] = stats.norm(eta, scale).logpdf(x[i, seen].numpy()).sum(1)

@@ -276,7 +276,9 @@ def test_project_tells_batches_apart() -> None:
 
 
 @every_scheme
-@pytest.mark.parametrize("likelihood", [n for n in LIKELIHOOD_NAMES if LIKELIHOODS[n].counts])
+@pytest.mark.parametrize(
+    "likelihood", [n for n in LIKELIHOOD_NAMES if LIKELIHOODS[n].support == "counts"]
+)
 def test_projecting_empty_cells_warns_and_gives_the_prior(
     likelihood: str, amortized: bool | str
 ) -> None:

@@ -74,14 +74,14 @@ def loader_of(model: Any, adata: AnnData, batch_size: int) -> Any:
         adata = _aligned(adata, [str(name) for name in model.adata.var_names])
         _check_covariates(adata, manager)
     matrix = inputs.read_matrix(adata, layer)
-    counts = model.module.gene_likelihood != "normal"
+    real = model.module.gene_likelihood == "normal"
     inputs.check_values(
         matrix,
         adata,
         layer,
         None,
         likelihood=model.module.gene_likelihood,
-        counts=counts,
+        support="real" if real else "counts",
         # What the model was trained on is its own business.
         fractions=adata is model.adata or not inputs.is_whole(_matrix(model.adata, layer)),
         fitting=False,

@@ -92,7 +92,7 @@ def match(
         layer,
         columns,
         likelihood=likelihood.name,
-        counts=likelihood.counts,
+        support=likelihood.support,
         fractions=not fit.params.get("check_values", True),
         fitting=False,
     )
@@ -100,7 +100,7 @@ def match(
     size_factor = covariates.size_factors(adata, fit.size_factor_key)
     observed = None
     if not found.all():
-        if size_factor is not None and likelihood.counts:
+        if size_factor is not None and likelihood.link == "softmax":
             logger.info(
                 "adata.obs[%r] is taken for each cell's total over all of the fit's genes",
                 fit.size_factor_key,
@@ -119,7 +119,7 @@ def match(
 
 def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 4) -> None:
     """Warn of cells without counts to go by, at the line that called the verb."""
-    if fit.model.likelihood.counts:
+    if fit.model.likelihood.support == "counts":
         empty = int((cells.source.totals() == 0).sum())
         if empty:
             text = f"{empty} cells have no counts in the observed genes: {so}"

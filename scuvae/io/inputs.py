@@ -10,6 +10,7 @@ from anndata import AnnData
 from scipy import sparse as sp
 
 from scuvae._errors import near
+from scuvae.model.likelihoods.support import SUPPORTS, fractional
 
 _LARGEST = np.finfo(np.float32).max
 # Values may be counts for the most part: when so small a share is not whole.
@@ -150,30 +151,31 @@ def check_values(
     genes: Any,
     *,
     likelihood: str,
-    counts: bool,
+    support: str,
     fractions: bool = False,
     fitting: bool = True,
 ) -> None:
     """Raise where ``x`` holds what the likelihood cannot have; names the first cell and gene.
 
     ``fitting=False``: values for a model that is there. The likelihood is then no longer open,
-    and a matrix of zeros is as good as another.
+    and a matrix of zeros is as good as another. ``support``: a key of
+    :data:`scuvae.model.likelihoods.support.SUPPORTS`; ``fractions`` lets counts be no whole ones.
     """
     values = x.data if sp.issparse(x) else x
     count, first = _find(values, lambda v: ~(np.abs(v) <= _LARGEST), kinds="f")
     if count:
         place = _place(x, first, adata, layer, genes, count)
         raise ValueError(f"{place}, which is no finite number in float32. Impute it, or drop it")
-    if counts:
-        count, first = _find(values, lambda v: v < 0, kinds="if")
-        negative = count > 0
-        if not negative and not fractions:
-            count, first = _find(values, lambda v: v != np.rint(v), kinds="f")
+    for outside in SUPPORTS[support].outside:
+        tolerable = outside is fractional
+        if fractions and tolerable:
+            continue
+        count, first = _find(values, outside, kinds="uif")
         if count:
             raise ValueError(
                 f"{_place(x, first, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
-                f"whole counts. {_remedy(adata, layer, fitting)}"
-                + ("" if negative or not fitting else ". check_values=False fits it all the same")
+                f"{SUPPORTS[support].needs}. {_remedy(adata, layer, fitting, support)}"
+                + (". check_values=False fits it all the same" if tolerable and fitting else "")
             )
     if fitting and not any(part.any() for part in _blocks(values)):
         raise ValueError(
@@ -212,8 +214,10 @@ def _place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, co
     )
 
 
-def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
+def _remedy(adata: AnnData, layer: str | None, fitting: bool, support: str) -> str:
     """Where counts are: a layer that holds some, or advice."""
+    if support == "binary":
+        return _binarised(layer, fitting)
     where, how = counts_elsewhere(adata, layer)
     if where and not fitting:
         return f"{where} holds some: put them there"
@@ -224,6 +228,17 @@ def _remedy(adata: AnnData, layer: str | None, fitting: bool) -> str:
     if not fitting:
         return "Put raw counts there, as in the fit"
     return "Pass layer= with raw counts, or likelihood='gaussian'"
+
+
+def _binarised(layer: str | None, fitting: bool) -> str:
+    """Where zeros and ones come from."""
+    binarised = f"({slot_name(layer)} > 0).astype('float32')"
+    if not fitting:
+        return f"Put them there, as in the fit: {binarised}"
+    return (
+        f"Set adata.layers['binary'] = {binarised} and pass layer='binary'. Or pass a likelihood "
+        "for counts, likelihood='negative_binomial'"
+    )
 
 
 def counts_elsewhere(adata: AnnData, layer: str | None) -> tuple[str, str]:

@@ -49,7 +49,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
 
 def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:
     """How values enter the encoder; fits of before it was recorded had log(1 + x) of counts."""
-    return str(params.get("encoder_input", "log1p" if likelihood.counts else "values"))
+    return str(params.get("encoder_input", "log1p" if likelihood.support == "counts" else "values"))
 
 
 def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:

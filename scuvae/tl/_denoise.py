@@ -212,7 +212,7 @@ def _library_size(fit: Fit, library_size: float | None) -> float | None:
     if library_size is None:
         return None
     size = real("library_size", library_size, above=0)
-    if not fit.model.likelihood.counts:
+    if fit.model.likelihood.link != "softmax":
         raise ValueError(
             f"library_size={library_size!r}: likelihood={fit.model.likelihood.name!r} has no "
             "totals to scale to. Pass None"

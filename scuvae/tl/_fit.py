@@ -208,7 +208,7 @@ def fit(
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes)
     chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
-    if likelihood == "auto" and not chosen.counts:
+    if likelihood == "auto" and chosen.support == "real":
         inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     inputs.check_values(
         matrix,
@@ -216,10 +216,10 @@ def fit(
         layer,
         genes,
         likelihood=chosen.name,
-        counts=chosen.counts,
+        support=chosen.support,
         fractions=not check_values,
     )
-    if dropout is None and settings.linear_path and chosen.counts:
+    if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
     codes, batches = covariates.batch_codes(adata, batch_key)
@@ -232,7 +232,7 @@ def fit(
         **settings.__dict__,
         "likelihood": chosen.name,
         "has_encoder": has_encoder,
-        "encoder_input": "profile" if has_encoder and chosen.counts else None,
+        "encoder_input": _encoder_input(chosen) if has_encoder else None,
         "layer": layer,
         "batch_key": batch_key,
         "batches": np.array(batches, dtype=object) if batches else None,
@@ -337,12 +337,18 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
         warnings.warn(
             f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=5
         )
-    if likelihood.counts:
+    if likelihood.support == "counts":
         empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
         if empty:
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
+
+
+def _encoder_input(likelihood: type[Likelihood] | Likelihood) -> str | None:
+    """How values enter an encoder; as they are where nothing is said."""
+    entering = likelihood.encoder_input()
+    return None if entering == "values" else entering
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

@@ -291,14 +291,14 @@ def _scores(fit: Fit, cells: Cells, n_samples: int) -> _Scores:
         for name in ("kl", "reconstruction", "expected")
     )
     depth = torch.zeros_like(kl)
-    if model.likelihood.counts:
+    if model.likelihood.support == "counts":
         depth = _log_total(cells.source.totals())
     return _Scores(concatenate(found), depth, reconstruction, expected, kl)
 
 
 def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
     """What the KL changes by in a unit of log total, where nothing else changes; 0 if no counts."""
-    if not fit.model.likelihood.counts:
+    if fit.model.likelihood.support != "counts":
         return 0.0
     everyone = torch.arange(len(cells), device=cells.size_factor.device)
     kl, depth = [], []
@@ -336,7 +336,7 @@ def _shared(
     if adjust_by is not None:
         adjust_by = (adjust_by[chosen] <= adjust_by[chosen].median()).to(where)
     pool = joined(parts(chosen.to(where)))
-    neighbours = Neighbours(pool, n, counts=fit.model.likelihood.counts, adjust_by=adjust_by)
+    neighbours = Neighbours(pool, n, support=fit.model.likelihood.support, adjust_by=adjust_by)
     everyone = torch.arange(len(cells), device=where)
     return torch.cat([neighbours.agreement(part) for part in parts(everyone)]).cpu()
 

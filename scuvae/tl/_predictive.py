@@ -57,8 +57,9 @@ def predictive_check(
     order.
 
     ``total``, ``total_predicted``, ``total_ratio``
-        Of counts: sums over cells, observed and expected, and (predicted + 1) / (observed + 1).
-        The genes whose ratio is farthest from one, either way, are logged, the worst first.
+        Of counts, and of zeros and ones: sums over cells, observed and expected, and
+        (predicted + 1) / (observed + 1). The genes whose ratio is farthest from one, either way,
+        are logged, the worst first.
     ``mean``, ``variance``, ``zero_fraction``
         Observed, over cells; the variance's divisor is the number of cells.
     ``mean_predicted``, ``variance_predicted``, ``zero_fraction_predicted``
@@ -102,12 +103,13 @@ def predictive_check(
             z = draw(gaussian(mean[batch.index], raw[batch.index]), points)
             predicted.add_moments(*_predictive(model, batch, z))
 
-    table = _table(observed, predicted, len(cells), model.likelihood.counts)
+    discrete = model.likelihood.support != "real"
+    table = _table(observed, predicted, len(cells), discrete)
     names = fit.var_names if cells.observed is None else fit.var_names[cells.observed.cpu().numpy()]
     table.index = pd.Index(names, name="gene")
     out = target(adata, copy)
     order = adata.var_names[adata.var_names.isin(names)]
-    if model.likelihood.counts:
+    if discrete:
         _log_worst(table)
     out.uns[Keys.of(key).predictive_check] = table.loc[order].rename_axis("gene")
     return out if copy else None
@@ -172,9 +174,9 @@ class _Sums:
         self.zero_variance += (p * (1 - p)).sum(0)
 
 
-def _table(observed: _Sums, predicted: _Sums, n: int, counts: bool) -> pd.DataFrame:
+def _table(observed: _Sums, predicted: _Sums, n: int, discrete: bool) -> pd.DataFrame:
     columns = {}
-    if counts:
+    if discrete:
         columns["total"], columns["total_predicted"] = observed.first, predicted.first
         # One count more on both sides: what has a handful of counts is off by chance.
         columns["total_ratio"] = (predicted.first + 1) / (observed.first + 1)

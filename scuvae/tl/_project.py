@@ -190,7 +190,8 @@ def project(
     options = step_options(local_step, max_steps, fit.params)
     if polish is None:
         # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
-        polish = not amortized and fit.model.likelihood.counts and local_step == "natural"
+        curved = fit.model.likelihood.link != "identity"
+        polish = not amortized and curved and local_step == "natural"
     extend = new_batches == "estimate"
     if extend and fit.batch_key is None:
         raise ValueError(

@@ -80,6 +80,7 @@ def sample(
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
+    discrete = model.likelihood.support != "real"
     mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
 
     columns, position = places(adata, fit, cells)
@@ -93,22 +94,21 @@ def sample(
                 size = model.size_factor(batch, eta)
                 values = model.likelihood.sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)
-                part.append(_widened(drawn, columns, adata.n_vars, model.likelihood.counts))
+                part.append(_widened(drawn, columns, adata.n_vars, discrete))
 
     out = target(adata, copy)
     keys.clear_samples(out)
     for name, part in zip(keys.samples(n_samples), parts, strict=True):
-        counts = model.likelihood.counts
-        out.layers[name] = sp.vstack(part, format="csr") if counts else np.concatenate(part)
+        out.layers[name] = sp.vstack(part, format="csr") if discrete else np.concatenate(part)
         part.clear()
     return out if copy else None
 
 
 def _widened(
-    values: np.ndarray, columns: np.ndarray, n_vars: int, counts: bool
+    values: np.ndarray, columns: np.ndarray, n_vars: int, discrete: bool
 ) -> sp.csr_matrix | np.ndarray:
     """``values`` at ``columns``, which ascend, among zeros that are not stored, or NaN."""
-    if counts:
+    if discrete:
         return spread(sp.csr_matrix(values), columns, n_vars)
     wide = np.full((len(values), n_vars), np.nan, np.float32)
     wide[:, columns] = values

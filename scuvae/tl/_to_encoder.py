@@ -135,7 +135,8 @@ def to_encoder(
             "tl.project(genes=) left them out: an encoder needs them all. Pass the cells that were "
             "fitted"
         )
-    held_out, training = _split(adata, own, cells, fit.model.likelihood.counts)
+    counts = fit.model.likelihood.support == "counts"
+    held_out, training = _split(adata, own, cells, counts)
     if not len(training):
         raise ValueError(
             f"adata.obs[{own.obs['split']!r}] is 'validation' for every cell with values: there is "
@@ -157,7 +158,7 @@ def to_encoder(
                 learning_rate=rate,
                 max_epochs=max_epochs,
                 kl_weight=float(fit.params["kl_weight"]),
-                totals=fit.model.likelihood.counts and fit.size_factor_key is None,
+                totals=counts and fit.size_factor_key is None,
                 on_epoch=lambda row: bar.update() and None,
             )
     with torch.no_grad():
@@ -229,4 +230,5 @@ def _with_encoder(fit: Fit) -> VAE:
 def _params_of(fit: Fit) -> dict[str, Any]:
     """What describes the new encoder among the parameters of the fit."""
     found = {"amortized": "distilled", "has_encoder": True}
-    return found | ({"encoder_input": "profile"} if fit.model.likelihood.counts else {})
+    entering = fit.model.likelihood.encoder_input()
+    return found | ({} if entering == "values" else {"encoder_input": entering})

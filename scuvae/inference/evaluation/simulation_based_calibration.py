@@ -27,7 +27,7 @@ def simulate(model: VAE, batch: Batch) -> tuple[Tensor, Batch]:
     z = normal_like(batch.size_factor.new_empty(len(batch), model.n_latent))
     eta = model.decoder(z, batch.covariates)
     x = model.likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
-    values = SparseRows.from_dense(x) if model.likelihood.counts else x
+    values = x if model.likelihood.support == "real" else SparseRows.from_dense(x)
     return z, dataclasses.replace(batch, x=values)
 
 

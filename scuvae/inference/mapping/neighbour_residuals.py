@@ -8,8 +8,9 @@ posterior means m, and the sums over a cell's neighbours j,
 
 w is what the neighbours say that each gene is off by, in units of its mean where that is Poisson's;
 s is how far the cell lies in that direction. Under the model s has mean 0 and variance 1 given the
-neighbours, whatever they are and however deeply any of them was sequenced. c is one count, so that
-genes with hardly a count in a neighbourhood do not decide, and 0 where values are no counts.
+neighbours, whatever they are and however deeply any of them was sequenced. c is one count, or one
+cell with a gene, so that genes with hardly any in a neighbourhood do not decide, and 0 where values
+are real.
 """
 
 from collections.abc import Iterable
@@ -70,19 +71,19 @@ class Neighbours:
         Their residuals.
     n
         Neighbours of each cell, fewer than these cells.
-    counts
-        Whether values are counts.
+    support
+        Of the likelihood: which values there are.
     adjust_by
         A mask of some of these cells: what every gene is off by over them is taken out of all, a
         factor for each gene of counts, a shift for other values. For cells of another experiment.
     """
 
     def __init__(
-        self, cells: Residuals, n: int, *, counts: bool, adjust_by: Tensor | None = None
+        self, cells: Residuals, n: int, *, support: str, adjust_by: Tensor | None = None
     ) -> None:
-        self.n, self.counts = n, counts
+        self.n, self.support = n, support
         self.correction: Tensor | None = None
-        if adjust_by is not None and counts:
+        if adjust_by is not None and support == "counts":
             observed, expected = (
                 part[adjust_by].sum(0) + _FACTOR_COUNTS for part in (cells.value, cells.expected)
             )
@@ -101,7 +102,7 @@ class Neighbours:
         # Of cells at one place there may be fewer others than are asked for.
         others = nearest.values.isfinite().to(apart)
         chosen = torch.zeros_like(apart).scatter_(1, nearest.indices, others)
-        weight = (chosen @ self.residual) / (float(self.counts) + chosen @ self.variance)
+        weight = (chosen @ self.residual) / (float(self.support != "real") + chosen @ self.variance)
         along = (cells.residual * weight).sum(1).double()
         variance = (cells.variance * weight.square()).sum(1).double()
         # Cells without counts expect none: they agree with nobody.
@@ -110,7 +111,9 @@ class Neighbours:
     def _corrected(self, cells: Residuals) -> Residuals:
         if self.correction is None:
             return cells
-        return cells.times(self.correction) if self.counts else cells.plus(self.correction)
+        if self.support == "counts":
+            return cells.times(self.correction)
+        return cells.plus(self.correction)
 
 
 def joined(parts: Iterable[Residuals]) -> Residuals:

@@ -58,7 +58,7 @@ def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surpr
 
 def _unobserved_out(model: VAE, eta: Tensor, observed: Tensor | None) -> Tensor:
     """η with nothing left for genes that are not observed: the totals are those of the others."""
-    if observed is None or not model.likelihood.counts:
+    if observed is None or model.likelihood.link != "softmax":
         return eta
     return eta.masked_fill(~observed, -torch.inf)
 

@@ -23,7 +23,7 @@ class AmortizedPosterior(Posterior):
         return "encoder"
 
     def seen(self, model: VAE, batch: Batch) -> Batch:
-        return with_shallow(batch) if model.likelihood.counts else batch
+        return with_shallow(batch) if model.likelihood.support == "counts" else batch
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
         return model.encode(batch)

@@ -88,7 +88,7 @@ class SemiAmortizedPosterior(Posterior):
     @torch.no_grad()
     def _cells(self, model: VAE, batch: Batch) -> Batch:
         """What the encoder learns from in this step: drawn cells, own ones, thinned ones."""
-        counts = model.likelihood.counts
+        counts = model.likelihood.support == "counts"
         old = self._drawn
         if old is None or (self._age >= self.draw_every and len(batch) >= len(old)):
             drawn = simulated(model, batch, self.table(model, batch))

@@ -13,12 +13,12 @@ MOST_CELLS = 20_000
 class WhitenedPCA:
     """Principal components scaled to unit variance, fitted to one batch and applied to any.
 
-    Counts enter as log(1 + x · median / ℓ); other values as they are. The matrix is centred
+    A profile enters as log(1 + x · median / ℓ) of counts; values as they are. The matrix is centred
     implicitly and never densified; torch's current random state seeds the randomised method.
     """
 
-    def __init__(self, batch: Batch, n_latent: int, *, counts: bool) -> None:
-        self.counts = counts
+    def __init__(self, batch: Batch, n_latent: int, *, inputs: str) -> None:
+        self.inputs = inputs
         self.target = batch.size_factor.median()
         x = self._values(batch)
         n_cells, n_vars = x.shape
@@ -45,11 +45,11 @@ class WhitenedPCA:
     def _values(self, batch: Batch) -> Tensor:
         x = batch.x
         if not isinstance(x, SparseRows):
-            if not self.counts:
+            if self.inputs == "values":
                 return x
             return (x * (self.target / batch.size_factor.clamp_min(1e-12)).unsqueeze(1)).log1p()
         value = x.value
-        if self.counts:
+        if self.inputs == "profile":
             factor = self.target / batch.size_factor.clamp_min(1e-12)
             value = (value * factor[x.row]).log1p()
         return SparseRows(x.starts, x.col, value, x.n_vars).matrix()

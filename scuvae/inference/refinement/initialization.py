@@ -56,7 +56,7 @@ def encoded(model: VAE, batch: Batch, covariance: str) -> Distribution:
     """The encoder's q, but the prior for cells without counts: nothing was observed of them."""
     q = as_family(model.encode(batch), covariance)
     empty = batch.size_factor <= 0
-    if not (model.likelihood.counts and empty.any()):
+    if not (model.likelihood.support == "counts" and empty.any()):
         return q
     return select([q, prior_start(model, len(batch), covariance)], empty.long())
 

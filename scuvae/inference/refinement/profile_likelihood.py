@@ -16,8 +16,9 @@ _NUMBERS = 2**24
 def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """About log p(x | z) of each cell at each of the points z, up to a term of the cell.
 
-    Counts are compared as multinomial draws from the decoder's profiles, other values by weighted
-    squares: products of matrices, so that hundreds of points cost less than a step.
+    Counts are compared as multinomial draws from the decoder's profiles, zeros and ones by their
+    likelihood, real values by weighted squares: products of matrices, so that hundreds of points
+    cost less than a step.
 
     Returns
     -------
@@ -39,7 +40,8 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
     eta = model.decoder(z, None if covariates is None else covariates.expand(len(z), -1))
     x, observed = batch.x, batch.observed
-    if not model.likelihood.counts:
+    link = model.likelihood.link
+    if link == "identity":
         shape = len(batch), -1
         weight, _ = model.likelihood.fisher(x, eta[:1].expand(shape), batch.size_factor, observed)
         return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T
@@ -47,5 +49,6 @@ def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) ->
         eta = eta[:, observed]
         x = select(x, observed)
     # Laid out anew: a sparse product with a transposed matrix takes twenty times as long.
-    profiles = F.log_softmax(eta, -1).T.contiguous()
-    return (x.matrix() if isinstance(x, SparseRows) else x) @ profiles
+    profiles = (F.log_softmax(eta, -1) if link == "softmax" else eta).T.contiguous()
+    found = (x.matrix() if isinstance(x, SparseRows) else x) @ profiles
+    return found if link == "softmax" else found - F.softplus(eta).sum(-1)

@@ -76,7 +76,7 @@ def distil(
     if encoder is None:
         raise ValueError("model.encoder is None: give the model an encoder to train")
     model.eval()
-    counts = model.likelihood.counts
+    counts = model.likelihood.support == "counts"
     frozen = [p for part in (model.decoder, model.likelihood) for p in part.parameters()]
     asked = [p.requires_grad for p in frozen]
     for parameter in frozen:

@@ -52,14 +52,14 @@ def run(
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
     table = posterior.rows()
-    counts = model.likelihood.counts
+    counts = model.likelihood.support == "counts"
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.optimizer == "adam" and settings.local_step == "natural"
     if measured and table is not None:
         some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
         start_decoder(model, cells.batch(some), table.mean[some])
     precision = None
-    if measured and counts:
+    if measured and model.likelihood.link != "identity":  # η is no value then: a prior fits all
         precision = model.decoder.output_precision(len(training))
     judge = None
     if len(validation):
@@ -193,7 +193,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     if settings.local_step == "natural":
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = training[permutation(len(training))[:MOST_CELLS].sort().values]
-        pca = WhitenedPCA(cells.batch(some), settings.n_latent, counts=model.likelihood.counts)
+        pca = WhitenedPCA(cells.batch(some), settings.n_latent, inputs=model.likelihood.pca_input())
         for batch in cells.loader(training, 8192):
             mean[batch.index] = pca(batch)
         diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3

@@ -18,7 +18,7 @@ def start_decoder(model: VAE, batch: Batch, z: Tensor) -> None:
     linear = len(decoder.layers) == 1
     if not linear and not decoder.linear_path:
         return
-    intercepts, loadings = fit_loadings(batch, z, counts=model.likelihood.counts)
+    intercepts, loadings = fit_loadings(batch, z, link=model.likelihood.link)
     if linear:
         loadings, of_batches = loadings.split([model.n_latent, decoder.n_covariates], 1)
         if decoder.offset is not None:
@@ -30,14 +30,12 @@ def start_decoder(model: VAE, batch: Batch, z: Tensor) -> None:
 
 
 @torch.no_grad()
-def fit_loadings(
-    batch: Batch, z: Tensor, *, counts: bool, n_steps: int = 6
-) -> tuple[Tensor, Tensor]:
+def fit_loadings(batch: Batch, z: Tensor, *, link: str, n_steps: int = 6) -> tuple[Tensor, Tensor]:
     """Intercepts, (genes,), and loadings, (genes, latent + batches), of a linear decoder, z given.
 
-    Of counts those of a Poisson regression with log link and each cell's total as exposure, by
-    Newton steps from the genes' means; of other values those of least squares. Loadings have a
-    standard normal prior.
+    Under a softmax those of a Poisson regression with log link and each cell's total as exposure,
+    under a logit those of a logistic regression, by Newton steps from the genes' means; under an
+    identity those of least squares. Loadings have a standard normal prior.
     """
     design = torch.cat([torch.ones_like(z[:, :1]), z], 1)
     if batch.covariates is not None:
@@ -48,20 +46,31 @@ def fit_loadings(
     prior = torch.ones(n).to(z)
     prior[0] = 0.0
     first = (matrix.mT @ design).T.contiguous()  # (design, genes)
-    if not counts:
+    if link == "identity":
         found = torch.linalg.solve(design.mT @ design + torch.diag(prior + 1e-4), first).T
         return found[:, 0].contiguous(), found[:, 1:].contiguous()
     exposure = batch.size_factor.clamp_min(1e-12)
     i, j = torch.tril_indices(n, n).to(z.device)
     pairs = design[:, i] * design[:, j]
-    total = first[0].clamp_min(0.1)
+    if link == "logit":
+        # Of a gene that is everywhere, or nowhere, a tenth of a cell is taken to differ.
+        total = first[0].clamp_(0.1, len(z) - 0.1)
+        start = (total / len(z)).logit()
+    else:
+        total = first[0].clamp_min(0.1)
+        start = (total / exposure.sum()).log()
     found = z.new_zeros(n, len(total))
-    found[0] = (total / exposure.sum()).log()
+    found[0] = start
     for _ in range(n_steps):
-        mu = (design @ found).exp_().mul_(exposure.unsqueeze(1))
+        eta = design @ found
+        if link == "logit":
+            mu = eta.sigmoid_()
+            weight = mu * (1 - mu)
+        else:
+            weight = mu = eta.exp_().mul_(exposure.unsqueeze(1))
         gradient = first - design.mT @ mu - prior.unsqueeze(1) * found
         hessian = z.new_zeros(len(total), n, n)
-        hessian[:, i, j] = hessian[:, j, i] = mu.mT @ pairs
+        hessian[:, i, j] = hessian[:, j, i] = weight.mT @ pairs
         hessian += torch.diag(prior + 1e-4)
         step = torch.linalg.solve(hessian, gradient.T.unsqueeze(-1)).squeeze(-1)
         # From far away a Newton step overshoots.

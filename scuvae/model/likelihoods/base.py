@@ -1,10 +1,13 @@
 """p(x | η): how the decoder's p outputs η and a cell's size factor explain its values.
 
+A likelihood answers for itself what others ask of it: how η becomes means, which values it
+explains, how these enter an encoder and a PCA.
+
 Count likelihoods share one mean: log μ_g = log ℓ + η_g − logsumexp(η), where ℓ is the size factor
 and both run over the observed genes: to leave genes out is to condition on the others, exactly
 where ℓ is the expected total over these. (A cell's own total, the default, makes a negative
-binomial of fewer genes another model's.) A likelihood is six short methods of η, or of μ for
-counts.
+binomial of fewer genes another model's.) Elsewhere a gene's mean is a function of its own η. A
+likelihood is six short methods of x, η and these means μ.
 """
 
 from abc import ABC, abstractmethod
@@ -40,8 +43,12 @@ class Likelihood(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    counts: ClassVar[bool]
-    """Whether values must be whole and non-negative; means are then ℓ softmax(η), else η."""
+    link: ClassVar[str]
+    """How η becomes means: μ = ℓ softmax(η) (``"softmax"``, where alone there is a size factor), η
+    (``"identity"``, in the values' own units) or 1 / (1 + exp(−η)) (``"logit"``)."""
+    support: ClassVar[str]
+    """Which values it explains: ``"counts"``, ``"real"`` or ``"binary"``, a key of
+    :data:`scuvae.model.likelihoods.support.SUPPORTS`."""
     passes: ClassVar[Passes | None] = None
     """log p and its slopes in closed form, those in its parameters in their order; None where
     autograd is asked."""
@@ -49,6 +56,16 @@ class Likelihood(nn.Module, ABC):
     def __init__(self, n_vars: int) -> None:
         super().__init__()
         self.n_vars = n_vars
+
+    @classmethod
+    def encoder_input(cls) -> str:
+        """How values enter an encoder: one of :data:`scuvae.model.encoder.INPUTS`."""
+        return "profile" if cls.support == "counts" else "values"
+
+    @classmethod
+    def pca_input(cls) -> str:
+        """How they enter the PCA that cells start from: ``"profile"`` or ``"values"``."""
+        return "profile" if cls.support == "counts" else "values"
 
     def log_prob(
         self,
@@ -86,15 +103,15 @@ class Likelihood(nn.Module, ABC):
         size_factor: Tensor | None = None,
         observed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Fisher weights w, and the softmax π that centres the Jacobian (None for a Gaussian).
+        """Fisher weights w, and the π that centres the Jacobian of a softmax, else None.
 
         −∇²_z log p ≈ J_cᵀ diag(w) J_c with J_c = J − 1 (πᵀJ) and J = ∂η/∂z. Both have the shape
         of ``eta`` and are zero at genes that are not observed.
         """
         x, size_factor, genes = self._seen(x, size_factor, observed)
         seen = eta[..., genes]
-        if not self.counts:
-            return widen(self._weight(x, seen, genes), eta, genes), None
+        if self.link != "softmax":
+            return widen(self._weight(x, self._of_each(seen), genes), eta, genes), None
         pi = F.softmax(seen, -1)
         weight = self._weight(x, pi * size_factor.unsqueeze(-1), genes)
         return widen(weight, eta, genes), widen(pi, eta, genes)
@@ -102,9 +119,13 @@ class Likelihood(nn.Module, ABC):
     def mean(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
     ) -> Tensor:
-        """E[x | η], of the shape of ``eta``; zero at counts that are not observed."""
-        if not self.counts:
-            return eta
+        """E[x | η], of the shape of ``eta``.
+
+        Zero at genes that are not observed where these have no part in a softmax; else a gene's
+        mean is its own affair.
+        """
+        if self.link != "softmax":
+            observed = None
         mu, genes = self._means(eta, size_factor, observed, "mean")
         return widen(self._mean(mu, genes), eta, genes)
 
@@ -135,19 +156,23 @@ class Likelihood(nn.Module, ABC):
     ) -> tuple[Tensor, Genes]:
         """μ at the observed genes: the mean before any dropout."""
         genes: Genes = slice(None) if observed is None else observed
-        if not self.counts:
-            return eta[..., genes], genes
+        if self.link != "softmax":
+            return self._of_each(eta[..., genes]), genes
         if size_factor is None:
             raise TypeError(
                 f"{caller}() of a count likelihood needs size_factor, each cell's total"
             )
         return log_mean(eta[..., genes], size_factor).exp(), genes
 
+    def _of_each(self, eta: Tensor) -> Tensor:
+        """μ of each η by itself; the same tensor under an identity link."""
+        return eta if self.link == "identity" else eta.sigmoid()
+
     def _seen(
         self, x: Tensor | SparseRows, size_factor: Tensor | None, observed: Tensor | None
     ) -> tuple[SparseRows | Tensor, Tensor, Genes]:
         """Values at the observed genes, a size factor that is no zero, and these genes."""
-        x = sparse(x) if self.counts else dense(x)
+        x = dense(x) if self.support == "real" else sparse(x)
         genes: Genes = slice(None)
         if observed is not None:
             genes = observed

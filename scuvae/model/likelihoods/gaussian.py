@@ -82,7 +82,8 @@ class Gaussian(Likelihood):
     """N(η, σ²), with one σ for all genes as in probabilistic PCA, or one a gene."""
 
     name = "gaussian"
-    counts = False
+    link = "identity"
+    support = "real"
 
     def __init__(self, n_vars: int, *, per_gene: bool = False) -> None:
         super().__init__(n_vars)

@@ -161,7 +161,8 @@ class NegativeBinomial(Likelihood):
     """
 
     name = "negative_binomial"
-    counts = True
+    link = "softmax"
+    support = "counts"
     passes = staticmethod(passes)
 
     def __init__(self, n_vars: int) -> None:

@@ -73,7 +73,8 @@ class Poisson(Likelihood):
     """Poisson(μ). Σ_g μ_g is ℓ whatever η, so only the nonzeros have a gradient of their own."""
 
     name = "poisson"
-    counts = True
+    link = "softmax"
+    support = "counts"
     passes = staticmethod(passes)
 
     def _log_prob(

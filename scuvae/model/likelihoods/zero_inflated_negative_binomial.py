@@ -26,7 +26,8 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     """
 
     name = "zero_inflated_negative_binomial"
-    counts = True
+    link = "softmax"
+    support = "counts"
     passes = staticmethod(negative_binomial_passes)
 
     def __init__(self, n_vars: int) -> None:
