@@ -272,21 +272,26 @@ def fit(
     mean = torch.as_tensor(q["mean"], device=where)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
 
-    out = target(adata, copy)
-    keys.clear(out)
-    write_posterior(out, key_added, q)
-    out.obs[keys.obs["split"]] = pd.Categorical(
-        np.where(held_out, "validation", "train"), categories=["train", "validation"]
-    )
-    out.uns[keys.uns] = {
+    entry = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
     }
+    split = pd.Categorical(
+        np.where(held_out, "validation", "train"), categories=["train", "validation"]
+    )
+    scale = posterior_scale(q["scale"])
+
+    # All is at hand: what interrupts a call before here leaves the earlier fit as it was.
+    out = target(adata, copy)
+    keys.clear(out)
+    write_posterior(out, key_added, q)
+    out.obs[keys.obs["split"]] = split
+    out.uns[keys.uns] = entry
     out.obsm[keys.embed] = coordinates
-    out.obs[keys.obs["scale"]] = posterior_scale(q["scale"])
+    out.obs[keys.obs["scale"]] = scale
     return out if copy else None
 
 
