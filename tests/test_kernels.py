@@ -13,8 +13,9 @@ from torch import Tensor
 from scuvae.batches import SparseRows
 from scuvae.distributions import precision
 from scuvae.distributions.gaussian import gaussian, kl_to_prior
-from scuvae.kernels import count_likelihoods as kernels
+from scuvae.kernels import threads
 from scuvae.kernels import vector_math as vectors
+from scuvae.kernels.gram import gram
 from scuvae.model.likelihoods import Likelihood, negative_binomial, poisson
 from scuvae.model.likelihoods.autograd import Linear
 from scuvae.model.vae import frozen
@@ -126,7 +127,7 @@ def test_a_logit_that_is_no_number_shows(name: str, bad: float) -> None:
 def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     likelihood, x, eta = problem(name, n_cells=75)  # three blocks of rows
     expected = values_and_slopes(likelihood, x, eta, x.sum(1) + 1)
-    monkeypatch.setattr(kernels, "_NUMBERS", 100)  # work for every thread
+    monkeypatch.setattr(threads, "_NUMBERS", 100)  # work for every thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     found = values_and_slopes(likelihood, x, eta, x.sum(1) + 1)
     for a, b in zip(found, expected, strict=True):
@@ -144,7 +145,7 @@ def test_gathered_rows_are_scipys() -> None:
 def test_gram_matrices_are_numpys() -> None:
     rows, weight = torch.randn(5, 4, 33), torch.rand(5, 33)
     expected = np.einsum("ckg,cg,clg->ckl", *(t.double() for t in (rows, weight, rows)))
-    found = kernels.gram(rows, weight)
+    found = gram(rows, weight)
     np.testing.assert_allclose(found, expected, rtol=0, atol=100 * EPS)  # sums of 33 terms of 1
     assert torch.equal(found, found.mT)
 
@@ -177,8 +178,8 @@ def test_small_gaussians_are_torchs() -> None:
 def test_numba_may_be_told_to_interpret() -> None:
     """Then torch's operators do the work: interpreted kernels would take minutes."""
     code = (
-        "import torch; from scuvae.model.likelihoods.rising_factorial import compiled; "
-        "from scuvae.model import LIKELIHOODS; print(compiled(torch.zeros(1)), "
+        "import torch; from scuvae.kernels.dispatch import compiled; "
+        "from scuvae.model.likelihoods import LIKELIHOODS; print(compiled(torch.zeros(1)), "
         "LIKELIHOODS['nb'](3).log_prob(torch.ones(2, 3), torch.zeros(2, 3)).shape)"
     )
     found = subprocess.run(
