@@ -48,8 +48,8 @@ def test_every_verb_works_and_labels_are_as_good_as_neighbours(
     adata = _fitted(amortized).copy()
     assert np.isfinite(get.history(adata)["elbo"]).all()
     new, kind = three_kinds(200, 1)
-    tl.transfer_labels(new, adata, labels="kind")
     tl.project(new, adata)
+    tl.transfer_labels(new, adata, labels="kind")
     nearest = cdist(new.obsm["X_scuvae"], adata.obsm["X_scuvae"]).argsort(1)[:, :15]
     votes = adata.obs["kind"].to_numpy()[nearest]
     by_neighbours = np.array([max("abc", key=list(row).count) for row in votes])

@@ -121,8 +121,8 @@ def fit(
         Weight of the KL term; 1 is the ELBO.
     dropout
         Share of the decoder's hidden units that a training step drops; None: 0 with rmsprop, sgd or
-        gradient steps; else 0.05 for counts, zeros and ones, and 1000 / (1000 + cells), at most 0.5, for other
-        values.
+        gradient steps; else 0.05 for counts, zeros and ones, and 1000 / (1000 + cells), at most
+        0.5, for real values.
     early_stopping
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values
