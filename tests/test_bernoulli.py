@@ -22,14 +22,14 @@ from scuvae.inference.training.linear_start import fit_loadings
 def three_kinds(n_obs: int, seed: int) -> tuple[AnnData, np.ndarray]:
     """Sparse zeros and ones of three kinds of cells, whose logits vary within a kind too."""
     fixed, rng = np.random.default_rng(7), np.random.default_rng(seed)
-    loadings, centres = fixed.normal(size=(4, 80)), fixed.normal(size=(3, 4))
-    intercepts = fixed.normal(-1.5, 1, size=80)
+    loadings, centres = fixed.normal(size=(4, 150)), fixed.normal(size=(3, 4))
+    intercepts = fixed.normal(-1.5, 1, size=150)
     kind = rng.integers(3, size=n_obs)
     z = centres[kind] + 0.4 * rng.normal(size=(n_obs, 4))
-    x = rng.random((n_obs, 80)) < expit(intercepts + 0.6 * z @ loadings)
+    x = rng.random((n_obs, 150)) < expit(intercepts + 0.8 * z @ loadings)
     adata = AnnData(sp.csr_matrix(x.astype(np.float32)))
     adata.obs_names = [f"cell{seed}_{i}" for i in range(n_obs)]
-    adata.var_names = [f"gene{i}" for i in range(80)]
+    adata.var_names = [f"gene{i}" for i in range(150)]
     return adata, np.array(["a", "b", "c"])[kind]
 
 

@@ -47,8 +47,8 @@ def denoise(
 
     On the scale of the data: counts at the cell's own size factor, chances of a one, or Gaussian
     means. What scvi-tools calls ``get_normalized_expression``, with ``batch`` for its
-    ``transform_batch``. By default each gene's means add up to its counts over all cells of a fit to counts, to some
-    hundredths, but for what zero inflation takes of all.
+    ``transform_batch``. By default each gene's means add up to its counts over all cells of a fit
+    to counts, to some hundredths, but for what zero inflation takes of all.
 
     Parameters
     ----------
