@@ -105,7 +105,12 @@ DEVICE = ("--device", str, "NAME", "auto, cpu, cuda or mps")
 KEY_ADDED = ("--key-added", str, "KEY", "name of the slots written (default: X_scuvae, ...)")
 FIT = {
     "model": [
-        ("--likelihood", str, "NAME", "gaussian, poisson, nb, zinb; auto: nb for whole counts"),
+        (
+            "--likelihood",
+            str,
+            "NAME",
+            "gaussian, poisson, nb, zinb, bernoulli; auto: nb for whole counts",
+        ),
         ("--n-latent", int, "N", "latent dimensions"),
         ("--n-hidden", int, "N", "width of a hidden layer"),
         ("--n-layers", int, "N", "hidden layers; 0: a linear decoder"),

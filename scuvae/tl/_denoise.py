@@ -45,10 +45,10 @@ def denoise(
 ) -> AnnData | pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame] | None:
     """Posterior mean expression: E_q[E[x | z]] for each cell and gene.
 
-    On the scale of the data: counts at the cell's own size factor, or Gaussian means. What
-    scvi-tools calls ``get_normalized_expression``, with ``batch`` for its ``transform_batch``. By
-    default each gene's means add up to its counts over all cells of a fit to counts, to some
-    hundredths, but for what zero inflation takes of all.
+    On the scale of the data: counts at the cell's own size factor, chances of a one, or Gaussian
+    means. What scvi-tools calls ``get_normalized_expression``, with ``batch`` for its
+    ``transform_batch``. By default each gene's means add up to its counts over all cells of a fit
+    to counts, to some hundredths, but for what zero inflation takes of all.
 
     Parameters
     ----------
@@ -95,8 +95,8 @@ def denoise(
     ------
     ValueError
         ``adata`` holds no fit under ``key``; ``layer_added`` is the layer that was fitted; a gene
-        or batch is unknown; ``library_size`` for a Gaussian likelihood, which has no totals;
-        ``scale`` of fewer than two draws; a table for ``obsm`` that an h5ad
+        or batch is unknown; ``library_size`` for a Gaussian or Bernoulli likelihood, which has
+        no totals; ``scale`` of fewer than two draws; a table for ``obsm`` that an h5ad
         file may fail to hold.
 
     Examples

@@ -80,8 +80,9 @@ def fit(
         too, thinned to 10 and more.
     likelihood
         ``"gaussian"``, ``"poisson"``, ``"negative_binomial"`` (``"nb"``),
-        ``"zero_inflated_negative_binomial"`` (``"zinb"``), an instance of a registered
-        likelihood, or ``"auto"``: negative binomial for non-negative whole numbers, else Gaussian.
+        ``"zero_inflated_negative_binomial"`` (``"zinb"``), ``"bernoulli"`` for zeros and ones (no
+        size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
+        non-negative whole numbers, else Gaussian.
     n_latent, n_hidden, n_layers
         Latent dimensions; width and number of the hidden layers of decoder and encoder.
         ``n_layers=0`` is a linear decoder.
@@ -120,8 +121,8 @@ def fit(
         Weight of the KL term; 1 is the ELBO.
     dropout
         Share of the decoder's hidden units that a training step drops; None: 0 with rmsprop, sgd or
-        gradient steps; else 0.05 for counts and 1000 / (1000 + cells), at most 0.5, for other
-        values.
+        gradient steps; else 0.05 for counts, zeros and ones, and 1000 / (1000 + cells), at most
+        0.5, for real values.
     early_stopping
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values

@@ -51,8 +51,9 @@ def sample(
     -------
     None, or with ``copy=True`` the AnnData. Sets ``layers["scuvae_sample"]``, or with more than one
     sample ``layers["scuvae_sample_0"]``, ``layers["scuvae_sample_1"]`` and so on, in place of
-    earlier samples: (n_obs, n_vars) float32. Counts are CSR matrices, zero at genes that were not
-    modelled, or not observed; values of a Gaussian likelihood are dense arrays, NaN at such genes.
+    earlier samples: (n_obs, n_vars) float32. Counts, and zeros and ones, are CSR matrices, zero at
+    genes that were not modelled, or not observed; values of a Gaussian likelihood are dense
+    arrays, NaN at such genes.
 
     Raises
     ------
