@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import SCHEMES, small_data, small_fit
+from helpers import SCHEMES, small_counts, small_data, small_fit
 from scipy import optimize
 from small_models import batch_of, cells_of, model_of
 from torch.distributions import Independent, Normal
@@ -194,3 +194,16 @@ def test_a_gene_of_heavy_tails_too() -> None:
     small_fit(adata, likelihood="negative_binomial", max_epochs=15)
     predicted = tl.denoise(adata, genes=[adata.var_names[0]]).to_numpy().sum()
     assert predicted == pytest.approx(x[:, 0].sum(), rel=0.1)
+
+
+def test_a_gene_that_stays_far_off_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(GeneTotals, "off", 0.3)
+    with caplog.at_level("WARNING", logger="scuvae"):
+        small_fit(small_counts(), max_epochs=1)
+    assert "off by up to 30 %" in caplog.text
+    monkeypatch.setattr(GeneTotals, "off", 0.1)
+    caplog.clear()
+    small_fit(small_counts(), max_epochs=1)
+    assert not caplog.records
