@@ -181,8 +181,7 @@ def test_missing_genes_are_left_out_of_the_likelihood(
     smaller = reference[:, observed].copy()
     entry = smaller.uns["scuvae"]
     entry["var_names"] = entry["var_names"][observed]
-    # The encoder cannot do without them.
-    entry["params"] |= {"amortized": False, "has_encoder": False}
+    entry["params"]["amortized"] = False  # the encoder cannot do without them
     last = f"layers.{entry['params']['n_layers']}"
     for name in ("weight", "bias"):
         entry["state"]["decoder"][f"{last}.{name}"] = entry["state"]["decoder"][f"{last}.{name}"][

@@ -34,7 +34,7 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
         n_layers=n_layers,
     )
     encoder = None
-    # Fits of before schemes could be registered did not say; then only those of False had none.
+    # Fits by a scheme from outside the package say so; of the others only those of False have none.
     if params.get("has_encoder", bool(params["amortized"])):
         encoder = Encoder(
             n_vars,

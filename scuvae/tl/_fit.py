@@ -19,7 +19,7 @@ from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.fit import run
-from scuvae.inference.training.settings import DROPOUT, Settings, scheme_of
+from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import target, write_posterior
@@ -232,7 +232,8 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
-        "has_encoder": has_encoder,
+        # Of the package's own schemes amortized says it.
+        "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
         "encoder_input": _encoder_input(chosen) if has_encoder else None,
         "layer": layer,
         "batch_key": batch_key,

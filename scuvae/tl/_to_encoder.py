@@ -229,6 +229,8 @@ def _with_encoder(fit: Fit) -> VAE:
 
 def _params_of(fit: Fit) -> dict[str, Any]:
     """What describes the new encoder among the parameters of the fit."""
-    found = {"amortized": "distilled", "has_encoder": True}
+    found: dict[str, Any] = {"amortized": "distilled"}
+    if "has_encoder" in fit.params:
+        found["has_encoder"] = True
     entering = fit.model.likelihood.encoder_input()
     return found | ({} if entering == "values" else {"encoder_input": entering})
