@@ -71,7 +71,11 @@ class Settings:
         kl_weight: float,
         dropout: float | None,
     ) -> "Settings":
-        one_of("amortized", amortized, [*INFERENCE, *set(POSTERIORS).difference(INFERENCE)])
+        one_of(
+            "amortized",
+            amortized,
+            [*INFERENCE, *(name for name in POSTERIORS if name not in INFERENCE)],
+        )
         if amortized in ("unamortized", "amortized"):
             amortized = amortized == "amortized"
         kind = POSTERIORS[scheme_of(amortized)]
