@@ -17,11 +17,6 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
     n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
     if likelihood is None:
         name = str(params["likelihood"])
-        if name not in LIKELIHOODS:
-            raise ValueError(
-                f"the fit's likelihood is {name!r}, which is not registered: set "
-                f"scuvae.model.likelihoods.LIKELIHOODS[{name!r}] to its class"
-            )
         likelihood = LIKELIHOODS[name](n_vars)
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
@@ -70,7 +65,7 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
     with using(torch.Generator()):
         model = build_model(params, n_vars)
     for part, module in model.named_children():
-        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
+        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state.get(part, {}).items()}
         if part == "likelihood":
             for name, value in arrays.items():
                 setattr(module, name, nn.Parameter(value))

@@ -21,6 +21,7 @@ from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.fit import run
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
+from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import target, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
@@ -274,13 +275,14 @@ def fit(
     mean = torch.as_tensor(q["mean"], device=where)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
 
-    entry = {
+    parts = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
     }
+    entry = sealed(parts)
     split = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
     )

@@ -24,7 +24,7 @@ from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.slots import target, write_posterior
@@ -230,7 +230,7 @@ def project(
     out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     return out if copy else None
 
 
