@@ -155,7 +155,9 @@ def check(
         found = described(array)
         for part in ("shape", "dtype", "sha256"):
             if found[part] != written[part]:
-                text = "its values are others" if part == "sha256" else f"its {part} is {found[part]}"
+                text = (
+                    "its values are others" if part == "sha256" else f"its {part} is {found[part]}"
+                )
                 raise Damaged(f"{where}: {path!r} is damaged: {text}, but {remedy}")
     gone = (set(manifest["settings"]) - set(settings)) | (set(manifest["arrays"]) - set(arrays))
     if gone:

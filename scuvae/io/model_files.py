@@ -13,7 +13,6 @@ from scuvae.io.fit_state import checked, read_entry, sealed
 from scuvae.io.inputs import check_type
 from scuvae.io.manifest import Damaged
 
-SUFFIX = ".scuvae"
 _PARTS = {"manifest", "settings"}
 
 
@@ -105,15 +104,19 @@ def read_model(path: str | PathLike[str]) -> AnnData:
     >>> reference.shape
     (0, 765)
     """
-    return _as_reference(Path(path), DEFAULT)
+    return read_as(Path(path), DEFAULT)
 
 
-def is_model_file(path: str | PathLike[str]) -> bool:
-    """Whether a path names a model file, by its suffix."""
-    return Path(path).suffix == SUFFIX
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is one that ``anndata.read_h5ad`` is to be asked about."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
-def _as_reference(path: Path, name: str) -> AnnData:
+def read_as(path: Path, name: str) -> AnnData:
+    """As :func:`read_model`, the fit in ``uns[name]``."""
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist: name a file of io.write_model")
     text, arrays = safetensors.read(path)
@@ -130,7 +133,8 @@ def _as_reference(path: Path, name: str) -> AnnData:
         raise Damaged(f"{path} is damaged: {error}") from None
     entry = checked({**entry, "manifest": manifest.to_json(written)}, str(path))
     names = pd.Index([str(name) for name in entry["var_names"]])
-    return AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str)), var=pd.DataFrame(index=names), uns={name: entry})
+    obs, var = pd.DataFrame(index=pd.Index([], dtype=object)), pd.DataFrame(index=names)
+    return AnnData(obs=obs, var=var, uns={name: entry})
 
 
 def _is_setting(value: object) -> bool:

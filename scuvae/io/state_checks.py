@@ -105,7 +105,9 @@ def check_state(
     for path, (shape, dtype) in expected.items():
         array = state[path]
         fits = array.shape == shape
-        if path.startswith("likelihood/"):  # which has other shapes by choice: a value for each gene
+        if path.startswith(
+            "likelihood/"
+        ):  # which has other shapes by choice: a value for each gene
             fits = fits or set(array.shape) <= {1, n_vars, *shape}
         if not fits or array.dtype != dtype:
             raise Damaged(

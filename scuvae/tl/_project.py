@@ -27,6 +27,7 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
+from scuvae.io.model_files import is_hdf5, read_as
 from scuvae.io.slots import target, write_posterior
 from scuvae.model import VAE
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
@@ -80,7 +81,8 @@ def project(
     adata
         New cells.
     reference
-        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells are not used.
+        A fitted AnnData, the path of one (``.h5ad`` or ``.zarr``), or a model file of
+        :func:`scuvae.io.write_model` or what was read from it. Its cells are not used.
     key
         The reference's fit; None for the default.
     layer
@@ -179,7 +181,7 @@ def project(
         one_of("covariance", covariance, COVARIANCES)
     one_of("new_batches", new_batches, NEW_BATCHES)
     chosen = None if genes is None else pd.Index(names("genes", genes))
-    reference = read_reference(reference)
+    reference = read_reference(reference, key)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
@@ -248,11 +250,21 @@ def projected(
             yield batch, infer(model, batch, covariance, **options)
 
 
-def read_reference(reference: AnnData | str | PathLike[str]) -> AnnData:
-    """A reference in memory, or read from the file that it is the path of."""
+def read_reference(
+    reference: AnnData | str | PathLike[str], key: str | None = None, *, cells: bool = False
+) -> AnnData:
+    """A reference in memory, or read from the file that it is the path of.
+
+    The one fit of a model file is found under ``key``. ``cells``: the reference's are needed too.
+    """
     if isinstance(reference, str | PathLike):
-        reference = _read(reference)
+        reference = _read(Path(reference), Keys.of(key).uns)
     inputs.check_type(reference, "reference")
+    if cells and not reference.n_obs:
+        raise ValueError(
+            "reference is a model without cells, and new cells are compared with its cells: pass "
+            "the fitted AnnData, or the path of one"
+        )
     return reference
 
 
@@ -320,11 +332,13 @@ def _extended_params(params: dict[str, Any], fit: Fit, matched: Matched) -> dict
     }
 
 
-def _read(path: str | PathLike[str]) -> AnnData:
-    if not Path(path).exists():
+def _read(path: Path, name: str) -> AnnData:
+    if not path.exists():
         raise FileNotFoundError(
             f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
         )
-    if Path(path).is_dir():
+    if path.is_dir():
         return anndata.read_zarr(str(path))
-    return anndata.read_h5ad(path)
+    if path.suffix == ".h5ad" or is_hdf5(path):
+        return anndata.read_h5ad(path)
+    return read_as(path, name)
