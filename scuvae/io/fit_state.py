@@ -119,8 +119,7 @@ def checked(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     state_checks.check_settings(params, where)
     if written is not None:
         manifest.check(written, settings, arrays, where)
-    names = settings.get("var_names")
-    state_checks.check_names(names, where)
+    names = state_checks.checked_names(settings.get("var_names"), where)
     state_checks.check_state(params, arrays, len(names), where)
     return dict(entry)
 

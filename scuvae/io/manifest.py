@@ -124,7 +124,7 @@ def made(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[
 
 
 def described(array: np.ndarray) -> dict[str, Any]:
-    data = memoryview(array).cast("B") if array.size else b""
+    data = memoryview(array.data).cast("B") if array.size else b""
     return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _sha(data)}
 
 

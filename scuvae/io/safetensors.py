@@ -55,7 +55,7 @@ def write(file: BinaryIO, text: str, arrays: Mapping[str, np.ndarray]) -> None:
     file.write(len(encoded).to_bytes(8, "little"))
     file.write(encoded)
     for name in order:
-        file.write(memoryview(np.ascontiguousarray(arrays[name])).cast("B"))
+        file.write(memoryview(np.ascontiguousarray(arrays[name]).data).cast("B"))
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -87,7 +87,7 @@ def _read(file: Any, size: int, where: str) -> tuple[str, dict[str, np.ndarray]]
     for name, (dtype, shape) in arrays.items():
         array = np.empty(shape, dtype)
         if array.size:
-            _exactly(file, memoryview(array).cast("B"), where)
+            _exactly(file, memoryview(array.data).cast("B"), where)
         if dtype.kind == "b" and array.size and array.view(np.uint8).max() > 1:
             raise Damaged(f"{where} is damaged: {name!r} holds a bool that is neither 0 nor 1")
         found[name] = array

@@ -39,14 +39,14 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
     name = params.get("likelihood")
     if name is not None and name not in LIKELIHOODS:
         raise ValueError(
-            f"{by}: the fit's likelihood is {name!r}, which is not registered: set "
-            f"scuvae.model.likelihoods.LIKELIHOODS[{name!r}] to its class. {near(name, LIKELIHOODS)}"
+            f"{by}: the fit's likelihood is {name!r}, which is not registered: set scuvae.model."
+            f"likelihoods.LIKELIHOODS[{name!r}] to its class. {near(name, LIKELIHOODS)}"
         )
     unknown = sorted(name for name in params if name.split("/")[0] not in SETTINGS)
     if unknown:
         raise ValueError(
-            f"{by}: the setting {unknown[0]!r}, {params[unknown[0]]!r}, is not known to scuvae {__version__}: "
-            "read the fit with the version that wrote it, or fit again"
+            f"{by}: the setting {unknown[0]!r}, {params[unknown[0]]!r}, is not known to scuvae "
+            f"{__version__}: read the fit with the version that wrote it, or fit again"
         )
     lacking = sorted(_NEEDED - set(params))
     if lacking:
@@ -67,12 +67,13 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
         raise Damaged(f"{by}: {error}") from None
 
 
-def check_names(names: Any, where: str) -> None:
-    """Raise unless gene names are a list of strings, each there once."""
+def checked_names(names: Any, where: str) -> list[str]:
+    """Gene names, if they are a list of strings, each there once."""
     if not isinstance(names, list) or not names:
         raise Damaged(f"{where}['var_names'] is no list of gene names: read an undamaged copy")
     if len(set(names)) < len(names):
         raise Damaged(f"{where}['var_names'] names a gene twice: read an undamaged copy")
+    return names
 
 
 def check_state(
