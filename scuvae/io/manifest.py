@@ -142,6 +142,9 @@ def check(
     check_manifest(manifest, where)
     version = manifest["version"]
     remedy = f"scuvae {version} wrote another one (digest mismatch). Read an undamaged copy, or fit"
+    gone = (set(manifest["settings"]) - set(settings)) | (set(manifest["arrays"]) - set(arrays))
+    if gone:
+        raise Damaged(f"{where} lacks {min(gone)!r}, which scuvae {version} wrote there")
     for path, value in settings.items():
         written = manifest["settings"].get(path)
         if written is None:
@@ -159,9 +162,6 @@ def check(
                     "its values are others" if part == "sha256" else f"its {part} is {found[part]}"
                 )
                 raise Damaged(f"{where}: {path!r} is damaged: {text}, but {remedy}")
-    gone = (set(manifest["settings"]) - set(settings)) | (set(manifest["arrays"]) - set(arrays))
-    if gone:
-        raise Damaged(f"{where} lacks {min(gone)!r}, which scuvae {version} wrote there")
 
 
 def check_manifest(manifest: Any, where: str) -> None:

@@ -71,18 +71,16 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
 
 def _read(file: Any, size: int, where: str) -> tuple[str, dict[str, np.ndarray]]:
     start = file.read(8)
-    for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
-            raise Damaged(
-                f"{where} is {kind}, and not read: scuvae.io.write_model writes model files"
-            )
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
-        raise Damaged(
-            f"{where} is no model file, or cut off: it has {size} bytes and claims a header of "
-            f"{length}. scuvae.io.write_model writes model files"
-        )
-    text, arrays = _header(_exactly(file, bytearray(length), where), size - 8 - length, where)
+    right = len(start) == 8 and 2 <= length <= min(size - 8, MOST_HEADER)
+    header = _exactly(file, bytearray(length), where) if right else bytearray()
+    if not header.startswith(b"{"):
+        kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+        what = f"no model file, or cut off: it has {size} bytes and claims a header of {length}"
+        if kind is not None:
+            what = f"{kind}, and not read"
+        raise Damaged(f"{where} is {what}. scuvae.io.write_model writes model files")
+    text, arrays = _header(header, size - 8 - length, where)
     found = {}
     for name, (dtype, shape) in arrays.items():
         array = np.empty(shape, dtype)

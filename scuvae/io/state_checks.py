@@ -37,7 +37,7 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
     version = params.get("version", "an unknown version")
     by = f"{where}['params'], written by scuvae {version}"
     name = params.get("likelihood")
-    if name is not None and name not in LIKELIHOODS:
+    if name is not None and (not isinstance(name, str) or name not in LIKELIHOODS):
         raise ValueError(
             f"{by}: the fit's likelihood is {name!r}, which is not registered: set scuvae.model."
             f"likelihoods.LIKELIHOODS[{name!r}] to its class. {near(name, LIKELIHOODS)}"
@@ -59,7 +59,9 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
         real("kl_weight", params["kl_weight"], above=0.0)
         real("dropout", params["dropout"], low=0.0, below=1.0)
         if not isinstance(params["amortized"], bool | str):
-            raise ValueError(f"amortized={params['amortized']!r}")
+            raise TypeError(f"amortized={params['amortized']!r}")
+        if not isinstance(params["local_step"], str):
+            raise TypeError(f"local_step={params['local_step']!r}")
         names = list(params.get("batches", ()))
         if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
             raise ValueError("batches are no names, or one is there twice")
@@ -106,9 +108,7 @@ def check_state(
     for path, (shape, dtype) in expected.items():
         array = state[path]
         fits = array.shape == shape
-        if path.startswith(
-            "likelihood/"
-        ):  # which has other shapes by choice: a value for each gene
+        if path.startswith("likelihood/"):  # it may have chosen one value for each gene, or for all
             fits = fits or set(array.shape) <= {1, n_vars, *shape}
         if not fits or array.dtype != dtype:
             raise Damaged(
