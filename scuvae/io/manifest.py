@@ -60,9 +60,14 @@ def nested(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dic
 
 
 def _table(parts: dict[str, Any]) -> pd.DataFrame:
-    columns = list(parts.pop("columns", ()))
+    columns = parts.pop("columns", None)
     shapes = {np.shape(value) for value in parts.values()}
-    if set(columns) != set(parts) or any(len(shape) != 1 for shape in shapes) or len(shapes) > 1:
+    if (
+        not isinstance(columns, list)
+        or set(columns) != set(parts)
+        or any(len(shape) != 1 for shape in shapes)
+        or len(shapes) > 1
+    ):
         raise Damaged("'history' is no table")
     table = pd.DataFrame({name: parts[name] for name in columns})
     return table.set_axis(pd.RangeIndex(len(table), name="epoch"))
@@ -109,7 +114,8 @@ def _plain(path: str, value: Any) -> Any:
         raise Damaged(f"{path!r} is a {type(value).__name__} of dtype {array.dtype}")
     array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     # A store that leaves out chunks of zeros hands −0 back as 0.
-    return array + array.dtype.type(0) if array.dtype.kind == "f" else array
+    with np.errstate(invalid="ignore"):  # damage may look like a signalling NaN
+        return array + array.dtype.type(0) if array.dtype.kind == "f" else array
 
 
 def made(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

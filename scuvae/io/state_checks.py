@@ -62,9 +62,9 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
             raise TypeError(f"amortized={params['amortized']!r}")
         if not isinstance(params["local_step"], str):
             raise TypeError(f"local_step={params['local_step']!r}")
-        names = list(params.get("batches", ()))
-        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-            raise ValueError("batches are no names, or one is there twice")
+        names = params.get("batches", [])
+        if not isinstance(names, list) or len(set(names)) < len(names):
+            raise ValueError("batches are no list of names, or one is there twice")
     except (TypeError, ValueError) as error:
         raise Damaged(f"{by}: {error}") from None
 
