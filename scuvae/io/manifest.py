@@ -62,12 +62,8 @@ def nested(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dic
 def _table(parts: dict[str, Any]) -> pd.DataFrame:
     columns = parts.pop("columns", None)
     shapes = {np.shape(value) for value in parts.values()}
-    if (
-        not isinstance(columns, list)
-        or set(columns) != set(parts)
-        or any(len(shape) != 1 for shape in shapes)
-        or len(shapes) > 1
-    ):
+    alike = len(shapes) <= 1 and all(len(shape) == 1 for shape in shapes)
+    if not isinstance(columns, np.ndarray) or set(columns) != set(parts) or not alike:
         raise Damaged("'history' is no table")
     table = pd.DataFrame({name: parts[name] for name in columns})
     return table.set_axis(pd.RangeIndex(len(table), name="epoch"))
