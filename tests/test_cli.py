@@ -460,6 +460,8 @@ scuvae.tl = types.SimpleNamespace(fit=lambda adata: wait("fit"))
 from scuvae.cli import fit_command
 fit_command.read = lambda path: Data()
 fit_command.check_writing = lambda adata, output: None
+from scuvae.cli import files
+files._check_space = lambda adata, output: None
 sys.exit(cli.main(["fit", "in.h5ad", "-o", "out.h5ad"]))
 """
     (tmp_path / "in.h5ad").write_bytes(b"in")

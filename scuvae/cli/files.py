@@ -41,14 +41,9 @@ def read(path: Path) -> "AnnData":
 
 def check_writing(adata: "AnnData", target: Path) -> None:
     """Raise before any work if the file system has no room, or ``adata`` has what no file takes."""
-    from scuvae.io.file_sizes import bytes_written, without_values
+    from scuvae.io.file_sizes import without_values
 
-    needed, free = bytes_written(adata, target.suffix), free_bytes(target.parent)
-    if needed > free:
-        raise OSError(
-            f"no space for {target}: it needs at least {needed:,} bytes, and {free:,} are free on "
-            f"{target.parent}. Make room there, or name another output"
-        )
+    _check_space(adata, target)
     with temporary(target) as folder:
         for slot, part in without_values(adata):
             try:
@@ -60,12 +55,24 @@ def check_writing(adata: "AnnData", target: Path) -> None:
                 ) from error
 
 
+def _check_space(adata: "AnnData", target: Path) -> None:
+    from scuvae.io.file_sizes import bytes_written
+
+    needed, free = bytes_written(adata, target.suffix), free_bytes(target.parent)
+    if needed > free:
+        raise OSError(
+            f"no space for {target}: it needs at least {needed:,} bytes, and {free:,} are free on "
+            f"{target.parent}. Make room there, or name another output"
+        )
+
+
 def write(adata: "AnnData", target: Path) -> None:
     """Write beside ``target`` and rename, so that it is the old file or the new, never a part."""
     try:
+        _check_space(adata, target)  # HDF5 does not bear to run out of it
         with replacing(target) as new:
             _write(adata, new)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # HDF5's are of both kinds
         from scuvae.io.file_sizes import bytes_written
 
         needed, free = bytes_written(adata, target.suffix), free_bytes(target.parent)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from anndata import AnnData
 
-from scuvae._files import checked_target, replacing
+from scuvae._files import checked_target, free_bytes, replacing
 from scuvae._keys import DEFAULT
 from scuvae.io import manifest, safetensors
 from scuvae.io.fit_state import checked, read_entry, sealed
@@ -63,8 +63,15 @@ def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = 
     settings, arrays = manifest.flat(entry)
     text = manifest.to_json({"manifest": written, "settings": settings})
     target = checked_target(path)
-    with replacing(target) as new, open(new, "wb") as file:
-        safetensors.write(file, text, arrays)
+    needed = len(text) + sum(array.nbytes for array in arrays.values())
+    try:
+        with replacing(target) as new, open(new, "wb") as file:
+            safetensors.write(file, text, arrays)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {target}: {error.strerror}. It needs about {needed:,} bytes, and "
+            f"{free_bytes(target.parent):,} are free on {target.parent}"
+        ) from error
 
 
 def read_model(path: str | PathLike[str]) -> AnnData:
