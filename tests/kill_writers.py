@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import small_counts, small_fit
 
 from scuvae import get, io
-from scuvae._files import checked_target
+from scuvae._replacing import checked_target
 from scuvae.cli.files import write
 from scuvae.cli.messages import terminable
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
-from scuvae import _files, cli, datasets, tl
+from scuvae import _replacing, cli, datasets, tl
 from scuvae.cli import files
 from scuvae.cli.arguments import SUFFIXES
 
@@ -342,7 +342,7 @@ def test_store_is_put_back_if_the_new_one_cannot_take_its_place(
     output = tmp_path / "out.zarr"
     assert cli.main(["fit", str(counts), "-o", str(output)]) == 0
     before = contents(tmp_path)
-    monkeypatch.setattr(_files, "_exchange", lambda a, b: False)  # as some file systems are
+    monkeypatch.setattr(_replacing, "_exchange", lambda a, b: False)  # as some file systems are
     rename = os.rename
 
     def fail_once(source: Path, target: Path) -> None:
@@ -424,7 +424,7 @@ def test_bad_output_is_refused_before_the_work(
         def locked(target: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(_files, "temporary", locked)
+        monkeypatch.setattr(_replacing, "temporary", locked)
     before = contents(tmp_path)
     assert cli.main(["fit", str(counts), "-o", str(tmp_path / output)]) == 1
     assert message in capsys.readouterr().err

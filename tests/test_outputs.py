@@ -16,8 +16,8 @@ from anndata import AnnData
 from helpers import small_counts, small_fit
 from kill_writers import killed, kinds
 
-from scuvae import _files, cli, io, tl
-from scuvae._files import checked_target, replacing, sweep, temporary
+from scuvae import _replacing, cli, io, tl
+from scuvae._replacing import checked_target, replacing, sweep, temporary
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX's")
 
@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_at_once(
     exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanging:  # as some file systems are
-        monkeypatch.setattr(_files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(_replacing, "_exchange", lambda a, b: False)
     target = tmp_path / "out.zarr"
     for turn in ("old", "new"):
         with replacing(target) as new:
@@ -56,7 +56,7 @@ def test_a_folder_is_replaced_at_once(
 def test_a_signal_between_two_renames_waits(
     signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(_replacing, "_exchange", lambda a, b: False)
     target = tmp_path / "out.zarr"
     target.mkdir()
     (target / "old").write_text("old")
@@ -92,7 +92,7 @@ def test_a_signal_between_two_renames_waits(
 
 def test_what_was_moved_aside_is_put_back(tmp_path: Path) -> None:
     """SIGKILL between two renames, where there is no exchange."""
-    left = tmp_path / f".out.zarr{_files._MARK}abc"
+    left = tmp_path / f".out.zarr{_replacing._MARK}abc"
     (left / "old").mkdir(parents=True)
     (left / "old" / "zarr.json").write_text("{}")
     (left / "target").write_text("out.zarr")
@@ -103,12 +103,12 @@ def test_what_was_moved_aside_is_put_back(tmp_path: Path) -> None:
 
 @posix
 def test_what_a_living_process_holds_is_not_swept(tmp_path: Path) -> None:
-    (tmp_path / f".dead.h5ad{_files._MARK}abc").mkdir()
+    (tmp_path / f".dead.h5ad{_replacing._MARK}abc").mkdir()
     (tmp_path / ".other.h5ad.abc").mkdir()
     code = f"""
 import sys, time
 from pathlib import Path
-from scuvae._files import temporary
+from scuvae._replacing import temporary
 with temporary(Path({str(tmp_path / "out.h5ad")!r})):
     print("ready", flush=True)
     sys.stdin.readline()

@@ -4,8 +4,11 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
+import scuvae.cli.demo_command as demo_command
+import scuvae.cli.fit_command as fit_command
+import scuvae.cli.model_command as model_command
+import scuvae.cli.project_command as project_command
 from scuvae import __version__
-from scuvae.cli import demo_command, fit_command, model_command, project_command
 from scuvae.cli.arguments import subcommand
 from scuvae.cli.messages import Terminated, messages, one_line, say, terminable
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scuvae._files import checked_target, free_bytes, replacing, temporary
+from scuvae._replacing import checked_target, free_bytes, replacing, temporary
 from scuvae.cli.messages import one_line
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from anndata import AnnData
 
-from scuvae._files import checked_target, free_bytes, replacing
 from scuvae._keys import DEFAULT
+from scuvae._replacing import checked_target, free_bytes, replacing
 from scuvae.io import manifest, safetensors
 from scuvae.io.fit_state import checked, read_entry, sealed
 from scuvae.io.inputs import check_type
