@@ -13,6 +13,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,8 +81,17 @@ def temporary(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         with _uninterrupted():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             _unlock(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Where a write failed, zarr's threads may still be at others."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def sweep(parent: Path) -> None:
