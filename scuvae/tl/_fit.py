@@ -22,7 +22,7 @@ from scuvae.inference.training.fit import run
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
-from scuvae.io.slots import target, write_posterior
+from scuvae.io.slots import target, write_components, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
@@ -167,6 +167,8 @@ def fit(
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
         Categorical: ``train`` or ``validation``.
+    ``obsm["X_scuvae_components"]``, ``obs["scuvae_component"]``
+        With ``prior="mixture"``: the chances that the cell is of each component, and the likeliest.
 
     Raises
     ------
@@ -301,6 +303,7 @@ def fit(
     write_posterior(out, key_added, q)
     out.obs[keys.obs["split"]] = split
     out.uns[keys.uns] = entry
+    write_components(out, key_added, model.prior)
     out.obsm[keys.embed] = coordinates
     out.obs[keys.obs["scale"]] = scale
     return out if copy else None

@@ -64,6 +64,10 @@ class Prior(nn.Module, ABC):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Random draws, (*sample_shape, latent)."""
 
+    def responsibilities(self, q: Gaussian) -> Tensor | None:
+        """Of a prior of several components, the chances that a cell is of each: (cells, n)."""
+        return None
+
     def refit(self, q: Gaussian) -> None:
         """Renew the prior, in place, by the posteriors of some training cells."""
 

@@ -1,5 +1,6 @@
 """A mixture of Gaussians, fitted to the cells' posteriors: Σ_k π_k N(μ_k, Σ_k)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from scuvae.model.priors.base import Prior
 
 # Rounds of expectation and maximisation in a renewal, and in the first, which starts from anew.
 _ROUNDS, _FIRST_ROUNDS = 3, 30
+# Starts of the first, of which the best is kept.
+_STARTS = 3
 # So many cells' worth of N(·, pooled covariance) are added to each component's own covariance.
 _PSEUDO_CELLS = 5.0
 
@@ -21,8 +24,9 @@ class Mixture(Prior):
 
     Steps of expectation and maximisation have closed forms, since every cell has a q: with
     r_k ∝ π_k exp(−KL(q ‖ N_k)), moments of q weighted by r_k. A component that fewer cells are for
-    than half of its parameters goes (Figueiredo & Jain, IEEE TPAMI 2002), so that what is left is
-    what the data need: ``n_components`` is the most. KL(q ‖ p) is bounded by
+    than half of its parameters goes (Figueiredo & Jain, IEEE TPAMI 2002), and so does one without
+    which the cells are explained as well by the Bayesian information criterion: what is left is
+    what the data need, and ``n_components`` the most. KL(q ‖ p) is bounded by
     −ln Σ_k π_k exp(−KL(q ‖ N_k)), which is what natural steps climb.
 
     Parameters
@@ -110,28 +114,16 @@ class Mixture(Prior):
         q = q.to(torch.float64)
         pooled = _covariance(q.mean, q.covariance_matrix, torch.ones_like(q.mean[:, :1]))[1][0]
         if (self.weight > 0).sum() > 1:
-            components, weight, rounds = self.components, self.weight, _ROUNDS
+            starts = [(self.components.to(torch.float64), self.weight.double())]
+            rounds = _ROUNDS
         else:
-            components = Gaussian(
-                q.mean[_spread_out(q.mean, self.n_components)],
-                torch.linalg.cholesky(pooled).expand(self.n_components, -1, -1),
-            )
-            weight = torch.full_like(self.weight, 1 / self.n_components)
+            factor = torch.linalg.cholesky(pooled).expand(self.n_components, -1, -1)
+            equal = torch.full_like(self.weight, 1 / self.n_components, dtype=torch.float64)
+            places = [_spread_out(q.mean, self.n_components) for _ in range(_STARTS)]
+            starts = [(Gaussian(q.mean[rows], factor), equal) for rows in places]
             rounds = _FIRST_ROUNDS
-        components, weight = components.to(torch.float64), weight.double()
-        size = q.mean.shape[1]
-        worth = 0.5 * (size + size * (size + 1) / 2)
-        for _ in range(rounds):
-            r = (weight.log() - _kl(q, components)).softmax(-1)
-            total = r.sum(0)
-            kept = (total - worth).clamp_min(0)
-            if not kept.any():
-                kept[total.argmax()] = 1.0
-            weight = kept / kept.sum()
-            mean, covariance = _covariance(q.mean, q.covariance_matrix, r)
-            share = (total / (total + _PSEUDO_CELLS))[:, None, None]
-            covariance = share * covariance + (1 - share) * pooled
-            components = Gaussian(mean, torch.linalg.cholesky(covariance))
+        found = [_converged(q, *start, pooled, rounds) for start in starts]
+        components, weight = max(found, key=lambda each: _criterion(q, *each))
         self.weight.copy_(weight)
         self.mean.copy_(components.mean)
         self.factor.copy_(components.factor)
@@ -156,6 +148,65 @@ def _cross_entropy(q: Gaussian, components: Gaussian) -> Tensor:
     whiten = torch.linalg.inv(components.factor)  # C_k⁻¹
     spread = torch.einsum("kab,cbd->ckad", whiten, q.scale_tril).square().sum((-2, -1))
     return 0.5 * spread - components.log_prob(q.mean.unsqueeze(-2))
+
+
+def _converged(
+    q: Gaussian, components: Gaussian, weight: Tensor, pooled: Tensor, rounds: int
+) -> tuple[Gaussian, Tensor]:
+    """Some rounds, then without what is dispensable."""
+    for _ in range(rounds):
+        components, weight = _round(q, components, weight, pooled)
+    while (least := _dispensable(q, components, weight)) is not None:
+        weight[least] = 0.0
+        components, weight = _round(q, components, weight / weight.sum(), pooled)
+    return components, weight
+
+
+def _criterion(q: Gaussian, components: Gaussian, weight: Tensor) -> float:
+    """By which mixtures are compared: the Bayesian information criterion, higher is better."""
+    explained = (weight.log() - _kl(q, components)).logsumexp(1).sum()
+    return float(explained) - int((weight > 0).sum()) * _worth(q)
+
+
+def _worth(q: Gaussian) -> float:
+    """What a component has to gain, in nats over all cells."""
+    return 0.5 * (_n_parameters(q) + 1) * math.log(len(q.mean))
+
+
+def _round(
+    q: Gaussian, components: Gaussian, weight: Tensor, pooled: Tensor
+) -> tuple[Gaussian, Tensor]:
+    """A step of expectation and one of maximisation."""
+    r = (weight.log() - _kl(q, components)).softmax(-1)
+    total = r.sum(0)
+    kept = (total - 0.5 * _n_parameters(q)).clamp_min(0)
+    if not kept.any():
+        kept[total.argmax()] = 1.0
+    mean, covariance = _covariance(q.mean, q.covariance_matrix, r)
+    share = (total / (total + _PSEUDO_CELLS))[:, None, None]
+    factor = torch.linalg.cholesky(share * covariance + (1 - share) * pooled)
+    return Gaussian(mean, factor), kept / kept.sum()
+
+
+def _dispensable(q: Gaussian, components: Gaussian, weight: Tensor) -> int | None:
+    """The component that costs least to leave out, if that is less than it is worth by the BIC."""
+    there = weight.nonzero().squeeze(1)
+    if len(there) == 1:
+        return None
+    joint = (weight.log() - _kl(q, components))[:, there]
+    whole = joint.logsumexp(1).sum()
+    others = ~torch.eye(len(there), dtype=torch.bool, device=joint.device)
+    loss = torch.stack([whole - joint[:, rest].logsumexp(1).sum() for rest in others])
+    least = int(loss.argmin())
+    if loss[least] >= _worth(q):
+        return None
+    return int(there[least])
+
+
+def _n_parameters(q: Gaussian) -> float:
+    """Of a component's mean and covariance."""
+    size = q.mean.shape[1]
+    return size + size * (size + 1) / 2
 
 
 def _covariance(mean: Tensor, covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
