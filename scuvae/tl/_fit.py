@@ -18,7 +18,7 @@ from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.posteriors import POSTERIORS
-from scuvae.inference.training.fit import run
+from scuvae.inference.training import fit as training
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
@@ -189,21 +189,21 @@ def fit(
     keys = Keys.of(key_added)
     settings = Settings.resolve(
         adata.n_obs,
-        amortized,
-        likelihood,
-        n_latent,
-        n_hidden,
-        n_layers,
-        covariance,
-        validation_fraction,
-        max_epochs,
-        batch_size,
-        learning_rate,
-        optimizer,
-        local_step,
-        n_samples,
-        kl_weight,
-        dropout,
+        amortized=amortized,
+        likelihood=likelihood,
+        n_latent=n_latent,
+        n_hidden=n_hidden,
+        n_layers=n_layers,
+        covariance=covariance,
+        validation_fraction=validation_fraction,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        local_step=local_step,
+        n_samples=n_samples,
+        kl_weight=kl_weight,
+        dropout=dropout,
     )
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
@@ -261,15 +261,17 @@ def fit(
         held_out = _hold_out(len(cells), settings.validation_fraction)
         if early_stopping and not held_out.any():
             logger.warning("no cells are held out: early stopping is off")
-        q, history = run(
+        begun = training.start(
             model,
             cells,
             held_out,
             settings,
             early_stopping=early_stopping,
-            progress=progress,
             seed=int(generator.integers(2**63)),
         )
+        with training.bar("fit", settings.max_epochs, progress) as on_epoch:
+            history = training.train(**begun.arguments, on_epoch=on_epoch)
+        q = training.finish(begun)
 
     mean = torch.as_tensor(q["mean"], device=where)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))

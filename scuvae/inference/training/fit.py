@@ -1,8 +1,10 @@
-"""A fit between tensors: start, train, and a posterior for every cell."""
+"""A fit between tensors: start, train, finish with a posterior for every cell."""
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,12 @@ from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
 from scuvae.inference.training.linear_start import start_decoder
 from scuvae.inference.training.loop import train
-from scuvae.inference.training.optimizers import OPTIMIZERS
+from scuvae.inference.training.optimizers import OPTIMIZERS, cosine
 from scuvae.inference.training.settings import Settings, scheme_of
 from scuvae.model import VAE
 from scuvae.runtime import chunk_on, show_progress
+
+__all__ = ["Start", "bar", "final_posterior", "finish", "start", "train"]
 
 logger = logging.getLogger("scuvae")
 
@@ -39,23 +43,46 @@ _MOST_ROUNDS, _OFF, _FAR_OFF = 4, 0.02, 0.2
 _LOOK_EVERY = 64
 
 
-def run(
+@dataclass(frozen=True)
+class Start:
+    """What training begins with.
+
+    Attributes
+    ----------
+    arguments
+        Those of :func:`scuvae.inference.training.loop.train`.
+    """
+
+    model: VAE
+    posterior: Posterior
+    cells: Cells
+    training: torch.Tensor
+    """Row numbers of training cells; those of held-out ones."""
+    validation: torch.Tensor
+    settings: Settings
+    arguments: dict[str, Any]
+
+    @property
+    def held_out(self) -> HeldOutCells | None:
+        found: HeldOutCells | None = self.arguments["held_out"]
+        return found
+
+
+def start(
     model: VAE,
     cells: Cells,
     held_out: np.ndarray,
     settings: Settings,
     *,
     early_stopping: bool,
-    progress: bool | None,
     seed: int,
-) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
-    """Train, then give every cell its posterior: its moments, and the history."""
+) -> Start:
+    """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool."""
     where = next(model.parameters()).device
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
     table = posterior.rows()
-    counts = model.likelihood.support == "counts"
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.optimizer == "adam" and settings.local_step == "natural"
     if measured and table is not None:
@@ -72,41 +99,53 @@ def run(
             local_step=settings.local_step,
         )
     every = max(1, settings.max_epochs // 20)
-    stopping = EarlyStopping(patience=6 * every) if early_stopping and judge else None
-    cosine = settings.optimizer == "adam"
-    with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
+    order = torch.Generator().manual_seed(seed)
+    arguments = {
+        "model": model,
+        "posterior": posterior,
+        "cells": cells.loader(training, settings.batch_size, order),
+        "n_obs": len(training),
+        "optimizer": OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
+        "max_epochs": settings.max_epochs,
+        "n_samples": settings.n_samples,
+        "kl_weight": settings.kl_weight,
+        "output_precision": precision,
+        "learning_rate_at": cosine if settings.optimizer == "adam" else lambda progress: 1.0,
+        "held_out": judge,
+        "evaluate_every": every,
+        "early_stopping": EarlyStopping(6 * every) if early_stopping and judge else None,
+        "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
+    }
+    return Start(model, posterior, cells, training, validation, settings, arguments)
+
+
+@contextmanager
+def bar(
+    name: str, max_epochs: int, progress: bool | None
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar over the epochs, and what to call with the row of each."""
+    with tqdm(total=max_epochs, desc=name, disable=not show_progress(progress)) as shown:
 
         def on_epoch(row: dict[str, float]) -> None:
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.1f}")
+            shown.update()
+            shown.set_postfix(loss=f"{row['loss']:.1f}")
 
-        history = train(
-            model,
-            posterior,
-            cells.loader(training, settings.batch_size, torch.Generator().manual_seed(seed)),
-            n_obs=len(training),
-            optimizer=OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
-            max_epochs=settings.max_epochs,
-            n_samples=settings.n_samples,
-            kl_weight=settings.kl_weight,
-            output_precision=precision,
-            learning_rate_at=_cosine if cosine else lambda progress: 1.0,
-            held_out=judge,
-            evaluate_every=every,
-            early_stopping=stopping,
-            look_every=1 if where.type == "cpu" else _LOOK_EVERY,
-            on_epoch=on_epoch,
-        )
+        yield on_epoch
+
+
+def finish(begun: Start) -> dict[str, np.ndarray]:
+    """After training every cell's posterior under the final decoder: its moments."""
+    model, posterior, cells, settings = begun.model, begun.posterior, begun.cells, begun.settings
+    judge, table = begun.held_out, posterior.rows()
+    counts = model.likelihood.support == "counts"
     if model.encoder is not None:
-        settling = cells.loader(training, settings.batch_size)
+        settling = cells.loader(begun.training, settings.batch_size)
         seen = with_shallow if counts else lambda batch: batch
         model.encoder.settle(dense(seen(batch).x) for batch in settling)
     if judge is not None and table is not None:
-        table.store(validation, judge.q())
+        table.store(begun.validation, judge.q())
     if not counts:
-        return moments(
-            final_posterior(model, posterior, cells, settings), settings.covariance
-        ), history
+        return moments(final_posterior(model, posterior, cells, settings), settings.covariance)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(model, posterior, cells, settings, 2)
@@ -124,7 +163,7 @@ def run(
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
             100 * off,
         )
-    return found, history
+    return found
 
 
 def _totals(
@@ -135,10 +174,6 @@ def _totals(
     for batch in _everyone(model, cells):
         totals.add(batch, _present(model, posterior, batch, settings)[0])
     return totals
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def final_posterior(

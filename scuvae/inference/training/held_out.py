@@ -1,9 +1,12 @@
 """Held-out cells: they judge the decoder by the ELBO of an optimised q."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch.distributions import Distribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import concatenate, draw, kl_to_prior
@@ -38,7 +41,7 @@ class HeldOutCells:
         self.posterior: list[Distribution] = []
 
     def elbo(self, model: VAE) -> float:
-        """Mean ELBO in nats a cell, after a few local steps on every q."""
+        """Mean ELBO in nats a cell, after a few local steps on every q; NaN if it is not finite."""
         first, later = _STEPS[self.local_step]
         steps = later if self.posterior else first
         total, n_cells = 0.0, 0
@@ -60,8 +63,29 @@ class HeldOutCells:
                 total += (expected - kl_to_prior(q)).sum().item()
             n_cells += len(batch)
         self.posterior = renewed
-        return total / n_cells
+        return total / n_cells if math.isfinite(total) else math.nan
 
     def q(self) -> Distribution:
         """q of all held-out cells, in order."""
         return concatenate(self.posterior)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each batch's q, to the last digit."""
+        return {str(i): _parts(q) for i, q in enumerate(self.posterior)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.posterior = [_from_parts(**state[str(i)]) for i in range(len(state))]
+
+
+def _parts(q: Distribution) -> dict[str, Tensor]:
+    return {
+        "mean": q.mean,
+        "factor": q.scale_tril if isinstance(q, MultivariateNormal) else q.stddev,
+    }
+
+
+def _from_parts(mean: Tensor, factor: Tensor) -> Distribution:
+    if factor.dim() > mean.dim():
+        return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+    return Independent(Normal(mean, factor, validate_args=False), 1, validate_args=False)

@@ -55,6 +55,7 @@ class Settings:
     def resolve(
         cls,
         n_obs: int,
+        *,
         amortized: bool | str,
         likelihood: object,
         n_latent: int,
@@ -71,6 +72,7 @@ class Settings:
         kl_weight: float,
         dropout: float | None,
     ) -> "Settings":
+        """What ``tl.fit`` was asked, checked; what was left to it, decided for so many cells."""
         one_of(
             "amortized",
             amortized,
