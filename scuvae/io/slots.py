@@ -3,10 +3,9 @@
 import numpy as np
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae._keys import DEFAULT, Keys
-from scuvae.distributions.gaussian import unpack
+from scuvae.distributions.gaussian import Gaussian, unpack
 from scuvae.io.fit_state import read_entry
 
 
@@ -17,7 +16,7 @@ def target(adata: AnnData, copy: bool) -> AnnData:
     return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
 
 
-def read_posterior(adata: AnnData, key: str | None) -> Distribution:
+def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     """q of every cell from ``obsm``, on the CPU."""
     read_entry(adata, key)
     keys = Keys.of(key)
@@ -38,10 +37,8 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
             jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
             bad = (failed > 0)[:, None, None]
             tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
-        tril = tril.float()
-        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+        return Gaussian(mean, tril.float())
+    return Gaussian(mean, torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32)))
 
 
 def write_posterior(

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import COVARIANCES, moments
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
 from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
@@ -237,7 +236,7 @@ def project(
 @torch.no_grad()
 def projected(
     model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
-) -> Iterator[tuple[Batch, Distribution]]:
+) -> Iterator[tuple[Batch, Gaussian]]:
     """The cells a chunk at a time, in order, and their q."""
     where = cells.size_factor.device
     everyone = torch.arange(len(cells), device=where)

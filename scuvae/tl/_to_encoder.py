@@ -12,7 +12,7 @@ from scuvae import __version__
 from scuvae._checks import random_state_alias, real, whole
 from scuvae._keys import Keys
 from scuvae.batches import Cells
-from scuvae.distributions.gaussian import moments, raw_scale
+from scuvae.distributions.gaussian import moments
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.training.distillation import distil
 from scuvae.inference.training.fit import bar
@@ -151,8 +151,7 @@ def to_encoder(
         with bar("distil", max_epochs, progress) as on_epoch:
             history = distil(
                 model,
-                stored.mean.to(where),
-                raw_scale(stored).to(where),
+                stored.to(where),
                 cells.loader(training.to(where), size, order),
                 n_obs=len(training),
                 held_out=cells.loader(held_out.to(where), CHUNK) if len(held_out) else None,

@@ -11,14 +11,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._random import uniform_like
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
-from scuvae.distributions.gaussian import gaussian, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors import Posterior
 from scuvae.inference.posteriors.simulated import simulated
 from scuvae.inference.refinement.refine import fixed_elbo
@@ -37,8 +35,7 @@ WEIGHT_DECAY = 0.3
 
 def distil(
     model: VAE,
-    mean: Tensor,
-    raw: Tensor,
+    stored: Gaussian,
     cells: Iterable[Batch],
     *,
     n_obs: int | None = None,
@@ -57,8 +54,8 @@ def distil(
     ----------
     model
         With an encoder, freshly made.
-    mean, raw
-        Every cell's own q, by ``Batch.index``: what :func:`scuvae.distributions.gaussian` takes.
+    stored
+        Every cell's own q, by ``Batch.index``.
     cells
         Its iteration is an epoch over the training cells.
     n_obs
@@ -91,7 +88,7 @@ def distil(
                 stack.enter_context(frozen(part))
         history = train(
             model,
-            _Teacher(mean, raw, totals, share_simulated),
+            _Teacher(stored, totals, share_simulated),
             cells,
             n_obs=sum(map(len, cells)) if n_obs is None else n_obs,
             optimizer=torch.optim.AdamW(
@@ -116,18 +113,16 @@ class _Teacher(Posterior):
     has_encoder = True
     refined = False
 
-    def __init__(self, mean: Tensor, raw: Tensor, totals: bool, share_simulated: float) -> None:
+    def __init__(self, stored: Gaussian, totals: bool, share_simulated: float) -> None:
         super().__init__()
-        self.mean, self.raw = mean, raw
-        self.totals, self.share_simulated = totals, share_simulated
+        self.stored, self.totals, self.share_simulated = stored, totals, share_simulated
 
     def seen(self, model: VAE, batch: Batch) -> Batch:
         if float(uniform_like(torch.empty(()))) < self.share_simulated:
-            q = gaussian(self.mean[batch.index], self.raw[batch.index])
-            batch = simulated(model, batch, q, self.totals)
+            batch = simulated(model, batch, self.stored[batch.index], self.totals)
         return _deep_and_shallow(model, batch)
 
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
         return model.encode(batch)
 
 
@@ -147,7 +142,7 @@ class _EncoderJudge:
         for batch in self.held_out:
             with torch.no_grad():
                 q = model.encode(batch)
-            values = fixed_elbo(model, batch, q) + (1 - self.kl_weight) * kl_to_prior(q)
+            values = fixed_elbo(model, batch, q) + (1 - self.kl_weight) * model.prior.kl(q)
             total += values.sum().item()
             n_cells += len(batch)
         return total / n_cells if math.isfinite(total) else -math.inf

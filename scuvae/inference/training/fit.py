@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from scuvae._random import permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
-from scuvae.distributions.gaussian import moments, n_scale_parameters, pack
+from scuvae.distributions.gaussian import Gaussian, moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
@@ -182,7 +181,7 @@ def final_posterior(
     cells: Cells,
     settings: Settings,
     totals: GeneTotals | None = None,
-) -> Iterator[Distribution]:
+) -> Iterator[Gaussian]:
     """q of every cell under the final decoder, in parts: the encoder's, or refined.
 
     Each part is added to ``totals``, and put into the table where there is one.
@@ -198,7 +197,7 @@ def final_posterior(
         yield q
 
 
-def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
+def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Gaussian:
     starts = _present(model, posterior, batch, settings)
     if not posterior.refined:
         return starts[0]
@@ -208,9 +207,7 @@ def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -
 
 
 @torch.no_grad()
-def _present(
-    model: VAE, posterior: Posterior, batch: Batch, settings: Settings
-) -> list[Distribution]:
+def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> list[Gaussian]:
     """What is there of a batch's q: its rows, and the encoder's."""
     table = posterior.rows()
     found = [] if table is None else [table(model, batch)]

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import concatenate, draw, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian, concatenate
+from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import start
 from scuvae.inference.refinement.refine import refine
 from scuvae.model import VAE
@@ -38,7 +37,7 @@ class HeldOutCells:
         self.cells = cells
         self.covariance = covariance
         self.local_step = local_step
-        self.posterior: list[Distribution] = []
+        self.posterior: list[Gaussian] = []
 
     def elbo(self, model: VAE) -> float:
         """Mean ELBO in nats a cell, after a few local steps on every q; NaN if it is not finite."""
@@ -59,33 +58,20 @@ class HeldOutCells:
             renewed.append(q)
             points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)
             with torch.no_grad():
-                expected = model.log_likelihood(batch, draw(q, points)).mean(0)
-                total += (expected - kl_to_prior(q)).sum().item()
+                total += elbo(model, batch, q, points).elbo.sum().item()
             n_cells += len(batch)
         self.posterior = renewed
         return total / n_cells if math.isfinite(total) else math.nan
 
-    def q(self) -> Distribution:
+    def q(self) -> Gaussian:
         """q of all held-out cells, in order."""
         return concatenate(self.posterior)
 
     def state_dict(self) -> dict[str, Any]:
         """Each batch's q, to the last digit."""
-        return {str(i): _parts(q) for i, q in enumerate(self.posterior)}
+        named = enumerate(self.posterior)
+        return {str(i): {"mean": q.mean, "factor": q.factor} for i, q in named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self.posterior = [_from_parts(**state[str(i)]) for i in range(len(state))]
-
-
-def _parts(q: Distribution) -> dict[str, Tensor]:
-    return {
-        "mean": q.mean,
-        "factor": q.scale_tril if isinstance(q, MultivariateNormal) else q.stddev,
-    }
-
-
-def _from_parts(mean: Tensor, factor: Tensor) -> Distribution:
-    if factor.dim() > mean.dim():
-        return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
-    return Independent(Normal(mean, factor, validate_args=False), 1, validate_args=False)
+        self.posterior = [Gaussian(**state[str(i)]) for i in range(len(state))]
