@@ -18,7 +18,7 @@ from scuvae.distributions.gaussian import Gaussian, moments, n_scale_parameters,
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
@@ -83,7 +83,7 @@ def start(
     posterior = _posterior(model, cells, training, settings).to(where)
     table = posterior.rows()
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
-    measured = settings.optimizer == "adam" and settings.local_step == "natural"
+    measured = settings.measured
     if measured and table is not None:
         some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
         start_decoder(model, cells.batch(some), table.mean[some])
@@ -230,7 +230,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     mean = like.new_zeros(shape)
     n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
     raw_of_each = like.new_zeros(1, n_raw)
-    if settings.local_step == "natural":
+    if LOCAL_STEPS[settings.local_step].pca_start:
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = training[permutation(len(training))[:MOST_CELLS].sort().values]
         pca = WhitenedPCA(cells.batch(some), settings.n_latent, inputs=model.likelihood.pca_input())

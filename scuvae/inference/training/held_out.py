@@ -10,13 +10,8 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import start
-from scuvae.inference.refinement.refine import refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
 from scuvae.model import VAE
-
-# Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
-# last q: it moves little between evaluations.
-_STEPS = {"natural": (8, 1), "gradient": (100, 20)}
-
 
 # Draws that an evaluation takes of each q.
 _DRAWS = 8
@@ -41,7 +36,7 @@ class HeldOutCells:
 
     def elbo(self, model: VAE) -> float:
         """Mean ELBO in nats a cell, after a few local steps on every q; NaN if it is not finite."""
-        first, later = _STEPS[self.local_step]
+        first, later = LOCAL_STEPS[self.local_step].held_out
         steps = later if self.posterior else first
         total, n_cells = 0.0, 0
         renewed = []

@@ -80,7 +80,7 @@ class CompiledAdam:
                 step(gradient, *arrays, state["step"], group["lr"], _BETAS, _EPS)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of :class:`torch.optim.Adam`, which may go on from it."""
+        """As of :class:`torch.optim.Adam`: each may go on from the other's ``state``."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         states = {}
         for number, parameter in enumerate(parameters):
