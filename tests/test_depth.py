@@ -1,0 +1,59 @@
+"""How many of the package's own functions lie between tl.fit and the likelihood."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+from helpers import SCHEMES, small_data, small_fit
+
+from scuvae.model.likelihoods import Likelihood
+from scuvae.tl import _fit
+
+# Calls from the body of tl.fit to the likelihood's log-probability or its slopes, both counted with
+# their own; what wraps tl.fit (runtime.isolated, the alias of rng=) comes before.
+IN_TRAINING = 5
+# Of held-out cells: their own ELBO, and the steps that optimise their q, which is one thing more.
+HELD_OUT, HELD_OUT_STEPS = 5, 8
+
+
+def frames_to_fit(frame: FrameType | None) -> list[str] | None:
+    """The package's functions from tl.fit's body down to a frame."""
+    names: list[str] = []
+    while frame is not None:
+        code = frame.f_code
+        if code is _fit.fit.__wrapped__.__wrapped__.__code__:
+            return names[::-1]
+        if "/scuvae/" in code.co_filename and not code.co_name.startswith("<"):
+            names.append(code.co_name)
+        frame = frame.f_back
+    return None
+
+
+@pytest.mark.parametrize("likelihood", ["negative_binomial", "gaussian"])
+@pytest.mark.parametrize("amortized", SCHEMES)
+def test_few_calls_lead_from_fit_to_the_likelihood(
+    amortized: bool | str, likelihood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, set[tuple[str, ...]]] = {"training": set(), "held out": set(), "q": set()}
+
+    def watched(name: str) -> Any:
+        original = getattr(Likelihood, name)
+
+        def inside(*args: Any, **options: Any) -> Any:
+            names = frames_to_fit(sys._getframe(1))
+            if names is not None and names[0] == "train":
+                kind = "q" if "refine_natural" in names else "held out"
+                found["training" if "__call__" in names else kind].add((*names, name))
+            return original(*args, **options)
+
+        return inside
+
+    for name in ("log_prob", "reverse"):
+        monkeypatch.setattr(Likelihood, name, watched(name))
+    small_fit(small_data(likelihood), amortized=amortized, likelihood=likelihood)
+    most = {kind: max(paths, key=len) for kind, paths in found.items()}
+    print(most)
+    assert len(most["training"]) <= IN_TRAINING, most
+    assert len(most["held out"]) <= HELD_OUT, most
+    assert len(most["q"]) <= HELD_OUT_STEPS, most
