@@ -10,7 +10,7 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import start
-from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS
 from scuvae.model import VAE
 
 # Draws that an evaluation takes of each q.
@@ -36,20 +36,15 @@ class HeldOutCells:
 
     def elbo(self, model: VAE) -> float:
         """Mean ELBO in nats a cell, after a few local steps on every q; NaN if it is not finite."""
-        first, later = LOCAL_STEPS[self.local_step].held_out
-        steps = later if self.posterior else first
+        local_step = LOCAL_STEPS[self.local_step]
+        steps = local_step.held_out[bool(self.posterior)]
         total, n_cells = 0.0, 0
         renewed = []
         # The same draws at every evaluation, so that evaluations differ by the decoder alone.
         noise = torch.Generator().manual_seed(0)
         for i, batch in enumerate(self.cells):
-            q = refine(
-                model,
-                batch,
-                [self.posterior[i] if self.posterior else start(model, batch, self.covariance)],
-                local_step=self.local_step,
-                max_steps=steps,
-            )
+            q = self.posterior[i] if self.posterior else start(model, batch, self.covariance)
+            q = local_step.refine(model, batch, q, max_steps=steps)
             renewed.append(q)
             points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)
             with torch.no_grad():
