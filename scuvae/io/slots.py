@@ -1,12 +1,16 @@
 """Where results go, and the posteriors in them."""
 
+import copy as copying
+
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 
 from scuvae._keys import DEFAULT, Keys
 from scuvae.distributions.gaussian import Gaussian, unpack
 from scuvae.io.fit_state import read_entry
+from scuvae.model.priors import Prior
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -39,6 +43,30 @@ def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
             tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
         return Gaussian(mean, tril.float())
     return Gaussian(mean, torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32)))
+
+
+# Cells whose components are asked for at once.
+_CHUNK = 4096
+
+
+def write_components(adata: AnnData, key: str | None, prior: Prior) -> None:
+    """Where the prior has components, the chances of each and the likeliest, of every cell.
+
+    By the posteriors in ``obsm``; those of components that are gone are left out.
+    """
+    keys = Keys.of(key)
+    q = read_posterior(adata, key)
+    prior = copying.deepcopy(prior).to(q.mean)
+    rows = torch.arange(len(q.mean)).split(_CHUNK)
+    parts = [found for part in rows if (found := prior.responsibilities(q[part])) is not None]
+    if not parts:
+        return
+    share = torch.cat(parts).numpy()
+    there = np.flatnonzero(share.any(0))
+    names = there.astype(str)
+    adata.obsm[keys.components] = np.ascontiguousarray(share[:, there], np.float32)
+    likeliest = share[:, there].argmax(1)
+    adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, names)
 
 
 def write_posterior(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scuvae._random import permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
-from scuvae.distributions.gaussian import Gaussian, moments, n_scale_parameters, pack
+from scuvae.distributions.gaussian import Gaussian, concatenate, moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
@@ -33,7 +34,7 @@ __all__ = ["Start", "bar", "final_posterior", "finish", "start", "train"]
 
 logger = logging.getLogger("scuvae")
 
-# Cells that the decoder's start is fitted to.
+# Cells that the decoder's start is fitted to, and a prior that learns.
 _MOST_TO_START = 5000
 # Rounds that give genes' totals back, once q is final, and what a gene may be off by before the
 # last; and what is said of genes that are off by more after all rounds.
@@ -99,6 +100,11 @@ def start(
         )
     every = max(1, settings.max_epochs // 20)
     order = torch.Generator().manual_seed(seed)
+    refit = None
+    if model.prior.learns:
+        some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
+        few = cells.loader(some, chunk_on(where, model.n_vars))
+        refit = partial(_refit_prior, model, posterior, few, settings)
     arguments = {
         "model": model,
         "posterior": posterior,
@@ -113,6 +119,7 @@ def start(
         "held_out": judge,
         "evaluate_every": every,
         "early_stopping": EarlyStopping(6 * every) if early_stopping and judge else None,
+        "after_epoch": refit,
         "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
     }
     return Start(model, posterior, cells, training, validation, settings, arguments)
@@ -214,6 +221,15 @@ def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings)
     if model.encoder is not None:
         found.append(encoded(model, batch, settings.covariance))
     return found
+
+
+def _refit_prior(
+    model: VAE, posterior: Posterior, cells: Iterable[Batch], settings: Settings
+) -> None:
+    """Let a prior that learns see some cells' posteriors."""
+    model.eval()
+    found = [_present(model, posterior, batch, settings)[0] for batch in cells]
+    model.prior.refit(concatenate(found))
 
 
 def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:

@@ -56,6 +56,7 @@ def train(
     held_out: HeldOut | None = None,
     evaluate_every: int = 1,
     early_stopping: EarlyStopping | None = None,
+    after_epoch: Callable[[], None] | None = None,
     look_every: int = 1,
     reduce_gradients: ReduceGradients | None = None,
     state: dict[str, Any] | None = None,
@@ -85,6 +86,8 @@ def train(
     held_out, evaluate_every, early_stopping
         Cells to judge the decoder by, every so many epochs, and when to stop; the best state
         is restored.
+    after_epoch
+        Moves what has no gradient, at ends of epochs, after the losses were looked at.
     look_every
         Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
         ``on_epoch`` is called for every epoch, when it is looked at.
@@ -163,6 +166,8 @@ def train(
                 progress.stopped = early_stopping.update(
                     epoch, value, lambda: _snapshot(model, posterior)
                 )
+        if after_epoch is not None:
+            after_epoch()
         progress.history += rows
         for row in rows:
             on_epoch(row)

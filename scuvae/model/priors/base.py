@@ -22,8 +22,12 @@ class Prior(nn.Module, ABC):
     ``Gaussian(z, zeros)``.
     """
 
+    name: ClassVar[str]
     kl_is: ClassVar[Literal["exact", "bound", "estimate"]]
     """What :meth:`kl` is: a closed form, an upper bound, or an average over draws."""
+
+    learns: ClassVar[bool] = False
+    """Whether training renews it from cells' posteriors, by :meth:`refit`, once an epoch."""
 
     def __init__(self, n_latent: int) -> None:
         super().__init__()
@@ -59,6 +63,13 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Random draws, (*sample_shape, latent)."""
+
+    def responsibilities(self, q: Gaussian) -> Tensor | None:
+        """Of a prior of several components, the chances that a cell is of each: (cells, n)."""
+        return None
+
+    def refit(self, q: Gaussian) -> None:
+        """Renew the prior, in place, by the posteriors of some training cells."""
 
 
 def kl_over_draws(prior: Prior, q: Gaussian, n_samples: int = 32) -> Tensor:

@@ -16,6 +16,7 @@ from scuvae.model.priors.base import Prior
 class StandardNormal(Prior):
     """N(0, I)."""
 
+    name = "standard_normal"
     kl_is = "exact"
 
     def log_prob(self, z: Tensor) -> Tensor:
