@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+import scuvae.inference.training.fit as training
 from scuvae import __version__
 from scuvae._checks import flag, one_of, random_state_alias
 from scuvae._errors import near
@@ -18,7 +19,6 @@ from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.posteriors import POSTERIORS
-from scuvae.inference.training import fit as training
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
