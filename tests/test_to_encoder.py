@@ -22,6 +22,7 @@ from helpers import (
     unchanged,
 )
 from small_models import (
+    as_q,
     batch_of,
     cells_of,
     exact_evidence,
@@ -61,15 +62,14 @@ def test_a_linear_encoder_reaches_the_exact_posterior(
     model = linear_gaussian(n_latent=2, n_vars=8)
     x, new = cells_of(model, 256), cells_of(model, 100)
     mean, precision = exact_posterior(model, x)
-    q = torch.distributions.MultivariateNormal(
+    exact = torch.distributions.MultivariateNormal(
         mean, precision_matrix=precision.expand(len(x), 2, 2)
     )
     model.encoder = Encoder(8, 2, n_layers=0, covariance=covariance).double()
     batches = [batch_of(x[rows], index=rows) for rows in torch.arange(len(x)).split(64)]
     distil(
         model,
-        mean,
-        q.raw,
+        as_q(exact),
         batches,
         held_out=None,
         learning_rate=0.1,
