@@ -20,6 +20,7 @@ from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
+from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
@@ -63,6 +64,12 @@ class Start:
     arguments: dict[str, Any]
 
     @property
+    def n_done(self) -> int:
+        """Epochs that an earlier call has done."""
+        state = self.arguments.get("state")
+        return 0 if state is None else int(state["epoch"])
+
+    @property
     def held_out(self) -> HeldOutCells | None:
         found: HeldOutCells | None = self.arguments["held_out"]
         return found
@@ -76,8 +83,15 @@ def start(
     *,
     early_stopping: bool,
     seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> Start:
-    """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool."""
+    """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool.
+
+    What a checkpoint holds already takes the place of all this when training begins.
+    """
+    state = None if checkpoint is None else checkpoint.read()
+    if checkpoint is not None and state is not None:
+        logger.info("going on after %d epochs of %s", state["epoch"], checkpoint.folder)
     where = next(model.parameters()).device
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
@@ -122,15 +136,18 @@ def start(
         "after_epoch": refit,
         "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
     }
+    if checkpoint is not None:
+        arguments |= {"state": state, "on_step": checkpoint}
     return Start(model, posterior, cells, training, validation, settings, arguments)
 
 
 @contextmanager
 def bar(
-    name: str, max_epochs: int, progress: bool | None
+    name: str, max_epochs: int, progress: bool | None, n_done: int = 0
 ) -> Iterator[Callable[[dict[str, float]], None]]:
     """A bar over the epochs, and what to call with the row of each."""
-    with tqdm(total=max_epochs, desc=name, disable=not show_progress(progress)) as shown:
+    hidden = not show_progress(progress)
+    with tqdm(total=max_epochs, initial=n_done, desc=name, disable=hidden) as shown:
 
         def on_epoch(row: dict[str, float]) -> None:
             shown.update()

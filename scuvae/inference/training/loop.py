@@ -60,7 +60,7 @@ def train(
     look_every: int = 1,
     reduce_gradients: ReduceGradients | None = None,
     state: dict[str, Any] | None = None,
-    on_step: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
+    on_step: Callable[[Callable[[], dict[str, Any]], bool], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:
     """Fit ``model`` and ``posterior`` to the cells, full batch or in minibatches.
@@ -99,8 +99,9 @@ def train(
     state
         What an earlier call gave, with the same arguments: training goes on from there.
     on_step
-        Called after each step, and at the end, with a function that gives the state of everything
-        that the next steps depend on: nested dicts of tensors, by reference, and plain values.
+        Called after each step with a function that gives the state of everything that the next
+        steps depend on, nested dicts of tensors, by reference, and plain values, and with False;
+        and once more at the end, with True.
 
     Returns
     -------
@@ -136,7 +137,7 @@ def train(
             losses.add(take(batch), index)
             progress.batch += 1
             if on_step is not None:
-                on_step(progress.state_dict)
+                on_step(progress.state_dict, False)
         losses.end_epoch()
         progress.end_epoch()
 
@@ -176,7 +177,7 @@ def train(
         _restore(early_stopping.state, model, posterior)
     model.eval()
     if on_step is not None:
-        on_step(progress.state_dict)
+        on_step(progress.state_dict, True)
     return progress.history
 
 
