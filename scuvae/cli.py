@@ -133,6 +133,8 @@ FIT = {
         ("--n-samples", int, "N", "draws per cell and step"),
         ("--kl-weight", float, "F", "weight of the KL divergence"),
         ("--dropout", float, "P", "share of the decoder's hidden units that a step drops"),
+        ("--checkpoint", str, "FOLDER", "keep how far training has come; go on from there"),
+        ("--checkpoint-every", float, "S", "seconds between checkpoints"),
         DEVICE,
         ("--rng", int, "SEED", "seed of all draws"),
         KEY_ADDED,

@@ -38,6 +38,8 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "dropout": (["--dropout", "0.2"], 0.2),
     "early_stopping": (["--no-early-stopping"], False),
     "check_values": (["--no-check-values"], False),
+    "checkpoint": (["--checkpoint", "kept"], "kept"),
+    "checkpoint_every": (["--checkpoint-every", "5"], 5.0),
     "device": (["--device", "cpu"], "cpu"),
     "rng": (["--rng", "7"], 7),
     "key_added": (["--key-added", "k"], "k"),

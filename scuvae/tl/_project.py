@@ -21,7 +21,7 @@ from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
 from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import step_options
+from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.genes import Matched, match, some, warn_of_empty
@@ -190,7 +190,7 @@ def project(
     if polish is None:
         # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
         curved = fit.model.likelihood.link != "identity"
-        polish = not amortized and curved and local_step == "natural"
+        polish = not amortized and curved and bool(LOCAL_STEPS[local_step].before_polish)
     extend = new_batches == "estimate"
     if extend and fit.batch_key is None:
         raise ValueError(
