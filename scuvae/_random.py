@@ -89,7 +89,8 @@ def permutation(n: int) -> Tensor:
 
 def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer with torch's own initial distribution: U(±1/√n_in)."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias)
+    where = torch.get_default_device()  # "meta" where only its shape is asked for
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, device=where)
     width = 1 / math.sqrt(n_in) if n_in else 0.0
     for parameter in layer.parameters():
         with torch.no_grad():

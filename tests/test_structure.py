@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors", "_random"}
+HELPERS = {"_keys", "_checks", "_errors", "_files", "_random"}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {
@@ -241,7 +241,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def public() -> Iterator[tuple[str, Callable[..., object]]]:
-    for part in ("tl", "pp", "get", "pl", "datasets"):
+    for part in ("tl", "pp", "get", "io", "pl", "datasets"):
         module = importlib.import_module(f"scuvae.{part}")
         for name in module.__all__:
             yield f"{part}.{name}", getattr(module, name)

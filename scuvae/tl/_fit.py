@@ -27,6 +27,7 @@ from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
+from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
@@ -317,7 +318,7 @@ def fit(
     components = components_of(found, model.prior)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
 
-    entry = {
+    parts = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
@@ -325,6 +326,7 @@ def fit(
         "embed": basis,
         "latent": _in_use(found),
     }
+    entry = sealed(parts)
     split = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
     )

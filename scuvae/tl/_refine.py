@@ -20,7 +20,7 @@ from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.inference.refinement.refine import refine as refine_batch
 from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
-from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import (
     components_of,
@@ -145,7 +145,7 @@ def refine(
     out = target(adata, copy)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     if split is not None:
         out.obs[keys.obs["split"]] = split
     write_posterior(out, key if key_added is None else key_added, found)

@@ -18,7 +18,7 @@ from scuvae.inference.training.distillation import distil
 from scuvae.inference.training.fit import bar
 from scuvae.inference.training.settings import BATCH_SIZE, LEARNING_RATES, epochs_for
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import read_posterior, target
@@ -196,7 +196,7 @@ def to_encoder(
                 out.obsm[name] = kept[slot]
         for column, values in columns_kept.items():
             out.obs[keys.obs[column]] = values
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     out.obsm[keys.encoder], out.obsm[keys.encoder_scale] = q["mean"], q["scale"]
     for name, values in columns.items():
         out.obs[keys.obs[name]] = values
