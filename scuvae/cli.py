@@ -162,6 +162,14 @@ def _fit_arguments(sub: argparse.ArgumentParser) -> None:
     for title, flags in FIT.items():
         for flag, kind, metavar, text in flags:
             groups[title].add_argument(flag, type=kind, metavar=metavar, help=text)
+    for which, what in (("categorical", "labels"), ("continuous", "numbers")):
+        groups["data"].add_argument(
+            f"--{which}-covariate-keys",
+            nargs="+",
+            action="extend",
+            metavar="COLUMN",
+            help=f"columns of obs with {what} that the model is told as well",
+        )
     _switch(
         groups["training"], "--no-early-stopping", "run all epochs, whatever held-out cells say"
     )

@@ -8,6 +8,7 @@ from torch import nn
 
 from scuvae._random import using
 from scuvae.model import VAE, Decoder, Encoder
+from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
 
@@ -23,11 +24,12 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
                 f"scuvae.model.likelihoods.LIKELIHOODS[{name!r}] to its class"
             )
         likelihood = LIKELIHOODS[name](n_vars)
+    design = Design.from_params(params)
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
         n_latent,
         n_vars,
-        n_covariates=len(params.get("batches", ())),
+        n_covariates=design.n_columns,
         dropout=float(params["dropout"]),
         linear_path=bool(params.get("linear_path", False)),
         n_hidden=n_hidden,
@@ -43,8 +45,10 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
             inputs=_encoder_input(params, likelihood),
             n_hidden=n_hidden,
             n_layers=n_layers,
+            # Encoders of earlier versions were not told of batches.
+            n_covariates=design.n_columns * bool(params.get("encoder_covariates", False)),
         )
-    return VAE(decoder, likelihood, encoder)
+    return VAE(decoder, likelihood, encoder, design)
 
 
 def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:

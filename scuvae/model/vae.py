@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
+from scuvae.model.covariates import Design
 from scuvae.model.curvature import jacobian_gram, systematic_sample
 from scuvae.model.decoder import Decoder
 from scuvae.model.encoder import Encoder
@@ -27,15 +28,22 @@ class VAE(nn.Module):
         nats, with any leading dimensions of draws.
     encoder
         x → q(z | x), or None where the model was fitted without.
+    design
+        What the columns of a batch's covariates are.
     """
 
     def __init__(
-        self, decoder: Decoder, likelihood: Likelihood, encoder: Encoder | None = None
+        self,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        encoder: Encoder | None = None,
+        design: Design | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.likelihood = likelihood
         self.encoder = encoder
+        self.design = design or Design()
 
     @property
     def n_latent(self) -> int:
@@ -120,7 +128,7 @@ class VAE(nn.Module):
         """The encoder's q for a batch."""
         if self.encoder is None:
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
-        q: Distribution = self.encoder(dense(batch.x))
+        q: Distribution = self.encoder(dense(batch.x), batch.covariates)
         return q
 
 

@@ -1,5 +1,7 @@
 """How well the decoder at given points explains each cell: for many points at once."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from scuvae.model import VAE
 
 # Logits of points held at once: 64 MB.
 _NUMBERS = 2**24
+# Combinations of covariates' levels that points are decoded under each, at most.
+_MOST_KINDS = 16
 
 
 @torch.no_grad()
@@ -18,7 +22,9 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 
     Counts are compared as multinomial draws from the decoder's profiles, zeros and ones by their
     likelihood, real values by weighted squares: products of matrices, so that hundreds of points
-    cost less than a step.
+    cost less than a step. Points are decoded under each combination of the covariates' levels, or,
+    of more than some, at the mean of all; what continuous ones then add at z = 0 is taken to be
+    what they add at every point.
 
     Returns
     -------
@@ -28,7 +34,7 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     if batch.covariates is None:
         return torch.cat([_affinity(model, batch, points, None) for points in some], 1)
     out = z.new_empty(len(batch), len(z))
-    kinds, kind = batch.covariates.unique(dim=0, return_inverse=True)
+    kinds, kind = _decoded_under(model, batch.covariates).unique(dim=0, return_inverse=True)
     for number, covariates in enumerate(kinds):
         rows = (kind == number).nonzero().squeeze(-1)
         own = batch.take(rows)
@@ -37,18 +43,53 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     return out
 
 
+def _decoded_under(model: VAE, covariates: Tensor) -> Tensor:
+    """Of each cell the covariates that points are decoded under, of few kinds."""
+    design = model.design
+    if math.prod(design.n_levels) > _MOST_KINDS:
+        rows, weights = design.settings()
+        return (weights @ rows / weights.sum()).to(covariates).expand_as(covariates)
+    if not design.continuous:
+        return covariates
+    known = covariates.clone()
+    known[:, -len(design.continuous) :] = 0.0
+    return known
+
+
 def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
     eta = model.decoder(z, None if covariates is None else covariates.expand(len(z), -1))
     x, observed = batch.x, batch.observed
+    beside = _beside(model, batch, z, covariates)
     link = model.likelihood.link
     if link == "identity":
-        shape = len(batch), -1
-        weight, _ = model.likelihood.fisher(x, eta[:1].expand(shape), batch.size_factor, observed)
-        return (weight * dense(x)) @ eta.T - 0.5 * weight @ eta.square().T
+        x = dense(x) if beside is None else dense(x) - beside
+        weight, _ = model.likelihood.fisher(x, eta[:1].expand_as(x), batch.size_factor, observed)
+        return (weight * x) @ eta.T - 0.5 * weight @ eta.square().T
     if observed is not None:
         eta = eta[:, observed]
         x = select(x, observed)
+        beside = None if beside is None else beside[:, observed]
     # Laid out anew: a sparse product with a transposed matrix takes twenty times as long.
     profiles = (F.log_softmax(eta, -1) if link == "softmax" else eta).T.contiguous()
     found = (x.matrix() if isinstance(x, SparseRows) else x) @ profiles
-    return found if link == "softmax" else found - F.softplus(eta).sum(-1)
+    if link == "softmax":
+        if beside is None:
+            return found
+        # Of softmax(η + b) the sum that divides it: Σ softmax(η) exp(b), times that of η.
+        highest = beside.amax(1, keepdim=True)
+        more = ((beside - highest).exp() @ profiles.exp()).log() + highest
+        total = x.sum() if isinstance(x, SparseRows) else x.sum(1)
+        return found - total.unsqueeze(1) * more
+    if beside is None:
+        return found - F.softplus(eta).sum(-1)
+    return found - torch.stack([F.softplus(eta + own).sum(-1) for own in beside])
+
+
+def _beside(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor | None:
+    """What cells' covariates add to η at z = 0 beside these, (cells, genes); None for nothing."""
+    own = batch.covariates
+    if covariates is None or own is None or not (own != covariates).any():
+        return None
+    zero = torch.zeros_like(z[:1])
+    at_zero = model.decoder(zero.expand(len(own), -1), own)
+    return at_zero - model.decoder(zero, covariates.unsqueeze(0))

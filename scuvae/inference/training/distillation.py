@@ -115,7 +115,7 @@ def distil(
         stop = epoch == max_epochs - 1
         if stop or (stopping is not None and (epoch + 1) % every == 0):
             settling = map(with_shallow, cells) if counts else cells
-            encoder.settle(dense(batch.x) for batch in settling)
+            encoder.settle((dense(batch.x), batch.covariates) for batch in settling)
             encoder.eval()
             if held_out is not None and stopping is not None:
                 row["validation_elbo"] = value = _mean_elbo(model, held_out, kl_weight)
