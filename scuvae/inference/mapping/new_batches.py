@@ -11,7 +11,8 @@ path, η = W' h(a) + V z + b' + o' + ..., with an o' of its own for each batch: 
 alike and at once. Three steps that raise F take turns until it stands still:
 
 1. local steps on every q_i, which start anew too when F stands still;
-2. L-BFGS on o with every q_i fixed, over fixed draws;
+2. L-BFGS on o with every q_i fixed, over fixed draws, each unit in terms of its curvature (in
+   their own, genes of many counts and of few take twice as many turns);
 3. all means move by a common c, o by −W c and o' by −V c: a and η, hence the likelihood, stay as
    they are, and the c that is best for KL and prior has a closed form. The two steps before it pass
    slowly from q to o what W z and o can both say, for each holds the other in place: without this
@@ -39,11 +40,11 @@ from scuvae.model.covariates import Categorical, Design
 # Turns at most, and the gain in nats a cell that another one is worth.
 _MOST_TURNS = 50
 _TOLERANCE = 0.01
-# Local steps of a turn, from the q of the turn before, and L-BFGS steps.
-_LOCAL_STEPS = 3
-_OFFSET_STEPS = 8
-# Draws that expectations are taken over; many cells make up for few draws of each.
-_DRAWS, _FEW_DRAWS, _MANY_CELLS = 8, 2, 256
+# Local steps of a turn, from the q of the turn before or anew, and L-BFGS steps.
+_LOCAL_STEPS, _ANEW = 3, 10
+_OFFSET_STEPS = 12
+# Draws that expectations are taken over, of all cells together: many make up for few of each.
+_ALL_DRAWS = 600
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class _Climb:
         ]
         self.n_cells = sum(map(len, self.batches))
         self.covariance, self.kl_weight = covariance, kl_weight
-        self.n_samples = _DRAWS if self.n_cells < _MANY_CELLS else _FEW_DRAWS
+        self.n_samples = 2 * min(4, max(1, round(_ALL_DRAWS / (2 * max(1, self.n_cells)))))
         self.options = THOROUGH | {"kl_weight": kl_weight, "n_samples": self.n_samples}
         self.q = [
             refine(self.model, batch, starts(self.model, batch, covariance), **self.options)
@@ -274,21 +275,31 @@ class _Climb:
 
     def move_posteriors(self, *, anew: bool = False) -> None:
         """Every q by local steps from where it is, or also from where new cells begin."""
-        options = self.options if anew else self.options | {"max_steps": _LOCAL_STEPS}
+        most = _ANEW if anew else _LOCAL_STEPS
+        options = self.options | {"max_steps": most}
         for number, (batch, q) in enumerate(zip(self.batches, self.q, strict=True)):
             others = starts(self.model, batch, self.covariance) if anew else []
             self.q[number] = refine(self.model, batch, [q, *others], **options)
 
     def move_offset(self) -> None:
+        """L-BFGS on the offsets, in units of what each is known to by its curvature."""
         offsets = [block.value.requires_grad_() for block in self.blocks]
+        units = [curvature.rsqrt() for curvature in self.curvatures()]
         before = [offset.detach().clone() for offset in offsets]
+        moves = [torch.zeros_like(offset).detach() for offset in offsets]
         optimizer = torch.optim.LBFGS(
-            offsets, max_iter=_OFFSET_STEPS, line_search_fn="strong_wolfe"
+            moves, max_iter=_OFFSET_STEPS, max_eval=_OFFSET_STEPS + 2, line_search_fn="strong_wolfe"
         )
         values: list[float] = []
 
+        def moved() -> None:
+            with torch.no_grad():
+                for offset, old, unit, move in zip(offsets, before, units, moves, strict=True):
+                    offset.copy_(old + unit * move)
+
         @torch.enable_grad()
         def loss() -> float:
+            moved()
             total = self.penalty()
             gradients = torch.autograd.grad(total, offsets)
             for number in range(len(self.batches)):
@@ -297,17 +308,38 @@ class _Climb:
                 added = torch.autograd.grad(part, offsets)
                 gradients = tuple(a + b for a, b in zip(gradients, added, strict=True))
                 total = total.detach() + part.detach()
-            for offset, gradient in zip(offsets, gradients, strict=True):
-                offset.grad = gradient / self.n_cells
-            values.append(float(total) / self.n_cells)
+            for move, unit, gradient in zip(moves, units, gradients, strict=True):
+                move.grad = unit * gradient
+            values.append(float(total))
             return values[-1]
 
         optimizer.step(loss)
-        last = loss()
+        moved()
+        better = min(values) < values[0]
         for offset, old in zip(offsets, before, strict=True):
             offset.requires_grad_(False).grad = None
-            if not last <= values[0]:
+            if not better:
                 offset.copy_(old)
+
+    @torch.no_grad()
+    def curvatures(self) -> list[Tensor]:
+        """About −∂²F/∂o² of each unit by itself, (units,) a block, with every q at its mean.
+
+        Of the last layer's the Fisher weights; of the first layer's one number for all units, from
+        the curvature in z, which moves them by W z.
+        """
+        decoder = self.model.decoder
+        found = [torch.full_like(b.value, float(1 / b.variance)) for b in self.blocks]
+        for batch, q in zip(self.batches, self.q, strict=True):
+            if len(decoder.layers) == 1 or decoder.linear_path:
+                eta = decoder(q.mean, batch.covariates)
+                size = self.model.size_factor(batch, eta)
+                fisher, _ = self.model.likelihood.fisher(batch.x, eta, size, batch.observed)
+                found[-1] += fisher.sum(0)
+            if len(decoder.layers) > 1:
+                of_z = self.model.curvature(batch, q.mean).diagonal(dim1=1, dim2=2).sum()
+                found[0] += of_z / self.blocks[0].loading.square().sum()
+        return found
 
     @torch.no_grad()
     def move_together(self) -> None:
