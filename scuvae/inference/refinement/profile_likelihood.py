@@ -1,7 +1,5 @@
 """How well the decoder at given points explains each cell: for many points at once."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,8 +10,6 @@ from scuvae.model import VAE
 
 # Logits of points held at once: 64 MB.
 _NUMBERS = 2**24
-# Combinations of covariates' levels that points are decoded under each, at most.
-_MOST_KINDS = 16
 
 
 @torch.no_grad()
@@ -22,9 +18,9 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 
     Counts are compared as multinomial draws from the decoder's profiles, zeros and ones by their
     likelihood, real values by weighted squares: products of matrices, so that hundreds of points
-    cost less than a step. Points are decoded under each combination of the covariates' levels, or,
-    of more than some, at the mean of all; what continuous ones then add at z = 0 is taken to be
-    what they add at every point.
+    cost less than a step. Points are decoded under each batch. What a cell's other covariates add
+    at z = 0 is taken to be what they add at every point: there may be a combination of their own
+    for every cell.
 
     Returns
     -------
@@ -44,16 +40,19 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
 
 
 def _decoded_under(model: VAE, covariates: Tensor) -> Tensor:
-    """Of each cell the covariates that points are decoded under, of few kinds."""
+    """Each cell's batch, or other first covariate; the first level of others, the mean of numbers.
+
+    None of these changes with levels that a projection adds.
+    """
     design = model.design
-    if math.prod(design.n_levels) > _MOST_KINDS:
-        rows, weights = design.settings()
-        return (weights @ rows / weights.sum()).to(covariates).expand_as(covariates)
-    if not design.continuous:
+    n_first = design.n_levels[0] if design.categorical else 0
+    if design.n_columns in (0, n_first):
         return covariates
-    known = covariates.clone()
-    known[:, -len(design.continuous) :] = 0.0
-    return known
+    out = torch.zeros_like(covariates)
+    out[:, :n_first] = covariates[:, :n_first]
+    for number in range(1, len(design.categorical)):
+        out[:, design.columns_of(number).start] = 1.0
+    return out
 
 
 def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
