@@ -44,6 +44,7 @@ OBS_NAMES = (
     "split",
     "scale",
     "neighbor_stability",
+    "component",
 )
 
 
@@ -63,6 +64,7 @@ class Keys:
     encoder: str
     encoder_scale: str
     embed: str
+    components: str
     obs: dict[str, str]
     layer: str
     sample: str
@@ -103,6 +105,7 @@ class Keys:
             encoder=f"{mean}_encoder",
             encoder_scale=f"{mean}_encoder_scale",
             embed=f"{mean}_embed",
+            components=f"{mean}_components",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
             layer=f"{uns}_denoised",
             sample=f"{uns}_sample",
@@ -114,7 +117,7 @@ class Keys:
     def moments(self) -> tuple[str, ...]:
         """Slots of q, and of an encoder's beside it."""
         moments = (self.mean, self.scale, self.covariance, self.variance)
-        return (*moments, self.encoder, self.encoder_scale, self.embed)
+        return (*moments, self.encoder, self.encoder_scale, self.embed, self.components)
 
     @property
     def denoised(self) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """Where results go, and the posteriors in them."""
 
+import copy as copying
+
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae._keys import DEFAULT, Keys
-from scuvae.distributions.gaussian import unpack
+from scuvae.distributions.gaussian import Gaussian, unpack
 from scuvae.io.fit_state import read_entry
+from scuvae.model.priors import Prior
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -17,7 +20,7 @@ def target(adata: AnnData, copy: bool) -> AnnData:
     return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
 
 
-def read_posterior(adata: AnnData, key: str | None) -> Distribution:
+def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     """q of every cell from ``obsm``, on the CPU."""
     read_entry(adata, key)
     keys = Keys.of(key)
@@ -38,10 +41,32 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
             jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
             bad = (failed > 0)[:, None, None]
             tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
-        tril = tril.float()
-        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+        return Gaussian(mean, tril.float())
+    return Gaussian(mean, torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32)))
+
+
+# Cells whose components are asked for at once.
+_CHUNK = 4096
+
+
+def write_components(adata: AnnData, key: str | None, prior: Prior) -> None:
+    """Where the prior has components, the chances of each and the likeliest, of every cell.
+
+    By the posteriors in ``obsm``; those of components that are gone are left out.
+    """
+    keys = Keys.of(key)
+    q = read_posterior(adata, key)
+    prior = copying.deepcopy(prior).to(q.mean)
+    rows = torch.arange(len(q.mean)).split(_CHUNK)
+    parts = [found for part in rows if (found := prior.responsibilities(q[part])) is not None]
+    if not parts:
+        return
+    share = torch.cat(parts).numpy()
+    there = np.flatnonzero(share.any(0))
+    names = there.astype(str)
+    adata.obsm[keys.components] = np.ascontiguousarray(share[:, there], np.float32)
+    likeliest = share[:, there].argmax(1)
+    adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, names)
 
 
 def write_posterior(

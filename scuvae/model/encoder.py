@@ -5,11 +5,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from scuvae._random import linear
-from scuvae.distributions.gaussian import gaussian, n_scale_parameters
+from scuvae.distributions.gaussian import Gaussian, n_scale_parameters
 
 
 class BatchNorm(nn.Module):
@@ -101,7 +100,7 @@ class Encoder(nn.Module):
         self.inputs = inputs
         self.n_covariates = n_covariates
 
-    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Distribution:
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Gaussian:
         """q(z | x, covariates) for values x of shape (cells, genes)."""
         entering = encoder_input(x, self.inputs)
         if self.n_covariates:
@@ -109,7 +108,7 @@ class Encoder(nn.Module):
                 raise TypeError("this encoder was fitted with covariates: pass covariates=")
             entering = torch.cat([entering, covariates], 1)
         h = self.hidden(entering)
-        return gaussian(self.mean(h), self.scale(h))
+        return Gaussian.of(self.mean(h), self.scale(h))
 
     @property
     def entered(self) -> list[nn.Linear]:

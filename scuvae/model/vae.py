@@ -5,21 +5,23 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model.covariates import Design
 from scuvae.model.curvature import jacobian_gram, systematic_sample
 from scuvae.model.decoder import Decoder
 from scuvae.model.encoder import Encoder
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.likelihoods.autograd import Linear
+from scuvae.model.priors import Prior
+from scuvae.model.priors.standard_normal import StandardNormal
 
 
 class VAE(nn.Module):
-    """z ~ N(0, I), x ~ likelihood(decoder(z)); it knows nothing of how z is inferred.
+    """z ~ prior, x ~ likelihood(decoder(z)); it knows nothing of how z is inferred.
 
     Attributes
     ----------
@@ -28,6 +30,8 @@ class VAE(nn.Module):
         nats, with any leading dimensions of draws.
     encoder
         x → q(z | x), or None where the model was fitted without.
+    prior
+        p(z): ``prior.log_prob(z)``, ``prior.sample(shape)``; N(0, I) unless given.
     design
         What the columns of a batch's covariates are.
     """
@@ -37,12 +41,14 @@ class VAE(nn.Module):
         decoder: Decoder,
         likelihood: Likelihood,
         encoder: Encoder | None = None,
+        prior: Prior | None = None,
         design: Design | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.likelihood = likelihood
         self.encoder = encoder
+        self.prior = StandardNormal(decoder.n_latent) if prior is None else prior
         self.design = design or Design()
 
     @property
@@ -52,11 +58,6 @@ class VAE(nn.Module):
     @property
     def n_vars(self) -> int:
         return self.likelihood.n_vars
-
-    @property
-    def prior(self) -> Distribution:
-        zero = next(self.decoder.parameters()).new_zeros(self.n_latent)
-        return Independent(Normal(zero, torch.ones_like(zero)), 1)
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
@@ -124,11 +125,11 @@ class VAE(nn.Module):
         shift = None if centre is None else -(tangent @ (centre @ weight).unsqueeze(-1))
         return jacobian_gram(tangent, weight, fisher, shift)
 
-    def encode(self, batch: Batch) -> Distribution:
+    def encode(self, batch: Batch) -> Gaussian:
         """The encoder's q for a batch."""
         if self.encoder is None:
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
-        q: Distribution = self.encoder(dense(batch.x), batch.covariates)
+        q: Gaussian = self.encoder(dense(batch.x), batch.covariates)
         return q
 
 
