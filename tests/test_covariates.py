@@ -19,6 +19,7 @@ from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
 from scuvae.inference.refinement.profile_likelihood import _affinity, affinity
 from scuvae.io.covariates import match_covariates, read_covariates
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
+from scuvae.model.priors import PRIORS
 
 KEYS: dict[str, Any] = {
     "batch_key": "batch",
@@ -202,11 +203,15 @@ def test_another_unit_is_warned_of() -> None:
 # --- fits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("amortized", SCHEMES)
 @pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
-def test_fits_with_covariates(likelihood: str, amortized: bool | str, tmp_path: Path) -> None:
+def test_fits_with_covariates(
+    likelihood: str, amortized: bool | str, prior: str, tmp_path: Path
+) -> None:
     adata = with_covariates(small_data(likelihood, n_vars=30))
-    small_fit(adata, likelihood=likelihood, amortized=amortized, max_epochs=2, **KEYS)
+    options = {"likelihood": likelihood, "amortized": amortized, "prior": prior}
+    small_fit(adata, max_epochs=2, **options, **KEYS)
     adata.write_h5ad(tmp_path / "fit.h5ad")
     back = ad.read_h5ad(tmp_path / "fit.h5ad")
     model = get.model(back)
@@ -232,10 +237,13 @@ def test_fits_with_covariates(likelihood: str, amortized: bool | str, tmp_path: 
     assert np.isfinite(new.obs["scuvae_elbo"]).all()
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOOD_NAMES)
-def test_new_levels_of_several_covariates(likelihood: str) -> None:
+@pytest.mark.parametrize(
+    ("likelihood", "prior"),
+    [*((name, "standard_normal") for name in LIKELIHOOD_NAMES), ("poisson", "mixture")],
+)
+def test_new_levels_of_several_covariates(likelihood: str, prior: str) -> None:
     adata = with_covariates(small_data(likelihood, n_vars=30))
-    small_fit(adata, likelihood=likelihood, max_epochs=2, **KEYS)
+    small_fit(adata, likelihood=likelihood, prior=prior, max_epochs=2, **KEYS)
     old = with_covariates(small_data(likelihood, n_vars=30, seed=1), seed=1)
     new = new_levels(old.copy())
     with pytest.raises(ValueError, match="'b9'"):
