@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "missing value": ({"continuous_covariate_keys": ["gone"]}, ValueError, "nan for 1.*'cell3'"),
     "infinite": ({"continuous_covariate_keys": ["inf"]}, ValueError, "inf for 1.*'cell5'"),
     "constant": ({"continuous_covariate_keys": ["same"]}, ValueError, "7 for all 60 cells"),
-    "text": ({"continuous_covariate_keys": ["sex"]}, TypeError, r"object.*\.astype\(float\)"),
+    "text": ({"continuous_covariate_keys": ["sex"]}, TypeError, r"numbers.*\.astype\(float\)"),
     "measured": ({"categorical_covariate_keys": ["real"]}, ValueError, "continuous_covariate_keys"),
     "occurs twice": ({"batch_key": "double"}, ValueError, "2 columns named 'double'"),
 }

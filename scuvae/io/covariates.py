@@ -139,6 +139,15 @@ def match_covariates(adata: AnnData, design: Design, *, extend: bool = False) ->
     return _covariates(adata, found, codes, values)
 
 
+def batch_codes(
+    adata: AnnData, batch_key: str | None, known: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Each cell's batch as a number, and the batches' names: those of a fit, then others."""
+    if batch_key is None:
+        return None, []
+    return _levels(adata, "batch_key", batch_key, known)
+
+
 def find_level(name: object, levels: Sequence[str]) -> int | None:
     """The number of the level with this value: by name, or else by what the name says."""
     text = str(name)

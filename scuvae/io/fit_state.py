@@ -37,6 +37,14 @@ class Fit:
         return self.model.design
 
     @property
+    def batch_key(self) -> str | None:
+        return None if self.design.batch is None else self.design.batch.key
+
+    @property
+    def batches(self) -> list[str]:
+        return self.design.batches
+
+    @property
     def size_factor_key(self) -> str | None:
         key = self.params.get("size_factor_key")
         return None if key is None else str(key)
