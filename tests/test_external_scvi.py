@@ -301,7 +301,7 @@ def test_refined_is_as_good_as_adam_and_no_cell_is_worse(
     adata = cells(20)
     model = model_of(adata, COVARIATES, gene_likelihood=gene_likelihood, dispersion=dispersion)
     read, _, batch, q = one_batch(model)
-    bridge.refine(model)
+    bridge.refine(model, n_draws=128)  # weights of rough decoders: few say little of their error
     refined = refined_q(adata)
     gap, error = elbo_difference(read, batch, refined, q)
     assert (gap > -4 * error - 1e-3).all()

@@ -98,8 +98,7 @@ def test_the_decoder_is_asked_for_no_gradient_and_not_moved(fixed_random_state: 
     mean = torch.zeros(20, 2, dtype=torch.float64)
     rows = distil(
         model,
-        mean,
-        mean - 1,
+        Gaussian.of(mean, mean - 1),
         [batch_of(x)],
         held_out=[batch_of(x)],
         learning_rate=0.03,

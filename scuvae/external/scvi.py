@@ -29,6 +29,7 @@ _NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 
 @isolated
+@torch.random.fork_rng(devices=[])  # scvi-tools draws by torch's own generator
 @random_state_alias
 def refine(
     model: Any,
@@ -172,6 +173,7 @@ def refine(
 
 
 @isolated
+@torch.random.fork_rng(devices=[])  # scvi-tools draws by torch's own generator
 def hand_back(model: Any, *, key: str | None = None) -> None:
     """Let scvi-tools use the refined posteriors: its latents, expression and tests come from them.
 

@@ -79,7 +79,7 @@ def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
             for name, tensor in module.state_dict().items()
         }
         for part, module in model.named_children()
-        if module.state_dict()
+        if part != "prior" or module.state_dict()  # N(0, I) has nothing to keep
     }
 
 

@@ -29,44 +29,51 @@ def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
             raise ValueError(
                 f"adata.obsm[{slot!r}] is gone: fit again, or refit its cells with tl.project"
             )
-    mean = torch.as_tensor(np.array(adata.obsm[keys.mean], np.float32))
-    if keys.covariance in adata.obsm:
-        packed = torch.as_tensor(np.array(adata.obsm[keys.covariance], np.float64))
-        lower = unpack(packed, mean.shape[1])
-        covariance = lower + lower.tril(-1).mT
-        tril, failed = torch.linalg.cholesky_ex(covariance)
-        if failed.any():
-            # float32 has rounded a very long, thin covariance past positive definiteness.
-            longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
-            jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
-            bad = (failed > 0)[:, None, None]
-            tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
-        return Gaussian(mean, tril.float())
-    return Gaussian(mean, torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32)))
+    slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
+    return gaussian_of(
+        {name: adata.obsm[slot] for name, slot in slots.items() if slot in adata.obsm}
+    )
+
+
+def gaussian_of(values: dict[str, np.ndarray]) -> Gaussian:
+    """q of cells' :func:`moments`, on the CPU."""
+    mean = torch.as_tensor(np.array(values["mean"], np.float32))
+    if "covariance" not in values:
+        return Gaussian(mean, torch.as_tensor(np.array(values["scale"], np.float32)))
+    packed = torch.as_tensor(np.array(values["covariance"], np.float64))
+    lower = unpack(packed, mean.shape[1])
+    covariance = lower + lower.tril(-1).mT
+    tril, failed = torch.linalg.cholesky_ex(covariance)
+    if failed.any():
+        # float32 has rounded a very long, thin covariance past positive definiteness.
+        longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+        jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
+        bad = (failed > 0)[:, None, None]
+        tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
+    return Gaussian(mean, tril.float())
 
 
 # Cells whose components are asked for at once.
 _CHUNK = 4096
 
 
-def write_components(adata: AnnData, key: str | None, prior: Prior) -> None:
-    """Where the prior has components, the chances of each and the likeliest, of every cell.
-
-    By the posteriors in ``obsm``; those of components that are gone are left out.
-    """
-    keys = Keys.of(key)
-    q = read_posterior(adata, key)
+def components_of(q: Gaussian, prior: Prior) -> np.ndarray | None:
+    """The chances that each cell is of each of the prior's components, where it has any."""
     prior = copying.deepcopy(prior).to(q.mean)
     rows = torch.arange(len(q.mean)).split(_CHUNK)
     parts = [found for part in rows if (found := prior.responsibilities(q[part])) is not None]
-    if not parts:
+    return torch.cat(parts).numpy() if parts else None
+
+
+def write_components(adata: AnnData, key: str | None, share: np.ndarray | None) -> None:
+    """The :func:`components_of` cells, and the likeliest, but those that no cell is of."""
+    if share is None:
         return
-    share = torch.cat(parts).numpy()
+    keys = Keys.of(key)
     there = np.flatnonzero(share.any(0))
-    names = there.astype(str)
     adata.obsm[keys.components] = np.ascontiguousarray(share[:, there], np.float32)
     likeliest = share[:, there].argmax(1)
-    adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, names)
+    adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, there.astype(str))
 
 
 def write_posterior(

@@ -18,13 +18,15 @@ from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
+from scuvae.distributions.gaussian import Gaussian
+from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.fit import run
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
 from scuvae.io.covariates import read_covariates, size_factors
 from scuvae.io.model_arrays import build_model, model_to_arrays
-from scuvae.io.slots import target, write_components, write_posterior
+from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
@@ -171,7 +173,9 @@ def fit(
     ``uns["scuvae"]``
         ``params``, ``history`` (nats per cell and epoch), ``var_names``, and ``state``: the model
         as plain arrays. With it ``adata`` is a complete model, also when read back from a file.
-        ``embed``: the map's basis.
+        ``embed``: the map's basis. ``latent``: along the principal axes of the posterior means,
+        which no rotation changes, their ``variance``, the cells' average ``uncertainty`` (a
+        variance) and ``kl`` (nats), and ``n_active``, how many axes vary by more than .01.
     ``obsm["X_scuvae_embed"]``
         The map, float32 (n_obs, 30): see :func:`scuvae.tl.embed`.
     ``obs["scuvae_scale"]``
@@ -294,7 +298,9 @@ def fit(
             seed=int(generator.integers(2**63)),
         )
 
-    mean = torch.as_tensor(q["mean"], device=where)
+    found = gaussian_of(q)
+    mean = found.mean.to(where)
+    components = components_of(found, model.prior)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
 
     entry = {
@@ -303,6 +309,7 @@ def fit(
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
+        "latent": _in_use(found),
     }
     split = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
@@ -315,7 +322,7 @@ def fit(
     write_posterior(out, key_added, q)
     out.obs[keys.obs["split"]] = split
     out.uns[keys.uns] = entry
-    write_components(out, key_added, model.prior)
+    write_components(out, key_added, components)
     out.obsm[keys.embed] = coordinates
     out.obs[keys.obs["scale"]] = scale
     return out if copy else None
@@ -350,6 +357,13 @@ def _choose_likelihood(
 
 def _instance(chosen: type[Likelihood] | Likelihood, n_vars: int) -> Likelihood:
     return chosen if isinstance(chosen, Likelihood) else chosen(n_vars)
+
+
+def _in_use(q: Gaussian) -> dict[str, Any]:
+    """How much each latent dimension is used, for ``uns``."""
+    found = latent_dimensions(q)
+    numbers = {name: values.numpy() for name, values in found._asdict().items()}
+    return {**numbers, "n_active": found.n_active}
 
 
 def _choose_prior(prior: str | Prior, n_latent: int) -> Prior:

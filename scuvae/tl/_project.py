@@ -26,7 +26,7 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
-from scuvae.io.slots import target, write_components, write_posterior
+from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model import VAE
 from scuvae.model.covariates import Covariates, Design
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
@@ -224,6 +224,7 @@ def project(
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
     found_moments = moments(parts, covariance)
+    components = components_of(gaussian_of(found_moments), model.prior)
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
@@ -235,7 +236,7 @@ def project(
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
     out.uns[keys.uns] = entry
-    write_components(out, key_added, model.prior)
+    write_components(out, key_added, components)
     return out if copy else None
 
 

@@ -22,7 +22,14 @@ from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.genes import cells_of
-from scuvae.io.slots import read_posterior, target, write_components, write_posterior
+from scuvae.io.slots import (
+    components_of,
+    gaussian_of,
+    read_posterior,
+    target,
+    write_components,
+    write_posterior,
+)
 from scuvae.runtime import chunk_on, isolated, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
@@ -130,6 +137,7 @@ def refine(
             parts.append(best)
 
     found = moments(parts, covariance)
+    components = components_of(gaussian_of(found), model.prior)
     entry = copying.deepcopy(read_entry(adata, key))
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
@@ -145,5 +153,5 @@ def refine(
     out.obs[keys.obs["scale"]] = posterior_scale(found["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    write_components(out, key if key_added is None else key_added, model.prior)
+    write_components(out, key if key_added is None else key_added, components)
     return out if copy else None
