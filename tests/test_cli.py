@@ -28,6 +28,11 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "layer": (["--layer", "counts"], "counts"),
     "mask_var": (["--mask-var", "highly_variable"], "highly_variable"),
     "batch_key": (["--batch-key", "donor"], "donor"),
+    "categorical_covariate_keys": (
+        ["--categorical-covariate-keys", "sex", "site"],
+        ["sex", "site"],
+    ),
+    "continuous_covariate_keys": (["--continuous-covariate-keys", "age"], ["age"]),
     "size_factor_key": (["--size-factor-key", "total"], "total"),
     "validation_fraction": (["--validation-fraction", "0.2"], 0.2),
     "max_epochs": (["--max-epochs", "2"], 2),

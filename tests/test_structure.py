@@ -167,6 +167,7 @@ ALIKE = {
     "adam": "Adam: of one cell's q, and compiled",
     "base": "what the entries of a registry have in common",
     "registry": "entries by name",
+    "covariates": "what a decoder is told beside z: its columns, and those of obs they come from",
     "rising_factorial": "the rising factorial, and compiled",
     "natural_gradient": "natural-gradient steps",
 }
@@ -208,6 +209,8 @@ FIT_DEFAULTS: dict[str, Any] = {
     "layer": None,
     "mask_var": None,
     "batch_key": None,
+    "categorical_covariate_keys": None,
+    "continuous_covariate_keys": None,
     "size_factor_key": None,
     "validation_fraction": 0.1,
     "max_epochs": None,

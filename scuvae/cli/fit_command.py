@@ -70,6 +70,14 @@ def add(sub: argparse.ArgumentParser) -> None:
     for title, flags in FIT.items():
         for flag, kind, metavar, text in flags:
             groups[title].add_argument(flag, type=kind, metavar=metavar, help=text)
+    for which, what in (("categorical", "labels"), ("continuous", "numbers")):
+        groups["data"].add_argument(
+            f"--{which}-covariate-keys",
+            nargs="+",
+            action="extend",
+            metavar="COLUMN",
+            help=f"columns of obs with {what} that the model is told as well",
+        )
     switch(groups["training"], "--no-early-stopping", "run all epochs, whatever held-out cells say")
     switch(groups["data"], "--no-check-values", "let fractions pass under a count likelihood")
     progress(sub)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.distributions.gaussian import Gaussian
+from scuvae.model.covariates import Design
 from scuvae.model.curvature import jacobian_gram, systematic_sample
 from scuvae.model.decoder import Decoder
 from scuvae.model.encoder import Encoder
@@ -31,6 +32,8 @@ class VAE(nn.Module):
         x → q(z | x), or None where the model was fitted without.
     prior
         p(z): ``prior.log_prob(z)``, ``prior.sample(shape)``; N(0, I) unless given.
+    design
+        What the columns of a batch's covariates are.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class VAE(nn.Module):
         likelihood: Likelihood,
         encoder: Encoder | None = None,
         prior: Prior | None = None,
+        design: Design | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.likelihood = likelihood
         self.encoder = encoder
         self.prior = StandardNormal(decoder.n_latent) if prior is None else prior
+        self.design = design or Design()
 
     @property
     def n_latent(self) -> int:
@@ -128,7 +133,7 @@ class VAE(nn.Module):
         """The encoder's q for a batch."""
         if self.encoder is None:
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
-        q: Gaussian = self.encoder(dense(batch.x))
+        q: Gaussian = self.encoder(dense(batch.x), batch.covariates)
         return q
 
 

@@ -2,6 +2,7 @@
 
 import copy as copying
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,7 +27,8 @@ from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
-from scuvae.io import covariates, inputs
+from scuvae.io import inputs
+from scuvae.io.covariates import read_covariates, size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
@@ -52,6 +54,8 @@ def fit(
     layer: str | None = None,
     mask_var: str | np.ndarray | None = None,
     batch_key: str | None = None,
+    categorical_covariate_keys: Iterable[str] | None = None,
+    continuous_covariate_keys: Iterable[str] | None = None,
     size_factor_key: str | None = None,
     validation_fraction: float = 0.1,
     max_epochs: int | None = None,
@@ -111,7 +115,14 @@ def fit(
         A boolean column of ``adata.var``, such as ``"highly_variable"``, or a boolean array: the
         genes to model. None for all.
     batch_key
-        Column of ``adata.obs`` with each cell's batch, which the decoder is told.
+        Column of ``adata.obs`` with each cell's batch, which decoder and encoder are told: what
+        differs between batches is not in the latent variable. Levels are what values say: 1, 1.0,
+        True and "1" are one; unused categories do not count.
+    categorical_covariate_keys
+        Further such columns, as a list.
+    continuous_covariate_keys
+        Columns of numbers that decoder and encoder are told as well, standardised by the mean and
+        standard deviation over the cells of the fit.
     size_factor_key
         Column of ``adata.obs`` with each cell's expected total over the modelled genes, in counts;
         None for its total over them.
@@ -255,8 +266,10 @@ def fit(
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
     p_of_z = _choose_prior(prior, settings.n_latent)
-    codes, batches = covariates.batch_codes(adata, batch_key)
-    size_factor = covariates.size_factors(adata, size_factor_key)
+    covariates = read_covariates(
+        adata, batch_key, categorical_covariate_keys, continuous_covariate_keys
+    )
+    size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
@@ -269,8 +282,8 @@ def fit(
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
         "encoder_input": _encoder_input(chosen) if has_encoder else None,
         "layer": layer,
-        "batch_key": batch_key,
-        "batches": np.array(batches, dtype=object) if batches else None,
+        **({} if covariates is None else covariates.design.to_params()),
+        "encoder_covariates": True if has_encoder and covariates is not None else None,
         "size_factor_key": size_factor_key,
         "mask_var": mask_var if isinstance(mask_var, str) else None,
         "early_stopping": early_stopping,
@@ -289,8 +302,7 @@ def fit(
         cells = Cells(
             source_of(matrix, where),
             size_factor=_tensor(size_factor, where),
-            codes=_tensor(codes, where),
-            n_categories=len(batches),
+            covariates=None if covariates is None else covariates.to(where),
         )
         held_out = _hold_out(len(cells), settings.validation_fraction)
         if early_stopping and not held_out.any():
@@ -316,7 +328,7 @@ def fit(
     found = gaussian_of(q)
     mean = found.mean.to(where)
     components = components_of(found, model.prior)
-    coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
+    coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
 
     parts = {
         "params": params,

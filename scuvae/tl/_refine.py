@@ -141,7 +141,7 @@ def refine(
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"], len(fit.batches))
+        coordinates = placed(model, mean, entry["embed"])
     out = target(adata, copy)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)

@@ -224,7 +224,7 @@ def _split(adata: AnnData, keys: Keys, cells: Cells, counts: bool) -> tuple[Tens
 def _with_encoder(fit: Fit) -> VAE:
     """The fit's model, with a new encoder from torch's random state."""
     encoder = build_model(fit.params | _params_of(fit), len(fit.var_names)).encoder
-    return VAE(fit.model.decoder, fit.model.likelihood, encoder, fit.model.prior).eval()
+    return VAE(fit.model.decoder, fit.model.likelihood, encoder, fit.model.prior, fit.design).eval()
 
 
 def _params_of(fit: Fit) -> dict[str, Any]:
@@ -232,5 +232,7 @@ def _params_of(fit: Fit) -> dict[str, Any]:
     found: dict[str, Any] = {"amortized": "distilled"}
     if "has_encoder" in fit.params:
         found["has_encoder"] = True
+    if fit.design.n_columns:
+        found["encoder_covariates"] = True
     entering = fit.model.likelihood.encoder_input()
     return found | ({} if entering == "values" else {"encoder_input": entering})

@@ -156,7 +156,8 @@ class _EncoderJudge:
 def _settle(model: VAE, cells: Iterable[Batch]) -> None:
     """The encoder in evaluation mode, its batch norms' moments those of the training cells."""
     assert model.encoder is not None
-    model.encoder.settle(dense(_deep_and_shallow(model, batch).x) for batch in cells)
+    seen = (_deep_and_shallow(model, batch) for batch in cells)
+    model.encoder.settle((dense(batch.x), batch.covariates) for batch in seen)
     model.encoder.eval()
 
 

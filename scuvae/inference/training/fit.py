@@ -164,7 +164,7 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
     if model.encoder is not None:
         settling = cells.loader(begun.training, settings.batch_size)
         seen = with_shallow if counts else lambda batch: batch
-        model.encoder.settle(dense(seen(batch).x) for batch in settling)
+        model.encoder.settle((dense(batch.x), batch.covariates) for batch in map(seen, settling))
     if judge is not None and table is not None:
         table.store(begun.validation, judge.q())
     if not counts:
