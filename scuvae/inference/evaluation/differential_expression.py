@@ -14,7 +14,7 @@ the likelihood ratio, good down to a few counts, averaged over the gene's τ².
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,15 +45,25 @@ class Units:
     stratum: Tensor
     pair: Tensor
 
+    def of(self, genes: Tensor) -> "Units":
+        """Some of the genes."""
+        some = (self.counts[:, genes], self.variance[:, genes])
+        return replace(self, counts=some[0], variance=some[1])
+
+    def scaled(self, factor: Tensor) -> "Units":
+        """With exposures times ``factor``, (units,)."""
+        return replace(self, exposure=self.exposure * factor)
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of each gene: the estimate of δ, a standard error, and the two-sided p of δ = 0."""
+    """Of each gene: the estimate of δ, a standard error that says as much against zero as p does,
+    ln p of δ = 0 (two-sided), and the part of δ̂'s variance that is its counts' (genes,)."""
 
     change: Tensor
-    error: Tensor
-    p: Tensor
-    spread: Tensor
+    scale: Tensor
+    log_p: Tensor
+    by_counts: Tensor
 
 
 class _Comparison:
@@ -183,11 +193,26 @@ def compare(units: Units, *, donors: bool, smoothing: float = 1.0) -> Evidence:
             kept.append(part)
     change, error, root, log_l = (torch.cat(p, 1) for p in (best, curved, at_zero, integral))
     weight = _posterior_of_spread(log_l, smoothing)
-    p = (weight * 2 * torch.special.ndtr(-root.abs())).sum(0)
+    log_p = (weight.log() + torch.special.log_ndtr(-root.abs())).logsumexp(0) + math.log(2)
+    log_p = log_p.clamp_max(0)
     mean = (weight * change).sum(0)
-    # Within a spread and between; it is only of use where p is not.
-    spread = (weight * spreads[:, None]).sum(0)
-    return Evidence(mean, (weight * error.square()).sum(0).sqrt(), p.clamp(1e-300, 1), spread)
+    z = normal_quantile(log_p)
+    # δ̂ / z, but where z says nothing.
+    scale = torch.where(z > 0.3, mean.abs() / z.clamp_min(0.3), (weight * error.square()).sum(0).sqrt())
+    first = units.in_first
+    by_counts = sum(1 / units.counts[side].sum(0).clamp_min(0.5) for side in (first, ~first))
+    return Evidence(mean, scale.clamp_min(_LEAST), log_p, by_counts / scale.square())
+
+
+def normal_quantile(log_p: Tensor) -> Tensor:
+    """|z| of which a two-sided p has this logarithm, however small."""
+    one_sided = log_p - math.log(2)
+    z = (-2 * one_sided).sqrt()
+    for _ in range(20):
+        log_tail = torch.special.log_ndtr(-z)
+        hazard = (-0.5 * z.square() - 0.5 * math.log(2 * math.pi) - log_tail).exp()
+        z = (z + (log_tail - one_sided) / hazard).clamp_min(0)
+    return z
 
 
 def _evaluate(comparison: _Comparison, spreads: Tensor) -> tuple[Tensor, ...]:
