@@ -106,9 +106,7 @@ def design_of(
 def _column(adata: AnnData, argument: str, name: Any) -> pd.Categorical:
     """A column of names, without categories that no cell has."""
     if name not in adata.obs:
-        raise ValueError(
-            f"{argument}={name!r} is no column of adata.obs. {near(name, adata.obs)}"
-        )
+        raise ValueError(f"{argument}={name!r} is no column of adata.obs. {near(name, adata.obs)}")
     values = adata.obs[name]
     if values.dtype.kind == "f":
         raise ValueError(
@@ -118,7 +116,7 @@ def _column(adata: AnnData, argument: str, name: Any) -> pd.Categorical:
     found = pd.Categorical(values).remove_unused_categories()
     if not len(found.categories):
         raise ValueError(
-            f"adata.obs[{name!r}] is missing for all cells: pass {argument}= a column that has names"
+            f"adata.obs[{name!r}] is missing for all cells: pass {argument}= a column of names"
         )
     return found.rename_categories([str(kind) for kind in found.categories])
 
@@ -130,8 +128,9 @@ def _check_cells(
         n = int(np.isin(code, list(kinds)).sum())
         if n < 2:
             raise ValueError(
-                f"group {what!r} of adata.obs[{groupby!r}] has {n} cell{'s' * (n != 1)}: a comparison "
-                "takes two on either side. Pass groups= without it, or join it with another"
+                f"group {what!r} of adata.obs[{groupby!r}] has {n} cell{'s' * (n != 1)}: a "
+                "comparison takes two on either side. Pass groups= without it, or join it with "
+                "another"
             )
 
 
@@ -176,9 +175,9 @@ def _checked(comparison: Comparison, donor_key: str, reference: str) -> Comparis
         n = int(side.sum())
         if n < 2:
             raise ValueError(
-                f"group {what!r} has cells of {n} donor{'s' * (n != 1)} of adata.obs[{donor_key!r}]: "
-                "donors' spread takes two on either side. Pass groups= without it, or "
-                "donor_key=None to compare cells"
+                f"group {what!r} has cells of {n} donor{'s' * (n != 1)} of "
+                f"adata.obs[{donor_key!r}]: donors' spread takes two on either side. Pass "
+                "groups= without it, or donor_key=None to compare cells"
             )
     alone = pair < 0
     shared = np.intersect1d(stratum[alone & first], stratum[alone & ~first])

@@ -37,7 +37,7 @@ _BY_COUNTS = 0.5
 @isolated
 def rank_genes(
     adata: AnnData,
-    groupby: str,
+    groupby: str = "cell_type",
     *,
     groups: str | Iterable[str] = "all",
     reference: str = "rest",
@@ -57,14 +57,15 @@ def rank_genes(
     of one group differ. Their spread, a gene's own, is weighed against that of all genes, so that
     three donors a group can do; on top of it count the finite number of a donor's cells and of
     their counts, and what the posteriors leave open. A donor with cells in both groups is compared
-    with itself. Without ``donor_key`` cells are the replicates: what is found holds for these donors'
-    cells, not for other donors, and among many cells the smallest change is found.
+    with itself. Without ``donor_key`` cells are the replicates: what is found holds for these
+    donors' cells, not for other donors, and among many cells the smallest change is found.
 
     Compared are the counts of whole groups (a donor's, added up) at one total, corrected for the
     composition of each: most genes do not change. The model says how much such sums vary
-    (:mod:`scuvae.inference.evaluation.unit_totals`), and with donors, where other cells of ``adata``
-    are in neither group, which genes go with the shift that the groups show in latent space, as the
-    other cells tell: that makes some changes likelier before the counts of few cells are looked at.
+    (:mod:`scuvae.inference.evaluation.unit_totals`). With donors, where cells of ``adata`` are in
+    neither group, it also says which genes go with the shift that the groups show in latent space,
+    as those cells tell: that makes some changes likelier before the counts of few cells are looked
+    at.
     So pass all cells, with a column such as ``"B_stimulated"``, rather than those of one type.
 
     Parameters
@@ -98,9 +99,9 @@ def rank_genes(
     Returns
     -------
     None, or with ``copy=True`` the AnnData. Sets ``uns["rank_genes_groups"]``, read by
-    ``sc.get.rank_genes_groups_df`` and ``sc.pl.rank_genes_groups*``: of the genes that were modelled
-    and observed, sorted by ``scores`` with the highest first, a structured array each with a field
-    a group.
+    ``sc.get.rank_genes_groups_df`` and ``sc.pl.rank_genes_groups*``: of the genes that were
+    modelled and observed, sorted by ``scores`` with the highest first, a structured array each with
+    a field a group.
 
     ``names``, ``scores``
         Genes, and the z whose two-sided p is ``pvals``, with the sign of the change.
@@ -108,8 +109,8 @@ def rank_genes(
         log2 of the ratio of means, group over reference, by the counts alone; bounded where one is
         zero.
     ``pvals``, ``pvals_adj``
-        Of no change: from the likelihood ratio of the counts, averaged over the donors' spread as far
-        as it is known (a moderated test; without donors that of cells). No other cells enter.
+        Of no change: from the likelihood ratio of the counts, averaged over the donors' spread as
+        far as it is known (a moderated test; without donors that of cells). No other cells enter.
         Adjusted by Benjamini & Hochberg over genes that were tested.
     ``prob_de``
         The posterior probability of a change beyond ``threshold``.
@@ -206,9 +207,7 @@ class _Ranking:
         self.totals = UnitTotals.zeros(len(design.units), len(self.genes), model.n_latent)
         for batch in self.cells.loader(used, CHUNK):
             moments = (self.z[batch.index], raw[batch.index])
-            add_cells(
-                self.totals, model, batch, unit[batch.index], moments, self.genes, n_samples
-            )
+            add_cells(self.totals, model, batch, unit[batch.index], moments, self.genes, n_samples)
 
     def table(
         self, comparison: Comparison, threshold: float, min_counts: int
@@ -273,7 +272,9 @@ def _latent_change(totals: UnitTotals, comparison: Comparison) -> tuple[Tensor, 
     a, b = mean[first], mean[~first]
     both = pair[first & (pair >= 0)]
     if len(both) >= 2:
-        at = {side: {int(p): i for i, p in enumerate(pair[first == side])} for side in (True, False)}
+        at = {
+            side: {int(p): i for i, p in enumerate(pair[first == side])} for side in (True, False)
+        }
         difference = torch.stack([a[at[True][int(p)]] - b[at[False][int(p)]] for p in both])
         return difference.mean(0), difference.T.cov() / len(difference)
     return a.mean(0) - b.mean(0), a.T.cov() / len(a) + b.T.cov() / len(b)
@@ -294,8 +295,8 @@ def _records(found: dict[str, dict[str, np.ndarray]]) -> dict[str, np.recarray]:
     kinds = {"names": "O", "pvals": "float64", "pvals_adj": "float64"}
     fields = next(iter(found.values()))
     return {
-        field: pd.DataFrame({group: t[field][order[group]] for group, t in found.items()}).to_records(
-            index=False, column_dtypes=kinds.get(field, "float32")
-        )
+        field: pd.DataFrame(
+            {group: t[field][order[group]] for group, t in found.items()}
+        ).to_records(index=False, column_dtypes=kinds.get(field, "float32"))
         for field in fields
     }

@@ -2,8 +2,8 @@
 
 δ̂ ~ N(δ, s²) with a prior of δ that all genes together say: a mass at zero and normals about it
 (adaptive shrinkage: Stephens 2017). Where other cells predict a change m, genes are taken in strata
-by how clearly they do: each has its own weights, and normals about multiples of m beside the others.
-Predictions that say nothing get no weight.
+by how clearly they do: each has its own weights, and normals about multiples of m beside the
+others. Predictions that say nothing get no weight.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,8 @@ _STEPS = 300
 
 
 class Changes(NamedTuple):
-    """Of each gene: P(|δ| > threshold), P(sign is wrong or δ = 0), and E[δ]; (genes,)."""
+    """Of each gene, (genes,): P(|δ| > threshold); P(δ is 0, or of the less likely sign); P(δ is not
+    beyond the threshold on its likelier side); E[δ]."""
 
     beyond: Tensor
     false_sign: Tensor
@@ -42,7 +43,7 @@ def shrink(
     """Posteriors of changes δ from estimates (genes,) with standard errors ``scale``.
 
     ``predicted`` are changes that other cells predict, ``clear`` the standard errors that these are
-    from zero; ``error`` is the probability that δ is not beyond ±``threshold`` on its likelier side.
+    from zero.
     """
     zero = torch.zeros_like(change)
     means = [zero] * (1 + len(_SCALES))

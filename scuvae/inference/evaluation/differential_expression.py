@@ -20,13 +20,18 @@ import torch
 from torch import Tensor
 
 # Standard deviations of donors' log means, for which the grid has weights.
-SPREADS = torch.tensor([0.02, 0.05, 0.08, 0.12, 0.17, 0.24, 0.33, 0.45, 0.6, 0.85, 1.2, 1.7, 2.5])
+SPREADS = torch.tensor(
+    [0.005, 0.03, 0.06, 0.09, 0.12, 0.17, 0.24, 0.33, 0.45, 0.6, 0.85, 1.2, 1.7, 2.5]
+)
 # Nodes of δ about each gene's rough estimate, in its standard errors.
 _NODES = torch.linspace(-6, 6, 25, dtype=torch.float64)
 _NEWTON = 8
+# Genes' worth of belief in each spread.
+_SMOOTHING = 1.0
 _GENES = 256
-# Of a gene's residuals: where they are cut off, and the spread of donors that they are measured by.
-_BOUND, _TYPICAL = 1.0, 0.2
+# Of genes' residuals: where they are cut off, where they are of other genes, and the spread of
+# donors that they are measured by.
+_BOUND, _REJECTED, _TYPICAL = 0.7, 2.5, 0.2
 _LEAST = 1e-8
 
 
@@ -162,43 +167,49 @@ class _Comparison:
 def composition(units: Units, n_steps: int = 20) -> Tensor:
     """By how much each unit's exposure is off for most genes: its logarithm, (units,).
 
-    A few strong genes that change take from all others' shares. Of Pearson residuals about the
-    units' common shares, bounded (Huber): genes that differ count for little.
+    A few strong genes that change take from all others' shares. Of residuals of square roots about
+    the units' common shares, which few counts do not skew: first bounded (Huber), then with no
+    weight for genes that differ (Tukey's biweight).
     """
     y, kappa = units.counts, units.variance
     share = y.sum(0) / units.exposure.sum()
     log_ratio = torch.zeros_like(units.exposure)
-    for _ in range(n_steps):
+    for step in range(n_steps):
         mu = units.exposure[:, None] * log_ratio.exp()[:, None] * share
-        scale = (mu + (kappa + _TYPICAL**2) * mu.square()).clamp_min(_LEAST).sqrt()
-        residual = (y - mu) / scale
-        inside = residual.abs() <= _BOUND
-        pull = (residual.clamp(-_BOUND, _BOUND) * mu / scale).sum(1)
-        log_ratio = log_ratio + pull / (inside * (mu / scale).square()).sum(1).clamp_min(_LEAST)
+        slope = mu / (mu + (kappa + _TYPICAL**2) * mu.square()).clamp_min(_LEAST).sqrt()
+        root = (y + 0.375).sqrt() - (mu + 0.375).sqrt()
+        residual = 2 * root * slope / mu.clamp_min(_LEAST).sqrt()
+        if step < n_steps // 2:
+            weight = (_BOUND / residual.abs().clamp_min(_LEAST)).clamp_max(1)
+        else:
+            weight = (1 - (residual / _REJECTED).square()).clamp_min(0).square()
+        pull = (weight * residual * slope).sum(1)
+        log_ratio = log_ratio + pull / (weight * slope.square()).sum(1).clamp_min(_LEAST)
         share = (y / (units.exposure * log_ratio.exp())[:, None]).mean(0)
     return log_ratio - log_ratio.mean()
 
 
-def compare(units: Units, *, donors: bool, smoothing: float = 1.0) -> Evidence:
+def compare(units: Units, *, donors: bool) -> Evidence:
     """The evidence of each gene for a change from the second group to the first.
 
     ``donors``: units spread about their groups; else they are all there is, and τ² = 0.
     """
     spreads = SPREADS.double() if donors else torch.zeros(1, dtype=torch.float64)
     n_genes = units.counts.shape[1]
-    best, curved, at_zero, integral = [], [], [], []
-    for start in range(0, n_genes, _GENES):
-        parts = _evaluate(_Comparison(units, slice(start, start + _GENES)), spreads)
-        for kept, part in zip((best, curved, at_zero, integral), parts, strict=True):
-            kept.append(part)
-    change, error, root, log_l = (torch.cat(p, 1) for p in (best, curved, at_zero, integral))
-    weight = _posterior_of_spread(log_l, smoothing)
+    parts = [
+        _evaluate(_Comparison(units, slice(start, start + _GENES)), spreads)
+        for start in range(0, n_genes, _GENES)
+    ]
+    change, error, root, log_l = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    weight = _posterior_of_spread(log_l)
     log_p = (weight.log() + torch.special.log_ndtr(-root.abs())).logsumexp(0) + math.log(2)
     log_p = log_p.clamp_max(0)
     mean = (weight * change).sum(0)
     z = normal_quantile(log_p)
     # δ̂ / z, but where z says nothing.
-    scale = torch.where(z > 0.3, mean.abs() / z.clamp_min(0.3), (weight * error.square()).sum(0).sqrt())
+    scale = torch.where(
+        z > 0.3, mean.abs() / z.clamp_min(0.3), (weight * error.square()).sum(0).sqrt()
+    )
     first = units.in_first
     by_counts = sum(1 / units.counts[side].sum(0).clamp_min(0.5) for side in (first, ~first))
     return Evidence(mean, scale.clamp_min(_LEAST), log_p, by_counts / scale.square())
@@ -216,7 +227,7 @@ def normal_quantile(log_p: Tensor) -> Tensor:
 
 
 def _evaluate(comparison: _Comparison, spreads: Tensor) -> tuple[Tensor, ...]:
-    """At each spread: δ's estimate, its error, the signed root at 0, ln ∫ L dδ; (spreads, genes)."""
+    """At each spread δ's estimate, its error, the signed root at 0, ln ∫ L dδ; (spreads, genes)."""
     centre, widths = comparison.rough(spreads)
     rows = []
     for spread, width in zip(spreads.tolist(), widths, strict=True):
@@ -235,14 +246,14 @@ def _evaluate(comparison: _Comparison, spreads: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.stack(part) for part in zip(*rows, strict=True))
 
 
-def _posterior_of_spread(log_l: Tensor, smoothing: float, n_steps: int = 200) -> Tensor:
+def _posterior_of_spread(log_l: Tensor, n_steps: int = 200) -> Tensor:
     """Weights of the spreads, (spreads, genes), under the distribution that genes have together."""
     likelihood = (log_l - log_l.amax(0)).exp()
     prior = torch.full((len(log_l), 1), 1 / len(log_l), dtype=log_l.dtype)
     for _ in range(n_steps):
         weight = prior * likelihood
         weight = weight / weight.sum(0)
-        prior = weight.sum(1, keepdim=True) + smoothing
+        prior = weight.sum(1, keepdim=True) + _SMOOTHING
         prior = prior / prior.sum()
     weight = prior * likelihood
     return weight / weight.sum(0)

@@ -44,8 +44,8 @@ class UnitTotals:
         def zero(*shape: int) -> Tensor:
             return torch.zeros(n_units, *shape, dtype=torch.float64)
 
-        genes = [zero(n_genes) for _ in range(5)]
-        return cls(*genes, zero(), zero(), zero(), zero(n_latent))
+        shapes = [(n_genes,)] * 5 + [()] * 3 + [(n_latent,)]
+        return cls(*(zero(*shape) for shape in shapes))
 
     def merged(self, into: Tensor) -> "UnitTotals":
         """Units of several of these each: ``into``, (new, units), is one where one is part."""
