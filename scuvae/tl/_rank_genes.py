@@ -31,7 +31,7 @@ from scuvae.tl._groups import Comparison, Design, design_of
 SLOT = "rank_genes_groups"
 # Other cells are asked where counts make at least this part of an estimate's variance: where donors
 # do, the others have the same donors.
-_BY_COUNTS = 0.5
+_BY_COUNTS = 0.35
 
 
 @isolated

@@ -16,7 +16,7 @@ _SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 # Where normals about a predicted change lie, as parts of it: those of a ridge are too small.
 _PARTS = (0.7, 1.3)
 # Genes' worth of belief in zero, of each stratum.
-_PENALTY = 10.0
+_PENALTY = 20.0
 # Strata's bounds: predictions in their standard errors.
 BOUNDS = (2.0, 3.0)
 _STEPS = 300
