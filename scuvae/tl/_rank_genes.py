@@ -10,7 +10,6 @@ from anndata import AnnData
 from torch import Tensor
 
 from scuvae._checks import names, real, whole
-from scuvae.distributions.gaussian import raw_scale
 from scuvae.inference.evaluation import change_from_others as others
 from scuvae.inference.evaluation.adaptive_shrinkage import clearness, expected_false, shrink
 from scuvae.inference.evaluation.differential_expression import (
@@ -195,19 +194,18 @@ class _Ranking:
         where: torch.device,
         n_samples: int,
     ) -> None:
-        stored = read_posterior(adata, key)
+        stored = read_posterior(adata, key).to(where)
         self.cells = cells_of(adata, fit, device=where)
         columns, positions = places(adata, fit, self.cells)
         self.names, self.design = adata.var_names[columns].to_numpy(), design
         self.genes = torch.as_tensor(positions, device=where)
-        self.z = stored.mean.to(where)
-        raw, model = raw_scale(stored).to(where), fit.model.to(where)
+        self.z, model = stored.mean, fit.model.to(where)
         unit = torch.as_tensor(design.unit, device=where)
         used = (unit >= 0).nonzero()[:, 0]
         self.totals = UnitTotals.zeros(len(design.units), len(self.genes), model.n_latent)
         for batch in self.cells.loader(used, CHUNK):
-            moments = (self.z[batch.index], raw[batch.index])
-            add_cells(self.totals, model, batch, unit[batch.index], moments, self.genes, n_samples)
+            q, of = stored[batch.index], unit[batch.index]
+            add_cells(self.totals, model, batch, of, q, self.genes, n_samples)
 
     def table(
         self, comparison: Comparison, threshold: float, min_counts: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
-from scuvae.distributions.gaussian import draw, gaussian
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
 
@@ -67,21 +67,20 @@ def add_cells(
     model: VAE,
     batch: Batch,
     unit: Tensor,
-    moments: tuple[Tensor, Tensor],
+    q: Gaussian,
     genes: Tensor,
     n_samples: int,
 ) -> None:
-    """A batch's cells, whose units are ``unit`` and whose q has ``moments`` (mean, raw scale).
+    """A batch's cells, whose units are ``unit`` and whose posteriors are ``q``.
 
     ``genes`` are numbers among the model's, of observed ones.
     """
-    q = gaussian(*moments)
     observed = batch.observed
     places = genes if observed is None else (observed.long().cumsum(0) - 1)[genes]
     mean = square = inner = torch.zeros((), device=genes.device)
     points = normal_points(n_samples, q.mean)
     for point in points:
-        eta = model.decoder(draw(q, point), batch.covariates)
+        eta = model.decoder(q.draw(point), batch.covariates)
         found = model.likelihood.moments(eta, model.size_factor(batch, eta), observed)
         value = found.mean[:, places]
         mean = mean + value / len(points)
