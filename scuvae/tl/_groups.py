@@ -34,7 +34,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Design:
-    """Each cell's unit (−1: none), what group and donor (or batch) units have, and comparisons."""
+    """Each cell's unit (−1: in no comparison), units' groups and donors (or batches), comparisons."""
 
     unit: np.ndarray
     units: list[tuple[int, int]]
@@ -100,6 +100,8 @@ def design_of(
         elif batch is not None:
             comparison = _shared(comparison, fit, reference)
         comparisons.append(comparison)
+    compared = np.any([c.members.any(0) for c in comparisons], axis=0)
+    unit = np.where((unit >= 0) & compared[unit], unit, -1)
     return Design(unit, units, donor_key is not None, comparisons)
 
 
