@@ -34,7 +34,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Design:
-    """Each cell's unit (−1: in no comparison), units' groups and donors (or batches), comparisons."""
+    """Cells' units (−1: in no comparison), units' groups and donors or batches, comparisons."""
 
     unit: np.ndarray
     units: list[tuple[int, int]]
