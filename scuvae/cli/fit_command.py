@@ -25,6 +25,7 @@ FIT = {
             "NAME",
             "gaussian, poisson, nb, zinb, bernoulli; auto: nb for whole counts",
         ),
+        ("--prior", str, "NAME", "standard_normal or mixture: of the latent variables"),
         ("--n-latent", int, "N", "latent dimensions"),
         ("--n-hidden", int, "N", "width of a hidden layer"),
         ("--n-layers", int, "N", "hidden layers; 0: a linear decoder"),
@@ -46,6 +47,8 @@ FIT = {
         ("--n-samples", int, "N", "draws per cell and step"),
         ("--kl-weight", float, "F", "weight of the KL divergence"),
         ("--dropout", float, "P", "share of the decoder's hidden units that a step drops"),
+        ("--checkpoint", str, "FOLDER", "keep how far training has come; go on from there"),
+        ("--checkpoint-every", float, "S", "seconds between checkpoints"),
         DEVICE,
         ("--rng", int, "SEED", "seed of all draws"),
         KEY_ADDED,
@@ -67,6 +70,14 @@ def add(sub: argparse.ArgumentParser) -> None:
     for title, flags in FIT.items():
         for flag, kind, metavar, text in flags:
             groups[title].add_argument(flag, type=kind, metavar=metavar, help=text)
+    for which, what in (("categorical", "labels"), ("continuous", "numbers")):
+        groups["data"].add_argument(
+            f"--{which}-covariate-keys",
+            nargs="+",
+            action="extend",
+            metavar="COLUMN",
+            help=f"columns of obs with {what} that the model is told as well",
+        )
     switch(groups["training"], "--no-early-stopping", "run all epochs, whatever held-out cells say")
     switch(groups["data"], "--no-check-values", "let fractions pass under a count likelihood")
     progress(sub)

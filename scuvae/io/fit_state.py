@@ -3,11 +3,12 @@
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 
 from scuvae._errors import near
@@ -16,6 +17,7 @@ from scuvae.io import manifest, state_checks
 from scuvae.io.manifest import Damaged
 from scuvae.io.model_arrays import model_from_arrays
 from scuvae.model import VAE
+from scuvae.model.covariates import Design
 
 logger = logging.getLogger("scuvae")
 
@@ -38,13 +40,16 @@ class Fit:
         return None if layer is None else str(layer)
 
     @property
+    def design(self) -> Design:
+        return self.model.design
+
+    @property
     def batch_key(self) -> str | None:
-        key = self.params.get("batch_key")
-        return None if key is None else str(key)
+        return None if self.design.batch is None else self.design.batch.key
 
     @property
     def batches(self) -> list[str]:
-        return [str(name) for name in self.params.get("batches", ())]
+        return self.design.batches
 
     @property
     def size_factor_key(self) -> str | None:
@@ -149,6 +154,33 @@ def read_fit(adata: AnnData, key: str | None) -> Fit:
     var_names = pd.Index([str(name) for name in entry["var_names"]])
     model = model_from_arrays(params, entry["state"], len(var_names))
     return Fit(params, var_names, model, _missing(entry))
+
+
+def read_extended(adata: AnnData, key: str | None, fit: Fit) -> Fit:
+    """A reference's fit; with the levels that it has not seen where ``adata`` holds a projection
+    on it that has estimated them."""
+    entry = adata.uns.get(Keys.of(key).uns)
+    if not _holds_fit(entry):
+        return fit
+    design = Design.from_params(entry["params"])
+    if design == fit.design or not design.extends(fit.design):
+        return fit
+    own = read_fit(adata, key)
+    if not own.var_names.equals(fit.var_names) or not _same_but_for_levels(own.model, fit.model):
+        return fit
+    return replace(own, missing=fit.missing)
+
+
+def _same_but_for_levels(model: VAE, other: VAE) -> bool:
+    """Whether all parameters of decoder and likelihood that do not depend on levels are equal."""
+    for part in ("decoder", "likelihood"):
+        own, known = (getattr(one, part).state_dict() for one in (model, other))
+        if own.keys() != known.keys():
+            return False
+        shared = [name for name in own if own[name].shape == known[name].shape]
+        if not all(torch.equal(own[name], known[name]) for name in shared):
+            return False
+    return True
 
 
 def _plain(value: Any) -> Any:

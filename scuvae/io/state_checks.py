@@ -14,6 +14,7 @@ from scuvae.distributions.gaussian import COVARIANCES
 from scuvae.io.manifest import Damaged
 from scuvae.io.model_arrays import build_model
 from scuvae.model.likelihoods import LIKELIHOODS
+from scuvae.model.priors import PRIORS
 
 # What ``params`` may hold. What is not here this version would leave out of account: a new setting
 # gets an entry, and one that changes what the others mean a new ``manifest.FORMAT``.
@@ -26,7 +27,7 @@ SETTINGS = _NEEDED | {
     *("layer", "mask_var", "batch_key", "batches", "new_batches", "size_factor_key"),
     *("categorical_covariate_keys", "categorical_covariate_levels", "categorical_covariate_sizes"),
     *("continuous_covariate_keys", "continuous_covariate_means", "continuous_covariate_scales"),
-    *("has_encoder", "encoder_input", "encoder_covariates", "linear_path", "distilled"),
+    *("prior", "has_encoder", "encoder_input", "encoder_covariates", "linear_path", "distilled"),
     *("validation_fraction", "max_epochs", "batch_size", "learning_rate", "optimizer", "n_samples"),
     *("early_stopping", "check_values"),
 }
@@ -36,12 +37,14 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
     """Raise for a likelihood or a setting that this version does not know, or a value of none."""
     version = params.get("version", "an unknown version")
     by = f"{where}['params'], written by scuvae {version}"
-    name = params.get("likelihood")
-    if name is not None and (not isinstance(name, str) or name not in LIKELIHOODS):
-        raise ValueError(
-            f"{by}: the fit's likelihood is {name!r}, which is not registered: set scuvae.model."
-            f"likelihoods.LIKELIHOODS[{name!r}] to its class. {near(name, LIKELIHOODS)}"
-        )
+    known: dict[str, Mapping[str, Any]] = {"likelihood": LIKELIHOODS, "prior": PRIORS}
+    for what, registry in known.items():
+        name, plural = params.get(what), f"{what}s"
+        if name is not None and (not isinstance(name, str) or name not in registry):
+            raise ValueError(
+                f"{by}: the fit's {what} is {name!r}, which is not registered: set scuvae.model."
+                f"{plural}.{plural.upper()}[{name!r}] to its class. {near(name, registry)}"
+            )
     unknown = sorted(name for name in params if name.split("/")[0] not in SETTINGS)
     if unknown:
         raise ValueError(
@@ -110,6 +113,8 @@ def check_state(
         fits = array.shape == shape
         if path.startswith("likelihood/"):  # it may have chosen one value for each gene, or for all
             fits = fits or set(array.shape) <= {1, n_vars, *shape}
+        if path.startswith("prior/"):  # as many components as the instance had
+            fits = fits or array.shape[1:] == shape[1:]
         if not fits or array.dtype != dtype:
             raise Damaged(
                 f"{where}['state']: {path!r} is {array.dtype} of shape {array.shape}, but the "

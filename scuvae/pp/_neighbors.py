@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys
-from scuvae.distributions.gaussian import draw
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.mapping.embedding import Basis, place
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit
@@ -120,16 +119,11 @@ def neighbors(
         raise ValueError(
             f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
         )
-    basis = Basis(
-        centre=torch.as_tensor(np.array(saved["centre"])),
-        components=torch.as_tensor(np.array(saved["components"])),
-        total=float(saved["total"]),
-        n_batches=int(saved["n_batches"]),
-    )
+    basis = Basis.of(saved, torch.device("cpu"))
     q = read_posterior(adata, key)
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
-    draws = _draws(fit.model, q, basis, len(fit.batches), n_samples, generator)
+    draws = _draws(fit.model, q, basis, n_samples, generator)
     times = times_near(draws, k, seed)
     weights = (times + times.T) / (2 * n_samples)
     means = np.asarray(adata.obsm[keys.embed], np.float32)
@@ -176,14 +170,13 @@ def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
 @torch.no_grad()
 def _draws(
     model: VAE,
-    q: Distribution,
+    q: Gaussian,
     basis: Basis,
-    n_batches: int,
     n_samples: int,
     generator: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     """All cells in the map, each at a draw of its own from q, so many times."""
     for _ in range(n_samples):
         noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
-        z = draw(q, torch.from_numpy(noise).unsqueeze(0)).squeeze(0)
-        yield place(model, z, basis, n_batches).numpy()
+        z = q.draw(torch.from_numpy(noise))
+        yield place(model, z, basis).numpy()

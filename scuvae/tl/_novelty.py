@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import sparse
 from scuvae.batches.thinning import thinned
-from scuvae.distributions.gaussian import concatenate, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.mapping.latent_distance import distance_to_posteriors
 from scuvae.inference.mapping.neighbour_residuals import Neighbours, Residuals, joined, residuals
 from scuvae.inference.mapping.tail_probabilities import (
@@ -32,7 +31,7 @@ from scuvae.inference.mapping.typicality import surprise
 from scuvae.inference.refinement.infer import infer
 from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_fit, read_missing
+from scuvae.io.fit_state import Fit, read_extended, read_fit, read_missing
 from scuvae.io.genes import match
 from scuvae.io.slots import target
 from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
@@ -93,7 +92,7 @@ def novelty(
     The posteriors of all cells, the reference's held-out ones included, are found anew as
     :func:`scuvae.tl.project` does with ``polish=False``: ``adata`` may be projected or not (if so,
     project first: that clears the slots of its name; genes that it did without are left out here
-    too), and no encoder is needed.
+    too, and batches that it estimated are known), and no encoder is needed.
 
     Neighbours are new cells, by their posterior means; of more than 2,000, or than there are of the
     reference's, so many drawn at random are candidates. A kind of some 50 cells among them is
@@ -175,7 +174,7 @@ def novelty(
     n_neighbors = whole("n_neighbors", n_neighbors)
     flag("adjust_genes", adjust_genes)
     reference = read_reference(reference, key, cells=True)
-    fit = read_fit(reference, key)
+    fit = read_extended(adata, key_added, read_fit(reference, key))
     where = resolve_device(device)
     # The same genes for both: a score over others is another score.
     shared = adata.var_names.intersection(reference.var_names)
@@ -269,7 +268,7 @@ def _usual(
 class _Scores:
     """Of each cell, (cells,), float64, on the host; and q, where the model is."""
 
-    q: Distribution
+    q: Gaussian
     depth: Tensor
     reconstruction: Tensor
     expected: Tensor
@@ -305,7 +304,7 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
     for batch in cells.loader(everyone, CHUNK):
         fewer = thinned(batch)
         q = infer(fit.model, fewer, str(fit.params["covariance"]), **_steps(fit))
-        kl.append(kl_to_prior(q).double().cpu())
+        kl.append(fit.model.prior.kl(q).double().cpu())
         depth.append(_log_total(sparse(fewer.x).sum()))
     change = (usual.depth - torch.cat(depth)).mean()
     if change < _NO_DEPTH:  # empty cells alone
@@ -316,7 +315,7 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
 def _shared(
     fit: Fit,
     cells: Cells,
-    q: Distribution,
+    q: Gaussian,
     candidates: np.ndarray,
     n: int,
     adjust_by: Tensor | None,

@@ -13,23 +13,23 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import COVARIANCES, moments
-from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
+from scuvae.inference.mapping.new_batches import estimate_levels
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import step_options
+from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.model_files import is_hdf5, read_as
-from scuvae.io.slots import target, write_posterior
+from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model import VAE
+from scuvae.model.covariates import Covariates, Design
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
@@ -101,10 +101,13 @@ def project(
         ``"full"`` or ``"diagonal"``; None: as in the fit.
     new_batches
         What becomes of batches that the fit has not seen. ``"error"``: nothing.
-        ``"estimate"``: what such a batch adds in the decoder's first layer is estimated from its
-        cells, or 1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian
-        prior, whose mean and variance are those of the known batches, so that a few cells move it
-        little. A batch whose cells are all of one kind is confounded with that kind.
+        ``"estimate"``: what such a batch adds in the decoder is estimated from its cells, or
+        1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian prior, whose
+        mean and variance are those of the known batches, so that a few cells move it little. A
+        batch whose cells are all of one kind is confounded with that kind. Levels of other
+        categorical covariates are treated alike, one after another. An encoder takes them for the
+        mean of the known. :func:`scuvae.tl.transfer_labels`, :func:`scuvae.tl.novelty` and all
+        that is done with ``adata`` alone go by what was found.
     max_steps
         Steps at most, of either kind. None: 5 natural ones and 20 that polish, or without polish
         20, of which a cell takes as many as it needs; for another rule its own number.
@@ -138,6 +141,7 @@ def project(
     ``uns["scuvae"]["params"]["new_batches"]``
         The names of estimated batches, where there are any. ``params["batches"]`` has them after
         the fit's own, ``state`` what they add: ``adata`` is a reference that knows them.
+        ``params["new_levels"]``: the same of other covariates, as ``column: level``.
 
     Raises
     ------
@@ -193,12 +197,12 @@ def project(
     if polish is None:
         # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
         curved = fit.model.likelihood.link != "identity"
-        polish = not amortized and curved and local_step == "natural"
+        polish = not amortized and curved and bool(LOCAL_STEPS[local_step].before_polish)
     extend = new_batches == "estimate"
-    if extend and fit.batch_key is None:
+    if extend and not fit.design.categorical:
         raise ValueError(
             "new_batches='estimate', but the fit knows no batches: fit the reference with "
-            "batch_key=, or pass new_batches='error'"
+            "batch_key= or categorical_covariate_keys=, or pass new_batches='error'"
         )
     where = resolve_device(device)
     matched = match(adata, fit, layer, where, genes=chosen, extend=extend)
@@ -214,18 +218,19 @@ def project(
     _warn_of_few_genes(adata, fit, matched, chosen)
     entry["genes"] = _report(fit, matched)
     model = fit.model.to(where)
-    if len(matched.batches) > len(fit.batches):
-        model = _extended(model, matched, adata, fit, covariance)
+    if matched.covariates is not None and matched.covariates.design != fit.design:
+        model = _extended(model, cells, matched.covariates, adata, fit, covariance)
         entry["state"] = model_to_arrays(model)
-        entry["params"] |= _extended_params(entry["params"], fit, matched)
+        entry["params"] |= _extended_params(entry["params"], fit.design, model.design)
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
     found_moments = moments(parts, covariance)
+    components = components_of(gaussian_of(found_moments), model.prior)
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"], len(matched.batches))
+        coordinates = placed(model, mean, entry["embed"])
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, found_moments)
@@ -233,13 +238,14 @@ def project(
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
     out.uns[keys.uns] = sealed(entry)
+    write_components(out, key_added, components)
     return out if copy else None
 
 
 @torch.no_grad()
 def projected(
     model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
-) -> Iterator[tuple[Batch, Distribution]]:
+) -> Iterator[tuple[Batch, Gaussian]]:
     """The cells a chunk at a time, in order, and their q."""
     where = cells.size_factor.device
     everyone = torch.arange(len(cells), device=where)
@@ -292,44 +298,56 @@ def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.In
         )
 
 
-def _extended(model: VAE, matched: Matched, adata: AnnData, fit: Fit, covariance: str) -> VAE:
-    """The model with an offset for each batch that it has not seen, estimated one by one."""
-    cells, codes = matched.cells, matched.cells.codes
-    assert codes is not None
-    columns = [known_offsets(model)]
+def _extended(
+    model: VAE,
+    cells: Cells,
+    covariates: Covariates,
+    adata: AnnData,
+    fit: Fit,
+    covariance: str,
+) -> VAE:
+    """The model under the cells' design, with levels that it has not seen."""
     # By name, not by place: the same cells in any order.
     rank = np.array([zlib.crc32(name.encode()) for name in adata.obs_names])
-    for code in range(len(fit.batches), len(matched.batches)):
-        rows = (codes == code).nonzero().squeeze(1)
+
+    def cells_of(number: int, level: int) -> Iterable[Batch]:
+        rows = (covariates.codes[:, number] == level).nonzero().squeeze(1)
         if len(rows) > _MOST_CELLS:
             order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:_MOST_CELLS]
             rows = rows[torch.as_tensor(order, device=rows.device)]
-        found = estimate_offset(
-            model,
-            cells.loader(rows, CHUNK),
-            covariance,
-            kl_weight=float(fit.params["kl_weight"]),
-        )
+        return cells.loader(rows, CHUNK)
+
+    model, found = estimate_levels(
+        model, covariates.design, cells_of, covariance, kl_weight=float(fit.params["kl_weight"])
+    )
+    for one, level, offset in found:
         logger.info(
-            "batch %r: its offset in the decoder raises the ELBO of %d cells from %.2f to %.2f "
-            "nats a cell, after %d turns",
-            matched.batches[code],
-            len(rows),
-            found.start,
-            found.end,
-            found.n_turns,
+            "%r of adata.obs[%r]: its offset in the decoder raises the ELBO of %d cells from %.2f "
+            "to %.2f nats a cell, after %d turns",
+            level,
+            one.key,
+            offset.n_cells,
+            offset.start,
+            offset.end,
+            offset.n_turns,
         )
-        columns.append(found.value.unsqueeze(1))
-    return with_offsets(model, torch.cat(columns, 1)).eval()
+    return model
 
 
-def _extended_params(params: dict[str, Any], fit: Fit, matched: Matched) -> dict[str, Any]:
-    new = matched.batches[len(fit.batches) :]
-    estimated = [*map(str, params.get("new_batches", ())), *new]
-    return {
-        "batches": np.array(matched.batches, dtype=object),
-        "new_batches": np.array(estimated, dtype=object),
-    }
+def _extended_params(params: dict[str, Any], known: Design, design: Design) -> dict[str, Any]:
+    """The parameters of a fit under a design with further levels."""
+    found = design.to_params()
+    batches, levels = [], []
+    for number, (old, new) in enumerate(zip(known.categorical, design.categorical, strict=True)):
+        names = new.levels[len(old.levels) :]
+        if design.has_batch and not number:
+            batches = list(names)
+        else:
+            levels += [f"{new.key}: {name}" for name in names]
+    for name, new_ones in (("new_batches", batches), ("new_levels", levels)):
+        if new_ones:
+            found[name] = np.array([*map(str, params.get(name, ())), *new_ones], dtype=object)
+    return found
 
 
 def _read(path: Path, name: str) -> AnnData:

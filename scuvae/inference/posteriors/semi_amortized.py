@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._random import permutation
-from scuvae.batches import Batch
-from scuvae.batches.sparse_rows import sparse
+from scuvae.batches import Batch, SparseRows
+from scuvae.batches.sparse_rows import dense, sparse
 from scuvae.batches.thinning import with_shallow
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.base import Posterior
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.posteriors.simulated import simulated
@@ -65,8 +65,8 @@ class SemiAmortizedPosterior(Posterior):
         self.table.visit(on_host)
         return None  # the steps that draw cells are others than those that do not
 
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
-        q: Distribution = self.table(model, batch, kl_weight)
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
+        q: Gaussian = self.table(model, batch, kl_weight)
         return q
 
     def step(self, model: VAE, batch: Batch, slope: Tensor, **options: Any) -> None:
@@ -107,6 +107,33 @@ class SemiAmortizedPosterior(Posterior):
             seen = seen.followed_by(batch.take(torch.arange(n_own, device=batch.index.device)))
         return with_shallow(seen) if counts else seen
 
-    def store(self, rows: Tensor, q: Distribution) -> None:
+    def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
         self.table.store(rows, q)
+
+    def training_state(self) -> dict[str, Any]:
+        """The drawn cells that serve some steps, and how many they have served."""
+        drawn = self._drawn
+        if drawn is None:
+            return {}
+        given = {"index": drawn.index, "size_factor": drawn.size_factor}
+        if drawn.covariates is not None:
+            given["covariates"] = drawn.covariates
+        plain = {"sparse": isinstance(drawn.x, SparseRows), "size_of_all": drawn.size_of_all}
+        return {"x": dense(drawn.x), "age": self._age, **given, **plain}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._drawn, self._age = None, 0
+        if not state:
+            return
+        where = self.table.mean.device
+        x, index, size_factor = (state[name].to(where) for name in ("x", "index", "size_factor"))
+        covariates = state.get("covariates")
+        self._age = int(state["age"])
+        self._drawn = Batch(
+            sparse(x) if state["sparse"] else x,
+            index,
+            size_factor,
+            None if covariates is None else covariates.to(where),
+            size_of_all=bool(state["size_of_all"]),
+        )
