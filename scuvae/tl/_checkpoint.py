@@ -1,5 +1,6 @@
 """Which fit a checkpoint is of."""
 
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from anndata import AnnData
 
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import dense
-from scuvae.inference.training.checkpoint import digest
+from scuvae.inference.training.checkpoint import Checkpoint, digest
 
 # Where a fit is made does not make it another one.
 _ELSEWHERE = {"device", "torch_version", "anndata_version"}
@@ -16,10 +17,15 @@ _ELSEWHERE = {"device", "torch_version", "anndata_version"}
 _LOOKED_AT = 200
 
 
-def identity(
-    adata: AnnData, genes: np.ndarray | None, params: dict[str, Any], cells: Cells
-) -> dict[str, Any]:
-    """What a checkpoint's fit and this one have in common, if they are the same."""
+def kept_in(
+    folder: str | PathLike[str],
+    every: float,
+    adata: AnnData,
+    genes: np.ndarray | None,
+    params: dict[str, Any],
+    cells: Cells,
+) -> Checkpoint:
+    """The checkpoints of a fit, which say of which cells, genes and settings it is."""
     found = {name: value for name, value in params.items() if name not in _ELSEWHERE}
     some = torch.linspace(0, len(cells) - 1, min(len(cells), _LOOKED_AT)).long()
     values = dense(cells.batch(some.to(cells.size_factor.device)).x)
@@ -28,4 +34,4 @@ def identity(
     labels = [] if batch_key is None else adata.obs[batch_key].astype(str)
     found["genes"], found["cells"] = digest(names.astype(str)), digest(adata.obs_names.astype(str))
     found["values"] = digest(cells.source.totals(), cells.size_factor, values, labels)
-    return found
+    return Checkpoint(folder, every=every, fit=found)

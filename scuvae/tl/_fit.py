@@ -25,7 +25,7 @@ from scuvae.batches.sources.registry import source_of
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
-from scuvae.inference.training.checkpoint import Checkpoint
+from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
 from scuvae.io.covariates import read_covariates, size_factors
@@ -35,7 +35,7 @@ from scuvae.io.slots import components_of, gaussian_of, target, write_components
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
-from scuvae.tl._checkpoint import identity
+from scuvae.tl._checkpoint import kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 
 
@@ -304,13 +304,12 @@ def fit(
             size_factor=_tensor(size_factor, where),
             covariates=None if covariates is None else covariates.to(where),
         )
-        held_out = _hold_out(len(cells), settings.validation_fraction)
+        held_out = hold_out(len(cells), settings.validation_fraction)
         if early_stopping and not held_out.any():
             logger.warning("no cells are held out: early stopping is off")
         keeper = None
         if checkpoint is not None:
-            this = identity(adata, genes, params, cells)
-            keeper = Checkpoint(checkpoint, every=checkpoint_every, fit=this)
+            keeper = kept_in(checkpoint, checkpoint_every, adata, genes, params, cells)
         begun = training.start(
             model,
             cells,
@@ -408,16 +407,6 @@ def _choose_prior(prior: str | Prior, n_latent: int) -> Prior:
             f"{near(prior.name, PRIORS)}"
         )
     return copying.deepcopy(prior)
-
-
-def _hold_out(n_cells: int, fraction: float) -> np.ndarray:
-    """Which cells are held out, drawn once and for all for so many cells.
-
-    Drawn anew by each seed, they were half of what two seeds' maps differ by.
-    """
-    held_out = np.zeros(n_cells, bool)
-    held_out[np.random.default_rng(0).permutation(n_cells)[: int(n_cells * fraction)]] = True
-    return held_out
 
 
 def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likelihood) -> None:

@@ -44,19 +44,19 @@ class UnamortizedPosterior(Posterior):
         # Here, since refinement asks this folder for the ELBO.
         from scuvae.inference.refinement.refine import LOCAL_STEPS
 
-        self.local_step = LOCAL_STEPS[local_step](self, optimizer, learning_rate)
+        self.rule = LOCAL_STEPS[local_step](self, optimizer, learning_rate)
         self._last: tuple[Tensor, Tensor, Gaussian] | None = None
 
     def rows(self) -> "UnamortizedPosterior":
         return self
 
     def visit(self, on_host: Tensor) -> str | None:
-        return self.local_step.visit(on_host)
+        return self.rule.visit(on_host)
 
     def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
         mean = self.mean.index_select(0, batch.index)
         raw = self.raw.index_select(0, batch.index)
-        if torch.is_grad_enabled() and self.local_step.through_q:
+        if torch.is_grad_enabled() and self.rule.through_q:
             mean.requires_grad_()
             raw.requires_grad_()
         q = Gaussian.of(mean, raw)
@@ -78,14 +78,12 @@ class UnamortizedPosterior(Posterior):
             raise RuntimeError("step() follows a call of the posterior and a backward pass")
         mean, raw, q = self._last
         self._last = None
-        gradients = [mean.grad, raw.grad] if self.local_step.through_q else [slope]
+        gradients = [mean.grad, raw.grad] if self.rule.through_q else [slope]
         if any(gradient is None for gradient in gradients):
             raise RuntimeError("step() follows a backward pass through the posterior's q")
         with torch.no_grad():
             known = [gradient for gradient in gradients if gradient is not None]
-            self.local_step.step(
-                model, batch, q, known, scale=scale, kl_weight=kl_weight, rate=rate
-            )
+            self.rule.step(model, batch, q, known, scale=scale, kl_weight=kl_weight, rate=rate)
 
     def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
@@ -94,7 +92,7 @@ class UnamortizedPosterior(Posterior):
             self.raw[rows] = q.raw
 
     def training_state(self) -> dict[str, Any]:
-        return self.local_step.state_dict()
+        return self.rule.state_dict()
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        self.local_step.load_state_dict(state)
+        self.rule.load_state_dict(state)

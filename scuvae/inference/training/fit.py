@@ -234,7 +234,8 @@ def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -
 def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> list[Gaussian]:
     """What is there of a batch's q: its rows, and the encoder's."""
     table = posterior.rows()
-    found = [] if table is None else [table(model, batch)]
+    # Of one latent dimension a table cannot tell the families apart.
+    found = [] if table is None else [table(model, batch).as_family(settings.covariance)]
     if model.encoder is not None:
         found.append(encoded(model, batch, settings.covariance))
     return found

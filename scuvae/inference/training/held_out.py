@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from scuvae.batches import Batch
@@ -15,6 +16,16 @@ from scuvae.model import VAE
 
 # Draws that an evaluation takes of each q.
 _DRAWS = 8
+
+
+def hold_out(n_cells: int, fraction: float) -> np.ndarray:
+    """Which cells are held out, drawn once and for all for so many cells.
+
+    Drawn anew by each seed, they were half of what two seeds' maps differ by.
+    """
+    held_out = np.zeros(n_cells, bool)
+    held_out[np.random.default_rng(0).permutation(n_cells)[: int(n_cells * fraction)]] = True
+    return held_out
 
 
 class HeldOutCells:
