@@ -57,7 +57,7 @@ def match(
     device = device or torch.device("cpu")
     layer = fit.layer if layer is None else layer
     inputs.check_unique_genes(adata)
-    position = adata.var_names.get_indexer(fit.var_names)
+    position = adata.var_names.astype(str).get_indexer(fit.var_names)
     common = position >= 0
     if not common.any():
         raise ValueError(
@@ -131,7 +131,7 @@ def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 4) -> No
 
 def places(adata: AnnData, fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
     """Columns of ``adata`` with genes that are observed, ascending, and these genes' in the fit."""
-    position = fit.var_names.get_indexer(adata.var_names)
+    position = fit.var_names.get_indexer(adata.var_names.astype(str))
     use = position >= 0
     if cells.observed is not None:
         use &= cells.observed.cpu().numpy()[position]

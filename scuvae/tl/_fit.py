@@ -1,6 +1,5 @@
 """tl.fit: AnnData -> Batch -> posterior -> q -> ELBO -> train -> slots."""
 
-import copy as copying
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -17,8 +16,7 @@ from anndata import AnnData
 
 import scuvae.inference.training.fit as training
 from scuvae import __version__
-from scuvae._checks import flag, one_of, random_state_alias, real
-from scuvae._errors import near
+from scuvae._checks import flag, random_state_alias, real
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
@@ -32,11 +30,12 @@ from scuvae.io.covariates import read_covariates, size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
-from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
-from scuvae.model.priors import PRIORS, Prior
+from scuvae.model.likelihoods import Likelihood
+from scuvae.model.priors import Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
 from scuvae.tl._checkpoint import kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
+from scuvae.tl._model_parts import choose_likelihood, choose_prior, encoder_input, instance_of
 
 
 @isolated
@@ -250,7 +249,7 @@ def fit(
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes)
-    chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
     if likelihood == "auto" and chosen.support == "real":
         inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     inputs.check_values(
@@ -265,7 +264,7 @@ def fit(
     if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
-    p_of_z = _choose_prior(prior, settings.n_latent)
+    p_of_z = choose_prior(prior, settings.n_latent)
     covariates = read_covariates(
         adata, batch_key, categorical_covariate_keys, continuous_covariate_keys
     )
@@ -280,7 +279,7 @@ def fit(
         "prior": p_of_z.name,
         # Of the package's own schemes amortized says it.
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
-        "encoder_input": _encoder_input(chosen) if has_encoder else None,
+        "encoder_input": encoder_input(chosen) if has_encoder else None,
         "layer": layer,
         **({} if covariates is None else covariates.design.to_params()),
         "encoder_covariates": True if has_encoder and covariates is not None else None,
@@ -298,7 +297,7 @@ def fit(
     params = {name: value for name, value in arguments.items() if value is not None}
     with random_state(rng, where) as generator:
         n_vars = matrix.shape[1]
-        model = build_model(params, n_vars, _instance(chosen, n_vars), p_of_z).to(where)
+        model = build_model(params, n_vars, instance_of(chosen, n_vars), p_of_z).to(where)
         cells = Cells(
             source_of(matrix, where),
             size_factor=_tensor(size_factor, where),
@@ -329,10 +328,13 @@ def fit(
     components = components_of(found, model.prior)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
 
+    names = adata.var_names.astype(str)  # files have names, whatever an index holds
     parts = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
-        "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
+        "var_names": np.array(
+            (adata.var_names if genes is None else adata.var_names[genes]).astype(str), object
+        ),
         "state": model_to_arrays(model),
         "embed": basis,
         "latent": _in_use(found),
@@ -355,58 +357,11 @@ def fit(
     return out if copy else None
 
 
-def _choose_likelihood(
-    likelihood: str | Likelihood, matrix: Any, slot: str
-) -> type[Likelihood] | Likelihood:
-    if isinstance(likelihood, Likelihood):
-        if likelihood.n_vars != matrix.shape[1]:
-            raise ValueError(
-                f"likelihood has n_vars={likelihood.n_vars}, {slot} has {matrix.shape[1]} modelled "
-                "genes: make it with their number"
-            )
-        if LIKELIHOODS.get(likelihood.name) is not type(likelihood):
-            raise ValueError(
-                f"likelihood of class {type(likelihood).__name__} is not registered: set "
-                f"scuvae.model.likelihoods.LIKELIHOODS[{likelihood.name!r}] to it, so that the fit "
-                f"can be read back. {near(likelihood.name, LIKELIHOODS)}"
-            )
-        return copying.deepcopy(likelihood)
-    if likelihood == "auto":
-        likelihood = "negative_binomial" if inputs.is_whole(matrix) else "gaussian"
-        logger.info(
-            "likelihood='auto': %s holds %s values, using %s",
-            slot,
-            "whole" if likelihood != "gaussian" else "real",
-            likelihood,
-        )
-    return LIKELIHOODS[likelihood]
-
-
-def _instance(chosen: type[Likelihood] | Likelihood, n_vars: int) -> Likelihood:
-    return chosen if isinstance(chosen, Likelihood) else chosen(n_vars)
-
-
 def _in_use(q: Gaussian) -> dict[str, Any]:
     """How much each latent dimension is used, for ``uns``."""
     found = latent_dimensions(q)
     numbers = {name: values.numpy() for name, values in found._asdict().items()}
     return {**numbers, "n_active": found.n_active}
-
-
-def _choose_prior(prior: str | Prior, n_latent: int) -> Prior:
-    if not isinstance(prior, Prior):
-        return PRIORS[one_of("prior", prior, PRIORS)](n_latent)
-    if prior.n_latent != n_latent:
-        raise ValueError(
-            f"prior has n_latent={prior.n_latent}, the fit {n_latent}: make it with as many"
-        )
-    if PRIORS.get(prior.name) is not type(prior):
-        raise ValueError(
-            f"prior of class {type(prior).__name__} is not registered: set "
-            f"scuvae.model.priors.PRIORS[{prior.name!r}] to it, so that the fit can be read back. "
-            f"{near(prior.name, PRIORS)}"
-        )
-    return copying.deepcopy(prior)
 
 
 def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likelihood) -> None:
@@ -421,12 +376,6 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
-
-
-def _encoder_input(likelihood: type[Likelihood] | Likelihood) -> str | None:
-    """How values enter an encoder; as they are where nothing is said."""
-    entering = likelihood.encoder_input()
-    return None if entering == "values" else entering
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
