@@ -332,9 +332,7 @@ def fit(
     parts = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
-        "var_names": np.array(
-            (adata.var_names if genes is None else adata.var_names[genes]).astype(str), object
-        ),
+        "var_names": np.array(names if genes is None else names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
         "latent": _in_use(found),
