@@ -48,6 +48,7 @@ VERBS: dict[str, Callable[[AnnData, AnnData], Any]] = {
     "to_encoder": lambda new, old: tl.to_encoder(old, key="table", max_epochs=2),
     "calibration": lambda new, old: tl.calibration(old, key="semi", n_cells=5),
     "predictive_check": lambda new, old: tl.predictive_check(old, key="semi"),
+    "rank_genes": lambda new, old: tl.rank_genes(old, "kind", key="semi"),
     "neighbors": lambda new, old: pp.neighbors(old, key="semi", n_neighbors=5),
     "thin_counts": lambda new, old: pp.thin_counts(old),
     "model": lambda new, old: get.model(old, key="semi"),

@@ -91,7 +91,7 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
     for part, module in model.named_children():
         if not module.state_dict():
             continue
-        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
+        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state.get(part, {}).items()}
         if part in ("likelihood", "prior"):  # as many numbers as the instance had
             for name, value in arrays.items():
                 learnt = name in dict(module.named_parameters())

@@ -61,13 +61,16 @@ class VAE(nn.Module):
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
+        return self.likelihood.log_prob(batch.x, *self._outputs(batch, z), batch.observed)
+
+    def _outputs(self, batch: Batch, z: Tensor) -> tuple[Tensor | Linear, Tensor]:
+        """η, or the layer that makes it, and size factors."""
         last = self.decoder.last
         if last is not None and not (batch.size_of_all and batch.observed is not None):
-            layer = Linear(self.decoder.hidden(z, batch.covariates), last.weight, last.bias)
-            return self.likelihood.log_prob(batch.x, layer, batch.size_factor, batch.observed)
+            hidden = self.decoder.hidden(z, batch.covariates)
+            return Linear(hidden, last.weight, last.bias), batch.size_factor
         eta = self.decoder(z, batch.covariates)
-        size = self.size_factor(batch, eta)
-        return self.likelihood.log_prob(batch.x, eta, size, batch.observed)
+        return eta, self.size_factor(batch, eta)
 
     @torch.no_grad()
     def reverse(self, batch: Batch, z: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -81,7 +84,8 @@ class VAE(nn.Module):
         if self.likelihood.passes is None or last is None or batch.observed is not None:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
-                value = self.log_likelihood(batch, leaf)
+                outputs = self._outputs(batch, leaf)
+                value = self.likelihood.log_prob(batch.x, *outputs, batch.observed)
                 (factor * value.sum()).backward()
             assert leaf.grad is not None
             return value.detach(), leaf.grad

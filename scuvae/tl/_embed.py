@@ -11,7 +11,7 @@ from scuvae._checks import flag, whole
 from scuvae._keys import Keys
 from scuvae.inference.mapping.embedding import Basis, find_basis, place
 from scuvae.io import inputs
-from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
@@ -97,7 +97,7 @@ def embed(
     model = fit.model.to(where)
     values, entry["embed"] = new_map(model, mean.to(where), total, n_components)
     out = target(adata, copy)
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     out.obsm[keys.embed] = values
     return out if copy else None
 

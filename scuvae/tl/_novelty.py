@@ -173,7 +173,7 @@ def novelty(
     n_reference = whole("n_reference", n_reference, at_least=_FEWEST)
     n_neighbors = whole("n_neighbors", n_neighbors)
     flag("adjust_genes", adjust_genes)
-    reference = read_reference(reference)
+    reference = read_reference(reference, key, cells=True)
     fit = read_extended(adata, key_added, read_fit(reference, key))
     where = resolve_device(device)
     # The same genes for both: a score over others is another score.

@@ -21,11 +21,12 @@ from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
 from scuvae.inference.mapping.new_batches import estimate_levels
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import step_options
+from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
+from scuvae.io.model_files import is_hdf5, read_as
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model import VAE
 from scuvae.model.covariates import Covariates, Design
@@ -80,7 +81,8 @@ def project(
     adata
         New cells.
     reference
-        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells are not used.
+        A fitted AnnData, the path of one (``.h5ad`` or ``.zarr``), or a model file of
+        :func:`scuvae.io.write_model` or what was read from it. Its cells are not used.
     key
         The reference's fit; None for the default.
     layer
@@ -183,7 +185,7 @@ def project(
         one_of("covariance", covariance, COVARIANCES)
     one_of("new_batches", new_batches, NEW_BATCHES)
     chosen = None if genes is None else pd.Index(names("genes", genes))
-    reference = read_reference(reference)
+    reference = read_reference(reference, key)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
@@ -195,7 +197,7 @@ def project(
     if polish is None:
         # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
         curved = fit.model.likelihood.link != "identity"
-        polish = not amortized and curved and local_step == "natural"
+        polish = not amortized and curved and bool(LOCAL_STEPS[local_step].before_polish)
     extend = new_batches == "estimate"
     if extend and not fit.design.categorical:
         raise ValueError(
@@ -235,7 +237,7 @@ def project(
     out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     write_components(out, key_added, components)
     return out if copy else None
 
@@ -254,11 +256,21 @@ def projected(
             yield batch, infer(model, batch, covariance, **options)
 
 
-def read_reference(reference: AnnData | str | PathLike[str]) -> AnnData:
-    """A reference in memory, or read from the file that it is the path of."""
+def read_reference(
+    reference: AnnData | str | PathLike[str], key: str | None = None, *, cells: bool = False
+) -> AnnData:
+    """A reference in memory, or read from the file that it is the path of.
+
+    The one fit of a model file is found under ``key``. ``cells``: the reference's are needed too.
+    """
     if isinstance(reference, str | PathLike):
-        reference = _read(reference)
+        reference = _read(Path(reference), Keys.of(key).uns)
     inputs.check_type(reference, "reference")
+    if cells and not reference.n_obs:
+        raise ValueError(
+            "reference is a model without cells, and new cells are compared with its cells: pass "
+            "the fitted AnnData, or the path of one"
+        )
     return reference
 
 
@@ -338,11 +350,13 @@ def _extended_params(params: dict[str, Any], known: Design, design: Design) -> d
     return found
 
 
-def _read(path: str | PathLike[str]) -> AnnData:
-    if not Path(path).exists():
+def _read(path: Path, name: str) -> AnnData:
+    if not path.exists():
         raise FileNotFoundError(
             f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
         )
-    if Path(path).is_dir():
+    if path.is_dir():
         return anndata.read_zarr(str(path))
-    return anndata.read_h5ad(path)
+    if path.suffix == ".h5ad" or is_hdf5(path):
+        return anndata.read_h5ad(path)
+    return read_as(path, name)

@@ -120,7 +120,7 @@ def transfer_labels(
     keys = Keys.of(key_added)
     n_neighbors = whole("n_neighbors", n_neighbors)
     n_reference = whole("n_reference", n_reference)
-    reference = read_reference(reference)
+    reference = read_reference(reference, key, cells=True)
     fit = read_extended(adata, key_added, read_fit(reference, key))
     kinds = _labels(reference, labels)
     where = resolve_device(device)
