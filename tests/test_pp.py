@@ -15,6 +15,7 @@ from scipy.stats import binom, chi2, norm
 
 from scuvae import get, pp, tl
 from scuvae.inference.mapping.embedding import Basis
+from scuvae.io.slots import read_posterior
 from scuvae.pp._graph import nearest, rows, stability, times_near
 from scuvae.pp._neighbors import _draws
 
@@ -24,7 +25,7 @@ N, K = 60, 6
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> AnnData:
     """A small fit whose map is twice its latent space, so that distances are known."""
-    monkeypatch.setattr("scuvae.pp._neighbors.place", lambda model, z, basis, n: 2 * z)
+    monkeypatch.setattr("scuvae.pp._neighbors.place", lambda model, z, basis: 2 * z)
     adata = small_fit(small_counts())
     adata.obsm["X_scuvae_embed"] = 2 * adata.obsm["X_scuvae"]
     return adata
@@ -160,9 +161,9 @@ def test_a_cell_that_may_be_anywhere_has_many_light_edges(fitted: AnnData) -> No
 
 
 def test_draws_have_the_posteriors_covariance_and_cells_nothing_in_common(fitted: AnnData) -> None:
-    q, model = get.posterior(fitted), get.model(fitted)
-    basis = Basis(torch.empty(0), torch.empty(0), 1.0, 0)
-    draws = np.stack(list(_draws(model, q, basis, 0, 4000, np.random.default_rng(0))))
+    q, model = read_posterior(fitted, None), get.model(fitted)
+    basis = Basis(torch.empty(0), torch.empty(0), 1.0, ())
+    draws = np.stack(list(_draws(model, q, basis, 4000, np.random.default_rng(0))))
     assert draws.shape == (4000, N, 3)
     truth = 4 * q.covariance_matrix.numpy()
     sd = np.sqrt(np.diagonal(truth, axis1=1, axis2=2))
