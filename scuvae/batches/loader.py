@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from scuvae.batches.batch import Batch
 from scuvae.batches.sources.base import Source
+from scuvae.batches.sparse_rows import SparseRows
 
 
 class Cells:
@@ -45,12 +46,19 @@ class Cells:
     def __len__(self) -> int:
         return self.source.shape[0]
 
-    def batch(self, index: Tensor, on_host: Tensor | None = None, size: int | None = None) -> Batch:
+    def batch(
+        self,
+        index: Tensor,
+        on_host: Tensor | None = None,
+        size: int | None = None,
+        values: Tensor | SparseRows | None = None,
+    ) -> Batch:
+        """Some cells, by row number; ``values`` are theirs where they are at hand."""
         covariates = None
         if self.codes is not None:
             covariates = F.one_hot(self.codes[index], self.n_categories).to(self.size_factor)
         return Batch(
-            self.source.rows(index, on_host, size),
+            self.source.rows(index, on_host, size) if values is None else values,
             index,
             self.size_factor.index_select(0, index),
             covariates,
@@ -92,7 +100,7 @@ class Loader:
         """The row numbers of an epoch's batches, on the device and on the host."""
         index, on_host = self.index, self.on_host
         if self.generator is not None and self.batch_size < len(index):
-            on_host = on_host[torch.randperm(len(index), generator=self.generator)]
+            on_host = self.cells.source.order(on_host, self.batch_size, self.generator)
             index = on_host.to(index.device)
         return zip(index.split(self.batch_size), on_host.split(self.batch_size), strict=True)
 
@@ -102,4 +110,10 @@ class Loader:
         return self.cells.batch(index, on_host, size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.gather(*part) for part in self.parts())
+        if not self.cells.source.streamed:
+            return (self.gather(*part) for part in self.parts())
+        parts = list(self.parts())
+        values = self.cells.source.visit([on_host for _, on_host in parts])
+        return (
+            self.cells.batch(*part, values=x) for part, x in zip(parts, values, strict=True)
+        )
