@@ -207,7 +207,7 @@ def fit(
     )
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
-    matrix = inputs.read_matrix(adata, layer, genes)
+    matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
     chosen = _choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
     if likelihood == "auto" and chosen.support == "real":
         inputs.warn_of_counts_meant(matrix, adata, layer, genes)
@@ -345,7 +345,7 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=5
         )
     if likelihood.support == "counts":
-        empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
+        empty = inputs.empty_cells(matrix)
         if empty:
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5

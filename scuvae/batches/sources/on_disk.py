@@ -75,7 +75,8 @@ class OnDiskSource(Source):
     ) -> Tensor | SparseRows:
         if self.held is not None:
             return self.held.rows(index, on_host, size)
-        return next(self.visit([index.cpu() if on_host is None else on_host]))
+        part = index.cpu() if on_host is None else on_host
+        return self._taken(self._window([part]), part)
 
     def order(self, rows: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
         window = self.window // batch_size * batch_size or batch_size
@@ -91,10 +92,14 @@ class OnDiskSource(Source):
 
     def visit(self, parts: Sequence[Tensor]) -> Iterator[Tensor | SparseRows]:
         windows = list(self._windows(parts))
-        for some, (rows, source) in zip(windows, ahead(self._window, windows), strict=True):
+        for some, window in zip(windows, ahead(self._window, windows), strict=True):
             for part in some:
-                values = source.rows(torch.searchsorted(rows, part))
-                yield values if self.device.type == "cpu" else values.to(self.device)
+                yield self._taken(window, part)
+
+    def _taken(self, window: tuple[Tensor, Source], part: Tensor) -> Tensor | SparseRows:
+        rows, source = window
+        values = source.rows(torch.searchsorted(rows, part))
+        return values if self.device.type == "cpu" else values.to(self.device)
 
     def _windows(self, parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Parts that are read together."""

@@ -132,7 +132,8 @@ class StoredMatrix:
         for (first, last), x in zip(runs, ahead(lambda run: self.read(*run), runs), strict=True):
             values = x.data if self.sparse else x.ravel()
             for bad in wanted:
-                hits = np.flatnonzero(bad(values))
+                with np.errstate(invalid="ignore"):
+                    hits = np.flatnonzero(bad(values))
                 counts[bad] += len(hits)
                 if len(hits) and places[bad] is None:
                     places[bad] = self._place(x, first, int(hits[0]))
