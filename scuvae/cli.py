@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ INFERENCE: dict[str, bool | str] = {"unamortized": False, "amortized": True, "se
 EXPECTED = (ValueError, TypeError, LookupError, OSError, ArithmeticError)
 
 # What the command line keeps for itself; every other argument goes to tl under its own name.
-OWN = {"run", "input", "output", "reference", "verbose", "debug"}
+OWN = {"run", "input", "output", "reference", "backed", "verbose", "debug"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +187,8 @@ def _files(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("input", type=_data_path, help=".h5ad or .zarr; never written to")
     text = ".h5ad or .zarr; if it exists, replaced once the new one is complete"
     sub.add_argument("-o", "--output", type=_data_path, required=True, metavar="FILE", help=text)
+    text = "leave matrices on disk and read them as needed; inputs of 1 GB and more are by default"
+    sub.add_argument("--backed", action="store_true", default=False, help=text)
 
 
 # Any: the class of an argument group is private to argparse.
@@ -240,9 +242,9 @@ def _fit(args: argparse.Namespace) -> None:
     output = _checked_output(args.output, args.input)
     from scuvae import tl
 
-    adata = _read(args.input)
+    adata, write = _opened(args, output)
     tl.fit(adata, **_passed_on(args))
-    _write(adata, output)
+    _replace(output, write)
 
 
 def _project(args: argparse.Namespace) -> None:
@@ -250,9 +252,9 @@ def _project(args: argparse.Namespace) -> None:
     from scuvae import tl
 
     reference = _read(args.reference)
-    adata = _read(args.input)
+    adata, write = _opened(args, output)
     tl.project(adata, reference, **_passed_on(args))
-    _write(adata, output)
+    _replace(output, write)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -261,7 +263,7 @@ def _demo(args: argparse.Namespace) -> None:
     from scuvae import _demo
 
     adata, report = _demo.run(args.output, **_passed_on(args))
-    _write(adata, output)
+    _replace(output, adata.write_h5ad)
     print(report)
 
 
@@ -304,23 +306,38 @@ def _temporary(target: Path) -> "TemporaryDirectory[str]":
     return TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
 
 
+def _opened(args: argparse.Namespace, output: Path) -> tuple["AnnData", Callable[[Path], None]]:
+    """The input, and what writes it with the results: a large one's matrices stay on disk."""
+    path, like = args.input, args.input.suffix == output.suffix
+    if args.backed and not like:
+        raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
+    from scuvae.io.backed_files import is_large, open_backed, write_backed
+
+    if args.backed or (like and is_large(path)):
+        backed = _reading(open_backed, path)
+        return backed, lambda new: write_backed(backed, path, new, getattr(args, "key_added", None))
+    adata = _read(path)
+    return adata, adata.write_zarr if output.suffix == ".zarr" else adata.write_h5ad
+
+
 def _read(path: Path) -> "AnnData":
     import anndata
 
+    return _reading(anndata.read_zarr if path.suffix == ".zarr" else anndata.read_h5ad, path)
+
+
+def _reading(read: "Callable[[Path], AnnData]", path: Path) -> "AnnData":
     try:
-        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+        return read(path)
     except Exception as error:
         raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
 
 
-def _write(adata: "AnnData", target: Path) -> None:
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
     """Write beside ``target`` and rename, so that it is the old file or the new, never a part."""
     with _temporary(target) as folder:
         new = Path(folder) / target.name
-        if target.suffix == ".zarr":
-            adata.write_zarr(new)
-        else:
-            adata.write_h5ad(new)
+        write(new)
         if not target.is_dir():
             os.replace(new, target)
             return
