@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from scuvae.batches.batch import Batch
 from scuvae.batches.sources.base import Source
 from scuvae.batches.sparse_rows import SparseRows
+from scuvae.batches.spill import room
 
 
 class Cells:
@@ -66,6 +68,12 @@ class Cells:
             on_host,
             self.size_of_all,
         )
+
+    def room(self, width: int) -> np.ndarray:
+        """Zeros on the host, a row a cell; beside cells on disk they are on disk as well."""
+        if self.source.streamed:
+            return room(len(self), width)
+        return torch.zeros(len(self), width).numpy()
 
     def loader(
         self, rows: Tensor, batch_size: int, generator: torch.Generator | None = None

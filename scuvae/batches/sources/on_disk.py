@@ -25,6 +25,7 @@ from scuvae.batches.sources.base import Source
 from scuvae.batches.sources.compact import CompactSource
 from scuvae.batches.sources.in_memory import DenseSource
 from scuvae.batches.sparse_rows import SparseRows
+from scuvae.batches.spill import release
 from scuvae.batches.stored.matrix import StoredMatrix
 
 logger = logging.getLogger("scuvae")
@@ -95,6 +96,7 @@ class OnDiskSource(Source):
         for some, window in zip(windows, ahead(self._window, windows), strict=True):
             for part in some:
                 yield self._taken(window, part)
+            release()
 
     def _taken(self, window: tuple[Tensor, Source], part: Tensor) -> Tensor | SparseRows:
         rows, source = window
