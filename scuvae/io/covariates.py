@@ -5,6 +5,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scuvae._errors import near
+from scuvae.io.inputs import obs_column
 
 # A column of floats with more values than this is a measurement, not a batch.
 MOST_FLOAT_BATCHES = 20
@@ -28,7 +29,7 @@ def batch_codes(
         raise ValueError(
             f"batch_key={batch_key!r} is no column of adata.obs. {near(batch_key, adata.obs)}"
         )
-    column = adata.obs[batch_key]
+    column = obs_column(adata, batch_key)
     missing = column.isna().to_numpy()
     if missing.any():
         first = adata.obs_names[int(np.flatnonzero(missing)[0])]
@@ -64,7 +65,7 @@ def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
         raise ValueError(
             f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}"
         )
-    column = adata.obs[key]
+    column = obs_column(adata, key)
     if not pd.api.types.is_numeric_dtype(column):
         raise TypeError(
             f"adata.obs[{key!r}] has dtype {column.dtype}, but size factors are numbers, the total "

@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse as sp
 
@@ -61,6 +62,12 @@ def slot_name(layer: str | None) -> str:
     return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
 
 
+def obs_column(adata: AnnData, key: str) -> pd.Series:
+    """A column of obs, in memory also where ``anndata.experimental.read_lazy`` left it on disk."""
+    column = adata.obs[key]
+    return column if isinstance(column, pd.Series) else column.to_pandas()
+
+
 def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
     """``mask_var``, a boolean column of var or a boolean array, as an array; None for all genes."""
     if mask_var is None:
@@ -70,7 +77,7 @@ def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
             raise ValueError(
                 f"mask_var={mask_var!r} is no column of adata.var. {near(mask_var, adata.var)}"
             )
-        name, mask = f"adata.var[{mask_var!r}]", adata.var[mask_var].to_numpy()
+        name, mask = f"adata.var[{mask_var!r}]", np.asarray(adata.var[mask_var])
     else:
         name, mask = "mask_var", np.asarray(mask_var)
     if mask.dtype != bool or mask.shape != (adata.n_vars,):

@@ -2,10 +2,10 @@
 
 Order. An epoch visits the blocks, runs of neighbouring rows, in random order; as many as fill the
 buffer are shuffled together, cell by cell, and batches are taken from there. Every cell is visited
-once an epoch. A batch is a random draw from at least ``_BLOCKS`` blocks that were drawn at random:
-of a file in which like cells stand together, the share of a kind in the buffer varies with a
-standard deviation of √(p (1 − p) / blocks) at most, which for as many blocks as cells in a batch is
-what a random batch's own varies by.
+once an epoch. The buffer holds 256 blocks, or 64 where a file's chunks are long, that were drawn at
+random: of a file in which like cells stand together, the share p of a kind in the buffer varies
+with a standard deviation of √(p (1 − p) / blocks) at most. For as many blocks as a batch has cells
+that is what the share in a random batch varies by.
 
 What fits the buffer as a whole is read once and kept, and shuffled as a matrix in memory is.
 """
@@ -32,9 +32,9 @@ logger = logging.getLogger("scuvae")
 
 # Bytes of values that are in memory at once: two windows, one in use and one being read.
 BUFFER = 2**27
-# Blocks that a window of shuffled cells is drawn from, where blocks may be so short, and the rows
-# of the shortest.
-_BLOCKS, _SHORTEST = 256, 16
+# Blocks that a window of shuffled cells is drawn from; where a file's chunks are longer than such a
+# block, fewer; and the rows of the shortest.
+_BLOCKS, _FEWEST, _SHORTEST = 256, 64, 16
 # Rows of a window where cells are visited in their own order.
 _IN_ORDER = 8192
 
@@ -83,7 +83,7 @@ class OnDiskSource(Source):
         window = self.window // batch_size * batch_size or batch_size
         if self.held is not None or len(rows) <= window:
             return super().order(rows, batch_size, generator)
-        edges = self.matrix.stored.edges(max(_SHORTEST, window // _BLOCKS))
+        edges = self.matrix.stored.edges(max(_SHORTEST, window // _BLOCKS), window // _FEWEST)
         blocks = rows.tensor_split(torch.searchsorted(rows, torch.from_numpy(edges[1:-1])))
         order = torch.randperm(len(blocks), generator=generator).tolist()
         windows = torch.cat([blocks[k] for k in order]).split(window)

@@ -38,26 +38,29 @@ class Stored(ABC):
         """The rows from ``first`` to before ``last``, a CSR matrix or an array."""
 
     @abstractmethod
-    def edges(self, n_rows: int) -> np.ndarray:
-        """Where runs of about ``n_rows`` rows begin that are best read as a whole, and n_obs."""
+    def edges(self, n_rows: int, most: int | None = None) -> np.ndarray:
+        """Where runs of about ``n_rows`` rows begin that are best read as a whole, and n_obs.
+
+        They may be longer for that, where it can be helped not than ``most``.
+        """
 
     def path(self) -> Path | None:
         """The file or folder that it is read from, where there is one."""
         return None
 
-    def close_to(self, n_rows: int, chunk: float) -> np.ndarray:
+    def close_to(self, n_rows: int, most: int | None, chunk: float) -> np.ndarray:
         """Edges for data that come in chunks of so many rows, which are read as a whole."""
-        step = max(1, n_rows, round(chunk))
+        step = max(1, n_rows, round(chunk if most is None else min(chunk, most)))
         return np.append(np.arange(0, self.shape[0], step), self.shape[0])
 
 
 def state_of(path: Path | None) -> tuple[int, int, int] | None:
-    """What changes when something is written to a file or folder: files, bytes, latest time."""
+    """What changes when something is written to a file or folder: files, bytes, and their times."""
     if path is None:
         return None
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     found = [file.stat() for file in files]
-    return len(found), sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)
+    return len(found), sum(s.st_size for s in found), sum(s.st_mtime_ns for s in found)
 
 
 def root_of(node: Any) -> Path | None:

@@ -37,8 +37,8 @@ class CSRGroup(Stored):
         arrays = self.values[here], self.columns[here], starts - starts[0]
         return sp.csr_matrix(arrays, shape=(last - first, self.shape[1]))
 
-    def edges(self, n_rows: int) -> np.ndarray:
-        return self.close_to(n_rows, self.chunk)
+    def edges(self, n_rows: int, most: int | None = None) -> np.ndarray:
+        return self.close_to(n_rows, most, self.chunk)
 
     def path(self) -> Path | None:
         return root_of(self.group)

@@ -38,7 +38,7 @@ class DaskArray(Stored):
         found = self.array[first:last].compute(scheduler="synchronous")
         return sp.csr_matrix(found) if self.sparse else np.asarray(found)
 
-    def edges(self, n_rows: int) -> np.ndarray:
+    def edges(self, n_rows: int, most: int | None = None) -> np.ndarray:
         # The last end of a chunk in each stretch of n_rows.
         stretch = self.ends // max(1, n_rows)
         last = np.append(stretch[1:] != stretch[:-1], True)

@@ -29,8 +29,8 @@ class DenseArray(Stored):
     def read(self, first: int, last: int) -> np.ndarray:
         return np.asarray(self.array[first:last])
 
-    def edges(self, n_rows: int) -> np.ndarray:
-        return self.close_to(n_rows, self.chunk)
+    def edges(self, n_rows: int, most: int | None = None) -> np.ndarray:
+        return self.close_to(n_rows, most, self.chunk)
 
     def path(self) -> Path | None:
         return root_of(self.array)
