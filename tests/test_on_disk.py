@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_values_are_those_in_memory(opened: str, container: Any, tmp_path: Path)
         assert edges[0] == 0
         assert edges[-1] == len(x)
         assert (np.diff(edges) > 0).all()
-        for first, last in [(0, len(x)), (3, 4), (5, 41), *zip(edges, edges[1:], strict=False)]:
+        for first, last in [(0, len(x)), (3, 4), (5, 41), *pairwise(edges)]:
             np.testing.assert_array_equal(dense(matrix.read(first, last)), expected[first:last])
         survey = matrix.survey([(big := lambda v: v > 20)])
         np.testing.assert_array_equal(survey.totals, expected.sum(1))
@@ -206,7 +207,7 @@ def test_every_cell_once_an_epoch(opened: str, container: Any, tmp_path: Path) -
 
 
 def test_windows_are_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of cells that are sorted by kind: each batch's share of one varies hardly more than at random.
+    """Cells are sorted by kind: a batch's share of one varies hardly more than at random.
 
     With K blocks in a window the variance of a share is p (1 − p) (1/K + 1/B) at most, K and B the
     blocks of a window and the cells of a batch; that of random batches is the second part.

@@ -69,9 +69,9 @@ class CompactRows:
     def to(self, device: torch.device) -> "CompactTensors":
         # torch gathers no unsigned numbers of more than a byte: these are taken for signed ones.
         col = torch.from_numpy(self.col.view(f"i{self.col.itemsize}"))
-        arrays = (self.value, self.large_at, self.large)
-        parts = (torch.from_numpy(self.starts), col, *(torch.from_numpy(part) for part in arrays))
-        return CompactTensors(*(part.to(device) for part in parts), self.n_vars)
+        arrays = (self.starts, self.value, self.large_at, self.large)
+        starts, value, large_at, large = (torch.from_numpy(array).to(device) for array in arrays)
+        return CompactTensors(starts, col.to(device), value, large_at, large, self.n_vars)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,4 @@ class Loader:
             return (self.gather(*part) for part in self.parts())
         parts = list(self.parts())
         values = self.cells.source.visit([on_host for _, on_host in parts])
-        return (
-            self.cells.batch(*part, values=x) for part, x in zip(parts, values, strict=True)
-        )
+        return (self.cells.batch(*part, values=x) for part, x in zip(parts, values, strict=True))

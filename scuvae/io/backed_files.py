@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset, write_elem
@@ -25,7 +25,7 @@ def open_backed(path: Path) -> AnnData:
     disk too, and opens .zarr. The file stays open for as long as its matrices are in use.
     """
     file = _opened(path, "r")
-    layers = file["layers"] if "layers" in file else {}
+    layers = file.get("layers", {})
     return AnnData(
         X=_matrix(file["X"]) if "X" in file else None,
         obs=read_elem(file["obs"]),
@@ -71,7 +71,7 @@ def write_backed(adata: AnnData, source: Path, target: Path, key: str | None) ->
             zarr.consolidate_metadata(str(target))
 
 
-def _opened(path: Path, mode: str) -> Any:
+def _opened(path: Path, mode: Literal["r", "r+"]) -> Any:
     if path.is_dir():
         import zarr
 

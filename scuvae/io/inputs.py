@@ -256,7 +256,7 @@ def _find(x: Any, bad: Callable[[Any], Any]) -> tuple[int, Place | None]:
 
 
 # The kinds of dtype that each may hold for; other predicates for all but booleans.
-_KINDS = {
+_KINDS: dict[Callable[[Any], Any], str] = {
     _not_finite: "f",
     fractional: "f",
     _fraction: "f",

@@ -87,9 +87,7 @@ class OnDiskSource(Source):
         blocks = rows.tensor_split(torch.searchsorted(rows, torch.from_numpy(edges[1:-1])))
         order = torch.randperm(len(blocks), generator=generator).tolist()
         windows = torch.cat([blocks[k] for k in order]).split(window)
-        return torch.cat(
-            [rows[torch.randperm(len(rows), generator=generator)] for rows in windows]
-        )
+        return torch.cat([rows[torch.randperm(len(rows), generator=generator)] for rows in windows])
 
     def visit(self, parts: Sequence[Tensor]) -> Iterator[Tensor | SparseRows]:
         windows = list(self._windows(parts))

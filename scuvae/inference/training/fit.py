@@ -106,7 +106,8 @@ def run(
     if judge is not None and table is not None:
         table.store(validation, judge.q())
     if not counts:
-        return _moments(final_posterior(model, posterior, cells, settings), cells, settings), history
+        parts = final_posterior(model, posterior, cells, settings)
+        return _moments(parts, cells, settings), history
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(model, posterior, cells, settings, 2)

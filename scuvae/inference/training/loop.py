@@ -19,10 +19,9 @@ from scuvae.inference.training.step import Step
 from scuvae.kernels.malloc import keep_freed_memory
 from scuvae.model import VAE
 
-
-# Numbers of a table that is kept with a good state: of a larger one, of a quarter of a million cells
-# and more, copies would take more memory than all else, and its rows stay as the last step left
-# them. They are refined in the end all the same.
+# Numbers of a table that is kept with a good state. Of a larger one, of a quarter million cells
+# and more, copies would take more memory than all else: its rows stay as the last step left them,
+# and are refined in the end all the same.
 _MOST_KEPT = 2**24
 
 
