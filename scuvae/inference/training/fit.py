@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from scuvae._random import permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
+from scuvae.batches.spill import release
 from scuvae.batches.thinning import with_shallow
 from scuvae.distributions.gaussian import moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
@@ -225,6 +226,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     raw = torch.from_numpy(cells.room(n_raw)).to(like.device)
     for rows in raw.split(_AT_ONCE):
         rows += raw_of_each
+        release()
     return kind(
         mean,
         raw,
