@@ -70,7 +70,8 @@ def fit(
     Parameters
     ----------
     adata
-        Cells × genes. Raw counts for count likelihoods.
+        Cells × genes. Raw counts for count likelihoods. A matrix on disk (backed ``.h5ad``,
+        ``.zarr``, a dask array) is read from there, by blocks, and never written to.
     amortized
         ``False``: every cell its own parameters. ``True``: an encoder. ``"semi"``: every cell its
         own parameters, under which the decoder is fitted, and an encoder that follows the decoder;
@@ -164,6 +165,8 @@ def fit(
 
     Raises
     ------
+    OSError
+        The file was written to while it was read.
     ValueError, TypeError
         For values, slots or arguments that cannot be fitted, before any work.
     scuvae.inference.training.loop.TrainingError
