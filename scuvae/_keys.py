@@ -44,6 +44,7 @@ OBS_NAMES = (
     "split",
     "scale",
     "neighbor_stability",
+    "component",
 )
 
 
@@ -63,6 +64,9 @@ class Keys:
     encoder: str
     encoder_scale: str
     embed: str
+    components: str
+    factors: str
+    loadings: str
     obs: dict[str, str]
     layer: str
     sample: str
@@ -103,6 +107,9 @@ class Keys:
             encoder=f"{mean}_encoder",
             encoder_scale=f"{mean}_encoder_scale",
             embed=f"{mean}_embed",
+            components=f"{mean}_components",
+            factors=f"{mean}_factors",
+            loadings=f"{uns}_loadings",
             obs={name: f"{uns}_{name}" for name in OBS_NAMES},
             layer=f"{uns}_denoised",
             sample=f"{uns}_sample",
@@ -114,7 +121,14 @@ class Keys:
     def moments(self) -> tuple[str, ...]:
         """Slots of q, and of an encoder's beside it."""
         moments = (self.mean, self.scale, self.covariance, self.variance)
-        return (*moments, self.encoder, self.encoder_scale, self.embed)
+        return (
+            *moments,
+            self.encoder,
+            self.encoder_scale,
+            self.embed,
+            self.components,
+            self.factors,
+        )
 
     @property
     def denoised(self) -> tuple[str, ...]:
@@ -127,8 +141,10 @@ class Keys:
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
-        for slot in (self.uns, self.calibration, self.predictive_check):
+        for slot in (self.uns, self.calibration, self.predictive_check, self.loadings):
             adata.uns.pop(slot, None)
+        if self.loadings in adata.varm:
+            del adata.varm[self.loadings]
         for slot in self.denoised:
             if slot in adata.layers:
                 del adata.layers[slot]

@@ -111,6 +111,7 @@ FIT = {
             "NAME",
             "gaussian, poisson, nb, zinb, bernoulli; auto: nb for whole counts",
         ),
+        ("--prior", str, "NAME", "standard_normal or mixture: of the latent variables"),
         ("--n-latent", int, "N", "latent dimensions"),
         ("--n-hidden", int, "N", "width of a hidden layer"),
         ("--n-layers", int, "N", "hidden layers; 0: a linear decoder"),

@@ -74,7 +74,7 @@ def posterior(adata: AnnData, *, key: str | None = None) -> Distribution:
     >>> scuvae.get.posterior(adata).sample((3,)).shape
     torch.Size([3, 100, 10])
     """
-    return read_posterior(check_anndata(adata), key)
+    return read_posterior(check_anndata(adata), key).as_torch()
 
 
 def history(adata: AnnData, *, key: str | None = None) -> pd.DataFrame:

@@ -5,13 +5,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.batches import Batch, SparseRows
-from scuvae.distributions.gaussian import n_scale_parameters
+from scuvae.distributions.gaussian import Gaussian, n_scale_parameters
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.model import VAE, Decoder, Encoder
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.priors.standard_normal import StandardNormal
 
 # Each likelihood once: aliases name the same class.
 UNIQUE = sorted({cls.name for cls in LIKELIHOODS.values()})
@@ -141,7 +142,7 @@ def posterior_of(
     return kind(**{key: value for key, value in given.items() if key in wanted})
 
 
-def quadrature(model: VAE, x: Tensor) -> tuple[Tensor, Distribution]:
+def quadrature(model: VAE, x: Tensor) -> tuple[Tensor, Gaussian]:
     """log p(x), and the moments of p(z | x) as a q, with one latent dimension.
 
     A trapezoidal rule over the prior's whole range: for peaks some nodes wide, as these are, its
@@ -158,4 +159,23 @@ def quadrature(model: VAE, x: Tensor) -> tuple[Tensor, Distribution]:
     mean = (density * z).sum(0)
     scale = (density * (z - mean).square()).sum(0).sqrt()
     assert (scale > 4 * step).all()
-    return evidence, Independent(Normal(mean[:, None], scale[:, None]), 1)
+    return evidence, Gaussian(mean[:, None], scale[:, None])
+
+
+def as_q(distribution: Distribution) -> Gaussian:
+    """A torch distribution as the package's own q."""
+    if isinstance(distribution, MultivariateNormal):
+        return Gaussian(distribution.mean, distribution.scale_tril)
+    return Gaussian(distribution.mean, distribution.stddev)
+
+
+def kl_to_prior(q: Gaussian) -> Tensor:
+    """KL(q ‖ N(0, I)), (cells,)."""
+    return StandardNormal(q.mean.shape[-1]).kl(q)
+
+
+def kl_between(q: Distribution, p: Distribution) -> Tensor:
+    """KL(q ‖ p) of two Gaussians by torch, (cells,)."""
+    both = (d if isinstance(d, Gaussian) else as_q(d) for d in (q, p))
+    q, p = (d.as_family("full").as_torch() for d in both)
+    return torch.distributions.kl_divergence(q, p)

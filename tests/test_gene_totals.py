@@ -6,9 +6,9 @@ import torch
 from helpers import SCHEMES, small_counts, small_data, small_fit
 from scipy import optimize
 from small_models import batch_of, cells_of, model_of
-from torch.distributions import Independent, Normal
 
 from scuvae import tl
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.training.gene_totals import GeneTotals
 from scuvae.inference.training.linear_start import fit_loadings, start_decoder
@@ -143,11 +143,11 @@ def test_totals_are_those_of_the_moments_and_are_given_back(name: str) -> None:
     x = cells_of(model, 40)
     x[:, 0] = 0.0
     x[:, 1] += 5.0
-    q = Independent(Normal(torch.randn(40, 2).double(), torch.full((40, 2), 0.1).double()), 1)
+    q = Gaussian(torch.randn(40, 2).double(), torch.full((40, 2), 0.1).double())
     batch = batch_of(x, sparse=True)
     totals = GeneTotals(model, 64)
     for half in (torch.arange(15), torch.arange(15, 40)):
-        part = Independent(Normal(q.mean[half], q.stddev[half]), 1)
+        part = Gaussian(q.mean[half], q.stddev[half])
         totals.add(batch.take(half), part)
     torch.testing.assert_close(totals.observed, x.sum(0).double())
     z = q.sample((4000,))

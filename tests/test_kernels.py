@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse as sp
-from small_models import COUNTS, EPS, likelihood_of, model_of
+from small_models import COUNTS, EPS, kl_to_prior, likelihood_of, model_of
 from torch import Tensor
 
 from scuvae.batches import SparseRows
 from scuvae.distributions import precision
-from scuvae.distributions.gaussian import gaussian, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.kernels import threads
 from scuvae.kernels import vector_math as vectors
 from scuvae.kernels.gram import gram
@@ -153,7 +153,7 @@ def test_gram_matrices_are_numpys() -> None:
 def test_small_gaussians_are_torchs() -> None:
     mean, raw = torch.randn(50, 4), 2 * torch.randn(50, 10)
     raw[0], raw[1, 5] = -40.0, torch.nan  # scales at their least, and one that is no number
-    q, exact = gaussian(mean, raw), gaussian(mean.double(), raw.double())
+    q, exact = Gaussian.of(mean, raw), Gaussian.of(mean.double(), raw.double())
     least = q.scale_tril[0].diagonal()
     assert (least == least[0]).all()
     sound = torch.arange(50) != 1
@@ -170,7 +170,7 @@ def test_small_gaussians_are_torchs() -> None:
         assert error < 50 * EPS * truth[sound].abs().max()  # sums of some ten products
     # Behind autograd's back nothing would be learnt.
     leaf = raw[sound].clone().requires_grad_()
-    kl_to_prior(gaussian(mean[sound], leaf)).sum().backward()
+    kl_to_prior(Gaussian.of(mean[sound], leaf)).sum().backward()
     assert leaf.grad.abs().sum() > 0
 
 

@@ -17,12 +17,12 @@ from scipy import sparse as sp
 from scipy import stats
 from scipy.spatial.distance import mahalanobis
 from small_models import batch_of, cells_of, model_of
-from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae import get, tl
 from scuvae._keys import Keys
 from scuvae.batches.sparse_rows import dense, sparse
 from scuvae.batches.thinning import thinned
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.mapping.latent_distance import distance_to_posteriors
 from scuvae.inference.mapping.tail_probabilities import Alike, Residual, combine, log_tail
 from scuvae.inference.mapping.typicality import surprise
@@ -248,7 +248,7 @@ def test_expected_log_likelihood_against_sums_over_counts(masked: bool) -> None:
     batch = batch_of(x, observed=observed)
     mean = torch.randn(3, 2, dtype=torch.float64)
     # So narrow a q is a point.
-    q = Independent(Normal(mean, torch.full_like(mean, 1e-9)), 1)
+    q = Gaussian(mean, torch.full_like(mean, 1e-9))
     found = surprise(model, batch, q, 4000)
 
     genes = slice(None) if observed is None else observed
@@ -307,10 +307,10 @@ def test_distances_are_scipys(full: bool) -> None:
     mean, root = rng.normal(size=(9, 3)), rng.normal(size=(9, 3, 3)) + 2 * np.eye(3)
     covariance = root @ root.transpose(0, 2, 1)
     if full:
-        q = MultivariateNormal(torch.tensor(mean), torch.tensor(covariance))
+        q = Gaussian(torch.tensor(mean), torch.linalg.cholesky(torch.tensor(covariance)))
     else:
         scale = np.sqrt(np.einsum("nii->ni", covariance))
-        q = Independent(Normal(torch.tensor(mean), torch.tensor(scale)), 1)
+        q = Gaussian(torch.tensor(mean), torch.tensor(scale))
         covariance = np.stack([np.diag(s**2) for s in scale])
     points = np.vstack([rng.normal(size=(600, 3)), mean[4]])  # more than are taken at once
     inverse = np.linalg.inv(covariance)

@@ -8,27 +8,22 @@ import pytest
 import torch
 from small_models import (
     UNIQUE,
+    as_q,
     batch_of,
     cells_of,
     exact_evidence,
     exact_posterior,
+    kl_between,
+    kl_to_prior,
     linear_gaussian,
     model_of,
     quadrature,
 )
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import (
-    COVARIANCES,
-    gaussian,
-    kl_to_prior,
-    n_scale_parameters,
-    pack,
-    raw_scale,
-    unpack,
-)
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, n_scale_parameters, pack, unpack
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.evaluation.importance_sampling import draw_weights, log_mean
 from scuvae.inference.posteriors.objectives import elbo
@@ -40,20 +35,15 @@ pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
 def random_q(n_cells: int, n_latent: int, covariance: str) -> Distribution:
     raw = torch.randn(n_cells, n_scale_parameters(n_latent, covariance), dtype=torch.float64)
-    return gaussian(torch.randn(n_cells, n_latent, dtype=torch.float64), raw)
+    return Gaussian.of(torch.randn(n_cells, n_latent, dtype=torch.float64), raw)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("n_latent", [1, 2, 5])
 def test_kl_is_torchs(n_latent: int, covariance: str) -> None:
     q = random_q(6, n_latent, covariance)
-    if isinstance(q, MultivariateNormal):
-        eye = torch.eye(n_latent, dtype=torch.float64)
-        prior: Distribution = MultivariateNormal(torch.zeros_like(q.mean), eye)
-    else:
-        zero = torch.zeros_like(q.mean)
-        prior = Independent(Normal(zero, torch.ones_like(zero)), 1)
-    expected = torch.distributions.kl_divergence(q, prior)
+    prior = Gaussian(torch.zeros_like(q.mean), torch.ones_like(q.mean)).as_family(q.family)
+    expected = torch.distributions.kl_divergence(q.as_torch(), prior.as_torch())
     torch.testing.assert_close(kl_to_prior(q), expected, rtol=1e-12, atol=1e-12)  # roundings
 
 
@@ -65,20 +55,42 @@ def test_kl_is_the_expected_log_ratio(covariance: str) -> None:
     grid = torch.tensor(np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2))
     weight = torch.tensor(np.outer(weights, weights).ravel() / (2 * math.pi))
     z = q.mean + grid @ torch.linalg.cholesky(covariance_of(q)[0]).T
-    prior = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
-    expected = weight @ (q.log_prob(z) - prior.log_prob(z))
+    log_prior = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    expected = weight @ (q.as_torch().log_prob(z) - log_prior)
     assert kl_to_prior(q).item() == pytest.approx(expected.item(), rel=1e-10)  # roundings
 
 
 def covariance_of(q: Distribution) -> Tensor:
-    full = isinstance(q, MultivariateNormal)
-    return q.covariance_matrix if full else torch.diag_embed(q.variance)
+    return q.as_torch().covariance_matrix if q.full else torch.diag_embed(q.variance)
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_q_is_torchs(covariance: str) -> None:
+    """Density, moments, precision, entropy, families, against torch's own distributions."""
+    q = random_q(6, 3, covariance)
+    truth, z, points = q.as_torch(), torch.randn(4, 6, 3).double(), torch.randn(4, 6, 3).double()
+    close = {"rtol": 1e-9, "atol": 1e-10}  # roundings of solves
+    for found, expected in [
+        (q.log_prob(z), truth.log_prob(z)),
+        (q.log_prob_of_points(points), truth.log_prob(q.draw(points))),
+        (q.whiten(q.draw(points)), points),
+        (q.stddev, truth.stddev),
+        (q.entropy(), truth.entropy()),
+        (q.precision_matrix @ q.covariance_matrix, torch.eye(3).double().expand(6, -1, -1)),
+        (q.covariance_matrix, covariance_of(q)),
+        (q.draw(points) - q.mean, (q.scale_tril @ points.unsqueeze(-1)).squeeze(-1)),
+        (q.as_family("diagonal").stddev, truth.stddev),
+        (q.as_family("full").covariance_matrix, covariance_of(q)),
+        (q[torch.tensor([4, 1])].log_prob(z[:, [4, 1]]), truth.log_prob(z)[:, [4, 1]]),
+        (q.moved(z[0]).log_prob(z + z[0]), truth.log_prob(z)),
+    ]:
+        torch.testing.assert_close(found, expected, **close)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_scales_survive_their_parametrisation(covariance: str) -> None:
     q = random_q(6, 4, covariance)
-    again = gaussian(q.mean, raw_scale(q))
+    again = Gaussian.of(q.mean, q.raw)
     assert type(again) is type(q)
     # softplus and its inverse, in float64
     torch.testing.assert_close(covariance_of(again), covariance_of(q), rtol=1e-10, atol=1e-12)
@@ -90,9 +102,9 @@ def test_scales_survive_their_parametrisation(covariance: str) -> None:
 
 def test_tiny_and_huge_scales_stay_finite() -> None:
     raw = torch.tensor([[-1e4, -50.0, 50.0, 1e4]])
-    q = gaussian(torch.zeros(1, 4), raw)
+    q = Gaussian.of(torch.zeros(1, 4), raw)
     assert kl_to_prior(q).isfinite().all()
-    assert raw_scale(q).isfinite().all()
+    assert q.raw.isfinite().all()
 
 
 @pytest.mark.parametrize("n_draws", [1, 7, 23])
@@ -119,7 +131,7 @@ def test_exact_posterior_has_no_variance() -> None:
     model = linear_gaussian()
     x = cells_of(model, 8)
     mean, precision = exact_posterior(model, x)
-    q = MultivariateNormal(mean, precision_matrix=precision)
+    q = as_q(MultivariateNormal(mean, precision_matrix=precision))
     evidence = exact_evidence(model, x)
     for _ in range(5):
         found, _ = log_mean(draw_weights(model, batch_of(x), [q], 1)[0].log_weight)
@@ -140,10 +152,10 @@ def test_elbo_is_evidence_less_kl_to_the_posterior(n_samples: int, covariance: s
     x = cells_of(model, 3)
     batch = batch_of(x)
     mean, precision = exact_posterior(model, x)
-    posterior = MultivariateNormal(mean, precision_matrix=precision)
-    q = gaussian(mean + 0.1, raw_of(3, 3, covariance))
+    posterior = as_q(MultivariateNormal(mean, precision_matrix=precision))
+    q = Gaussian.of(mean + 0.1, raw_of(3, 3, covariance))
     full = MultivariateNormal(q.mean, covariance_of(q))
-    expected = exact_evidence(model, x) - torch.distributions.kl_divergence(full, posterior)
+    expected = exact_evidence(model, x) - kl_between(full, posterior)
     with torch.no_grad():
         runs = [elbo(model, batch, q, n_samples) for _ in range(2000 // n_samples)]
     values = torch.stack([run.elbo for run in runs])
@@ -162,7 +174,7 @@ def test_elbo_at_the_exact_posterior_is_the_evidence() -> None:
     model = linear_gaussian()
     x = cells_of(model, 8)
     mean, precision = exact_posterior(model, x)
-    q = MultivariateNormal(mean, precision_matrix=precision)
+    q = as_q(MultivariateNormal(mean, precision_matrix=precision))
     found, error = sampled_elbo(model, batch_of(x), q)
     assert ((found - exact_evidence(model, x)).abs() < 5 * error).all()  # standard errors
 
@@ -172,7 +184,7 @@ def test_elbo_has_the_gradient_of_its_expectation() -> None:
     model = linear_gaussian()
     x = cells_of(model, 4)
     mean = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    q = gaussian(mean, raw_of(4, 3, "diagonal"))
+    q = Gaussian.of(mean, raw_of(4, 3, "diagonal"))
     target, precision = exact_posterior(model, x)
     slopes = []
     for _ in range(50):
@@ -207,7 +219,7 @@ def test_one_latent_dimension_against_quadrature(name: str, n_layers: int) -> No
         # a smooth integrand: 40 adaptive nodes reach this
         torch.testing.assert_close(adaptive_gauss_hermite(model, x, q), evidence, rtol=0, atol=1e-5)
     # wider than the posterior, so that the weights' variance is finite
-    wide = Independent(Normal(q.mean, 1.5 * q.stddev), 1)
+    wide = Gaussian(q.mean, 1.5 * q.stddev)
     n_draws = 2000
     log_weight = draw_weights(model, batch, [wide], n_draws)[0].log_weight
     spread = (log_weight - evidence).exp().std(0) / math.sqrt(n_draws)
@@ -224,7 +236,7 @@ def test_bound_rises_with_the_number_of_draws(name: str) -> None:
     """The same draws in groups of 1, 4 and 16."""
     model = model_of(name)
     batch = batch_of(cells_of(model, 10))
-    q = gaussian(torch.zeros(10, 2).double(), torch.zeros(10, 2).double())
+    q = Gaussian.of(torch.zeros(10, 2).double(), torch.zeros(10, 2).double())
     n_runs = 6
     log_weight = draw_weights(model, batch, [q], n_runs * 16)[0].log_weight
     means = []
@@ -250,7 +262,7 @@ def test_fixed_points_are_standard_normal() -> None:
 def test_fixed_elbo_is_the_elbo(covariance: str) -> None:
     model = model_of("negative_binomial")
     batch = batch_of(cells_of(model, 6))
-    q = gaussian(torch.randn(6, 2).double(), raw_of(6, 2, covariance))
+    q = Gaussian.of(torch.randn(6, 2).double(), raw_of(6, 2, covariance))
     expected, error = sampled_elbo(model, batch, q)
     found = fixed_elbo(model, batch, q, n_samples=4096)
     # 5 standard errors of the plain draws; those of the fixed ones are smaller
@@ -263,7 +275,7 @@ def test_fixed_elbo_of_a_linear_model_is_its_evidence(n_latent: int) -> None:
     model = linear_gaussian(n_latent=n_latent)
     x = cells_of(model, 8)
     mean, precision = exact_posterior(model, x)
-    q = MultivariateNormal(mean, precision_matrix=precision)
+    q = as_q(MultivariateNormal(mean, precision_matrix=precision))
     # nats: with draws of unit variance only the prior's share of q is left
     torch.testing.assert_close(
         fixed_elbo(model, batch_of(x), q), exact_evidence(model, x), rtol=0, atol=0.1

@@ -27,11 +27,11 @@ from helpers import (
 from scipy import stats
 from scipy.special import logsumexp, softmax
 from small_models import COUNTS, batch_of, model_of
-from torch.distributions import Independent, Normal
 
 from scuvae import get, tl
 from scuvae._keys import SCVI, Keys
 from scuvae.batches import Batch, SparseRows
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.simulation_based_calibration import simulate
 from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.mapping.typicality import surprise
@@ -511,7 +511,7 @@ def test_what_a_model_says_of_itself_heeds_a_given_total() -> None:
     assert abs(total.sum() - expected) < 5 * expected.sqrt()  # Poisson standard errors
 
     # E log p(x̃ | z) of a Poisson model's own draws, by its entropy gene by gene.
-    q = Independent(Normal(z[:40], torch.full_like(z[:40], 1e-6)), 1)
+    q = Gaussian(z[:40], torch.full_like(z[:40], 1e-6))
     some = batch.take(torch.arange(40))
     found = surprise(model, some, q, 400).expected
     with torch.no_grad():

@@ -6,26 +6,26 @@ import pytest
 import torch
 from small_models import (
     UNIQUE,
+    as_q,
     batch_of,
     cells_of,
     exact_evidence,
     exact_posterior,
+    kl_between,
+    kl_to_prior,
     linear_gaussian,
     model_of,
     quadrature,
 )
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import (
     COVARIANCES,
-    as_family,
+    Gaussian,
     concatenate,
-    gaussian,
-    kl_to_prior,
     n_scale_parameters,
-    raw_scale,
     select,
 )
 from scuvae.distributions.quasi_random import normal_points
@@ -38,16 +38,16 @@ pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
 
 def covariance_of(q: Distribution) -> Tensor:
-    full = isinstance(q, MultivariateNormal)
+    full = q.full
     return q.covariance_matrix if full else torch.diag_embed(q.variance)
 
 
 def exact_elbo(model: VAE, x: Tensor, q: Distribution) -> Tensor:
     """ELBO of a linear Gaussian model: evidence less KL(q ‖ posterior)."""
     mean, precision = exact_posterior(model, x)
-    posterior = MultivariateNormal(mean, precision_matrix=precision)
+    posterior = as_q(MultivariateNormal(mean, precision_matrix=precision))
     full = MultivariateNormal(q.mean, covariance_of(q))
-    return exact_evidence(model, x) - torch.distributions.kl_divergence(full, posterior)
+    return exact_evidence(model, x) - kl_between(full, posterior)
 
 
 def cells_near_and_far(model: VAE) -> Tensor:
@@ -118,8 +118,8 @@ def starts_of(model: VAE, batch: Batch, covariance: str) -> dict[str, Distributi
     with torch.no_grad():
         return {
             "prior": prior_start(model, n_cells, covariance),
-            "encoder": as_family(model.encode(batch), covariance),
-            "far": gaussian(
+            "encoder": model.encode(batch).as_family(covariance),
+            "far": Gaussian.of(
                 3 * torch.randn(n_cells, model.n_latent).double(),
                 torch.zeros(n_cells, n_raw).double(),
             ),
@@ -143,7 +143,7 @@ def compare(model: VAE, batch: Batch, a: Distribution, b: Distribution) -> tuple
 
 
 def tril(q: Distribution) -> Tensor:
-    return q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
+    return q.scale_tril if q.full else torch.diag_embed(q.stddev)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -183,7 +183,7 @@ def test_one_latent_dimension_is_fitted_as_well_as_by_its_moments(
 def long_adam(model: VAE, batch: Batch, start: Distribution) -> Distribution:
     """The optimum by plain means: Adam on mean and factor, 64 antithetic draws, 600 steps."""
     mean = start.mean.clone().requires_grad_()
-    full = isinstance(start, MultivariateNormal)
+    full = start.full
     n_cells, n_latent = mean.shape
     log_scale = start.stddev.log().clone().requires_grad_()
     below = torch.zeros(n_cells, n_latent, n_latent).double().requires_grad_()
@@ -193,7 +193,7 @@ def long_adam(model: VAE, batch: Batch, start: Distribution) -> Distribution:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     for _ in range(600):
         factor = torch.diag_embed(log_scale.exp()) + (below.tril(-1) if full else 0)
-        q = MultivariateNormal(mean, scale_tril=factor)
+        q = Gaussian(mean, factor)
         expected = model.log_likelihood(batch, mean + (factor @ noise)[..., 0]).mean(0)
         optimizer.zero_grad()
         (kl_to_prior(q) - expected).sum().backward()
@@ -201,8 +201,8 @@ def long_adam(model: VAE, batch: Batch, start: Distribution) -> Distribution:
         schedule.step()
     model.zero_grad()
     if full:
-        return MultivariateNormal(mean.detach(), scale_tril=factor.detach())
-    return Independent(Normal(mean.detach(), log_scale.detach().exp()), 1)
+        return Gaussian(mean.detach(), factor.detach())
+    return Gaussian(mean.detach(), log_scale.detach().exp())
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -296,7 +296,7 @@ def test_the_best_start_wins_in_each_cell(name: str) -> None:
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_select_takes_each_cells_choice(covariance: str) -> None:
     n_raw = n_scale_parameters(3, covariance)
-    options = [gaussian(torch.randn(4, 3), torch.randn(4, n_raw)) for _ in range(3)]
+    options = [Gaussian.of(torch.randn(4, 3), torch.randn(4, n_raw)) for _ in range(3)]
     q = select(options, torch.tensor([2, 0, 1, 2]))
     for cell, choice in enumerate([2, 0, 1, 2]):
         torch.testing.assert_close(q.mean[cell], options[choice].mean[cell])
@@ -364,7 +364,7 @@ def test_extreme_cells_stay_finite(name: str, local_step: str, theta: float, n_h
     # the cells beside them are as they are by themselves, but for float32
     others = batch_of(x[4:], sparse=True)
     alone = refine(model, others, [prior_start(model, 2, "full")], local_step=local_step, **steps)
-    beside = gaussian(q.mean[4:], raw_scale(q)[4:])
+    beside = Gaussian.of(q.mean[4:], q.raw[4:])
     # so steep a decoder has optima some tenths of nats apart, and roundings choose among them
     torch.testing.assert_close(
         fixed_elbo(model, others, beside), fixed_elbo(model, others, alone), rtol=0, atol=1.0
@@ -397,7 +397,7 @@ def test_few_cells_are_stuck_under_a_sharp_decoder() -> None:
     with torch.no_grad():
         x = model.decoder(truth) + 0.05 * torch.randn(60, 30)
     batch = batch_of(x)
-    near = Independent(Normal(truth, torch.full_like(truth, 0.05)), 1)
+    near = Gaussian(truth, torch.full_like(truth, 0.05))
     best = fixed_elbo(model, batch, refine(model, batch, [near]))
 
     def stuck(start: Distribution) -> int:

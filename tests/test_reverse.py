@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import COUNTS, EPS, UNIQUE, batch_of, cells_of, model_of
+from small_models import COUNTS, EPS, UNIQUE, batch_of, cells_of, kl_to_prior, model_of
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
 from scuvae.distributions import precision
-from scuvae.distributions.gaussian import kl_to_prior
-from scuvae.inference.posteriors.objectives import _drawn, descend, elbo
+from scuvae.distributions.gaussian import Gaussian
+from scuvae.inference.posteriors.objectives import descend, elbo
 from scuvae.inference.training.optimizers import CompiledAdam, adam
 from scuvae.model import VAE, Decoder
 from scuvae.model.decoder import _gated
@@ -140,9 +139,10 @@ def test_draws_have_their_covariance(n_samples: int) -> None:
     """The compiled draws z = m + C ε, by the moments of many."""
     mean = torch.randn(1, 3).expand(20_000, 3).contiguous()
     tril = torch.tensor([[0.5, 0, 0], [-0.3, 0.8, 0], [0.2, 0.1, 1.2]])
-    q = MultivariateNormal(mean, scale_tril=tril.expand(20_000, 3, 3).contiguous())
-    z, kl = _drawn(q, n_samples)
-    torch.testing.assert_close(kl, kl_to_prior(q), rtol=1e-6, atol=0)  # float32's roundings
+    q = Gaussian(mean, tril.expand(20_000, 3, 3).contiguous())
+    z = q.draw_own(torch.randn(*(() if n_samples == 1 else (n_samples,)), *mean.shape))
+    wide = Gaussian(mean.double(), q.factor.double())
+    torch.testing.assert_close(kl_to_prior(q).double(), kl_to_prior(wide), rtol=1e-6, atol=0)
     assert z.shape == (mean.shape if n_samples == 1 else (n_samples, *mean.shape))
     rows = z.reshape(-1, 3)
     # four standard errors of the mean and of second moments
@@ -160,9 +160,9 @@ def test_steps_of_the_mean(full: bool, dtype: torch.dtype) -> None:
     tril.diagonal(dim1=-2, dim2=-1).abs_().add_(0.1)
     scale = tril.diagonal(dim1=-2, dim2=-1)
     covariance = tril @ tril.mT if full else torch.diag_embed(scale.square())
-    q: Any = MultivariateNormal(mean, scale_tril=tril)
+    q: Any = Gaussian(mean, tril)
     if not full:
-        q = Independent(Normal(mean, scale), 1)
+        q = Gaussian(mean, scale)
     step = 0.4 * (covariance @ (-1.5 * slope - mean)[..., None])[..., 0]
     length = step.norm(dim=1, keepdim=True)
     assert (length > 1).any()
@@ -170,7 +170,7 @@ def test_steps_of_the_mean(full: bool, dtype: torch.dtype) -> None:
     expected = torch.where(length > 1, step / length, step)
     rows, table = torch.randperm(40)[:30], torch.randn(40, 4, dtype=dtype)
     moved = table.clone()
-    precision.move_rows(moved, rows, q, slope, factor=-1.5, rate=0.4, longest=1.0, by=0.5)
+    precision.move_rows(moved, rows, q, -1.5 * slope - mean, rate=0.4, longest=1.0, by=0.5)
     table[rows] += 0.5 * expected
     torch.testing.assert_close(moved, table, rtol=1e-5, atol=1e-5)  # float32's roundings
 

@@ -22,6 +22,7 @@ from helpers import (
     unchanged,
 )
 from small_models import (
+    as_q,
     batch_of,
     cells_of,
     exact_evidence,
@@ -31,7 +32,7 @@ from small_models import (
 )
 
 from scuvae import get, tl
-from scuvae.distributions.gaussian import gaussian, raw_scale
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.posteriors.simulated import simulated
 from scuvae.inference.training.distillation import distil
@@ -61,15 +62,14 @@ def test_a_linear_encoder_reaches_the_exact_posterior(
     model = linear_gaussian(n_latent=2, n_vars=8)
     x, new = cells_of(model, 256), cells_of(model, 100)
     mean, precision = exact_posterior(model, x)
-    q = torch.distributions.MultivariateNormal(
+    exact = torch.distributions.MultivariateNormal(
         mean, precision_matrix=precision.expand(len(x), 2, 2)
     )
     model.encoder = Encoder(8, 2, n_layers=0, covariance=covariance).double()
     batches = [batch_of(x[rows], index=rows) for rows in torch.arange(len(x)).split(64)]
     distil(
         model,
-        mean,
-        raw_scale(q),
+        as_q(exact),
         batches,
         held_out=None,
         learning_rate=0.1,
@@ -98,8 +98,7 @@ def test_the_decoder_is_asked_for_no_gradient_and_not_moved(fixed_random_state: 
     mean = torch.zeros(20, 2, dtype=torch.float64)
     rows = distil(
         model,
-        mean,
-        mean - 1,
+        Gaussian.of(mean, mean - 1),
         [batch_of(x)],
         held_out=[batch_of(x)],
         learning_rate=0.03,
@@ -124,7 +123,7 @@ def test_cells_are_drawn_from_the_decoder_at_their_posteriors(fixed_random_state
     w, b, sigma = layer.weight.detach(), layer.bias.detach(), model.likelihood.scale.detach()
     n = 20_000
     mean = torch.tensor([[1.0, -2.0]], dtype=torch.float64).expand(n, 2)
-    q = gaussian(mean, torch.zeros(n, 2, dtype=torch.float64))  # scale ln 2
+    q = Gaussian.of(mean, torch.zeros(n, 2, dtype=torch.float64))  # scale ln 2
     x = simulated(model, batch_of(torch.zeros(n, 8, dtype=torch.float64)), q).x
     covariance = np.log(2) ** 2 * w @ w.T + torch.diag(sigma**2)
     spread = covariance.diagonal().max().sqrt().item()
@@ -138,7 +137,7 @@ def test_sizes_of_drawn_cells(totals: bool, fixed_random_state: None) -> None:
     model = model_of("poisson")
     size = torch.tensor([0.01, 100.0], dtype=torch.float64)
     like = torch.zeros(2, 12, dtype=torch.float64)
-    q = gaussian(like[:, :2], like[:, :2])
+    q = Gaussian.of(like[:, :2], like[:, :2])
     batch = simulated(model, batch_of(like, size_factor=size), q, totals)
     # A cell without a count has no logarithm of its total.
     assert batch.x[0].sum() == 0

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import COVARIANCES, draw
+from scuvae.distributions.gaussian import COVARIANCES
 from scuvae.inference.posteriors import POSTERIORS, Posterior, objectives
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
@@ -434,7 +434,7 @@ def test_history_has_its_columns_in_nats_a_cell(
     (everyone,) = minibatches(x, [torch.arange(10)])
     with torch.no_grad():
         q = posterior(model, everyone, 0.25)
-        reconstruction = model.log_likelihood(everyone, draw(q, noise)).mean().item()
+        reconstruction = model.log_likelihood(everyone, q.draw(noise)).mean().item()
         kl = torch.distributions.kl_divergence(
             MultivariateNormal(q.mean, torch.diag_embed(q.variance)),
             MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double()),

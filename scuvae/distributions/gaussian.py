@@ -1,12 +1,14 @@
-"""Gaussian posteriors q(z), between their unconstrained parameters, moments and distributions.
+"""The Gaussian q(z) of cells: its draws, its density, its families, its unconstrained parameters.
 
 ``raw`` parametrises the scale: L numbers through softplus for a diagonal covariance, or the
 L(L+1)/2 entries of a lower-triangular factor C, row by row, with softplus on its diagonal, for a
 full one (Σ = C Cᵀ). Its width alone tells the two apart (with L = 1 they are one).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,30 +22,160 @@ COVARIANCES = ("full", "diagonal")
 
 # The smallest scale: KL and log q stay finite in float32.
 _MIN_SCALE = 1e-6
+_LOG_2PI = math.log(2 * math.pi)
 
 
 def n_scale_parameters(n_latent: int, covariance: str) -> int:
     return n_latent * (n_latent + 1) // 2 if covariance == "full" else n_latent
 
 
-def gaussian(mean: Tensor, raw: Tensor) -> Distribution:
-    """q with mean ``mean``, (cells, latent), and scale parametrised by ``raw``."""
-    n_latent = mean.shape[-1]
-    if raw.shape[-1] == n_latent:
-        scale = F.softplus(raw).clamp_min(_MIN_SCALE)
-        return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
-    return full_gaussian(mean, _factor(raw, n_latent))
+class Gaussian(Distribution):
+    """N(m, C Cᵀ) of every cell, batch shape (..., cells), event shape (latent,).
 
-
-def full_gaussian(mean: Tensor, tril: Tensor) -> MultivariateNormal:
-    """N(m, C Cᵀ) for means (..., cells, latent) and factors of their full shape.
-
-    Without the constructor, which broadcasts them, and took as long as a small product.
+    Parameters
+    ----------
+    mean
+        m, (..., cells, latent).
+    factor
+        The lower-triangular C, (..., cells, latent, latent): the family ``"full"``. Or standard
+        deviations, of the shape of the mean: ``"diagonal"``.
     """
-    q = MultivariateNormal.__new__(MultivariateNormal)
-    q.loc, q.scale_tril, q._unbroadcasted_scale_tril = mean, tril, tril
-    Distribution.__init__(q, mean.shape[:-1], mean.shape[-1:], validate_args=False)
-    return q
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        self.loc, self.factor = mean, factor
+        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
+
+    @classmethod
+    def of(cls, mean: Tensor, raw: Tensor) -> "Gaussian":
+        """From means, (cells, latent), and unconstrained parameters of their scale."""
+        n_latent = mean.shape[-1]
+        if raw.shape[-1] == n_latent:
+            return cls(mean, F.softplus(raw).clamp_min(_MIN_SCALE))
+        return cls(mean, _factor(raw, n_latent))
+
+    @property
+    def full(self) -> bool:
+        return self.factor.dim() > self.loc.dim()
+
+    @property
+    def family(self) -> str:
+        """``"full"`` or ``"diagonal"``: its covariance's."""
+        return "full" if self.full else "diagonal"
+
+    @property
+    def raw(self) -> Tensor:
+        """The parameters that :meth:`of` turns into its scale."""
+        if not self.full:
+            return _inverse_softplus(self.factor)
+        diagonal = _inverse_softplus(self.factor.diagonal(dim1=-2, dim2=-1))
+        return pack(self.factor.tril(-1) + torch.diag_embed(diagonal))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        return self.factor.square().sum(-1) if self.full else self.factor.square()
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.variance.sqrt() if self.full else self.factor
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """C, also of a diagonal one."""
+        return self.factor if self.full else torch.diag_embed(self.factor)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        return self.factor @ self.factor.mT if self.full else torch.diag_embed(self.variance)
+
+    @property
+    def precision_matrix(self) -> Tensor:
+        """Λ = (C Cᵀ)⁻¹."""
+        if self.full:
+            return torch.cholesky_inverse(self.factor)
+        return torch.diag_embed(self.variance.reciprocal())
+
+    @property
+    def log_det(self) -> Tensor:
+        """ln |C|, (..., cells)."""
+        diagonal = self.factor.diagonal(dim1=-2, dim2=-1) if self.full else self.factor
+        return diagonal.log().sum(-1)
+
+    def draw(self, points: Tensor) -> Tensor:
+        """m + C ε: the draws that points of N(0, I) stand for, (samples, 1 or cells, latent)."""
+        return self.loc + self.spread(points)
+
+    def draw_own(self, noise: Tensor) -> Tensor:
+        """The same for points of each cell's own, (..., cells, latent), compiled if possible."""
+        mean, factor = self.loc, self.factor
+        plain = self.full and mean.dim() == 2 and compiled(mean)
+        if not plain or asks_gradient(mean, factor):
+            return self.draw(noise)
+        from scuvae.kernels.gaussian import draw as compiled_draw
+
+        return compiled_draw(mean.detach().contiguous(), factor.detach().contiguous(), noise)
+
+    def spread(self, points: Tensor) -> Tensor:
+        """C ε: where draws lie around the mean."""
+        if self.full:
+            return (self.factor @ points.unsqueeze(-1)).squeeze(-1)
+        return self.factor * points
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """C⁻¹ (z − m): the points that draws stand for."""
+        left = z - self.loc
+        if not self.full:
+            return left / self.factor
+        factor = self.factor.expand(*left.shape, left.shape[-1])
+        return torch.linalg.solve_triangular(factor, left.unsqueeze(-1), upper=False).squeeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_prob_of_points(self.whiten(value))
+
+    def log_prob_of_points(self, points: Tensor) -> Tensor:
+        """ln q of the draws that points of N(0, I) stand for, (..., cells)."""
+        return -0.5 * (points.square() + _LOG_2PI).sum(-1) - self.log_det
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        points = self.loc.new_empty(self._extended_shape(torch.Size(sample_shape))).normal_()
+        return self.draw(points)
+
+    def entropy(self) -> Tensor:
+        return 0.5 * self.loc.shape[-1] * (1 + _LOG_2PI) + self.log_det
+
+    def __getitem__(self, rows: Any) -> "Gaussian":
+        """Of some cells."""
+        return Gaussian(self.loc[rows], self.factor[rows])
+
+    def moved(self, by: Tensor) -> "Gaussian":
+        """The same scale around other means."""
+        return Gaussian(self.loc + by, self.factor)
+
+    def detach(self) -> "Gaussian":
+        return Gaussian(self.loc.detach(), self.factor.detach())
+
+    def to(self, like: Tensor | torch.device | torch.dtype) -> "Gaussian":
+        """On a device, or of a type of numbers."""
+        return Gaussian(self.loc.to(like), self.factor.to(like))
+
+    def as_family(self, covariance: str) -> "Gaussian":
+        """As a member of a family: a diagonal one is full too; a full one keeps its margins."""
+        if self.family == covariance:
+            return self
+        return Gaussian(self.loc, self.scale_tril if covariance == "full" else self.stddev)
+
+    def as_torch(self) -> Distribution:
+        """As one of torch's own distributions."""
+        if self.full:
+            return MultivariateNormal(self.loc, scale_tril=self.factor, validate_args=False)
+        normal = Normal(self.loc, self.factor, validate_args=False)
+        return Independent(normal, 1, validate_args=False)
 
 
 def _factor(raw: Tensor, n_latent: int) -> Tensor:
@@ -55,15 +187,6 @@ def _factor(raw: Tensor, n_latent: int) -> Tensor:
     _, on_diagonal = _layout(n_latent, raw.device)
     positive = F.softplus(raw).clamp_min(_MIN_SCALE)
     return unpack(torch.where(on_diagonal, positive, raw), n_latent)
-
-
-def raw_scale(q: Distribution) -> Tensor:
-    """The parameters that :func:`gaussian` would turn into q's scale."""
-    if isinstance(q, MultivariateNormal):
-        tril = q.scale_tril
-        diagonal = _inverse_softplus(tril.diagonal(dim1=-2, dim2=-1))
-        return pack(tril.tril(-1) + torch.diag_embed(diagonal))
-    return _inverse_softplus(q.stddev)
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:
@@ -94,51 +217,19 @@ def _layout(n_latent: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return position.flatten().to(device), (i == j).to(device)
 
 
-def draw(q: Distribution, points: Tensor) -> Tensor:
-    """The draws of q that ``points`` of N(0, I), (samples, 1 or cells, latent), stand for."""
-    return q.mean + (scale_tril_of(q) @ points.unsqueeze(-1)).squeeze(-1)
-
-
-def scale_tril_of(q: Distribution) -> Tensor:
-    return q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
-
-
-def kl_to_prior(q: Distribution) -> Tensor:
-    """KL(q ‖ N(0, I)) in nats, a cell: ½ (tr Σ + mᵀm − L − ln |Σ|), (cells,)."""
-    mean = q.mean
-    if isinstance(q, MultivariateNormal):
-        tril = q.scale_tril
-        trace = tril.square().sum((-2, -1))
-        log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    else:
-        trace = q.stddev.square().sum(-1)
-        log_det = 2 * q.stddev.log().sum(-1)
-    return 0.5 * (trace + mean.square().sum(-1) - mean.shape[-1] - log_det)
-
-
-def select(options: Sequence[Distribution], choice: Tensor) -> Distribution:
-    """For each cell the distribution that ``choice``, (cells,), names."""
+def select(options: Sequence[Gaussian], choice: Tensor) -> Gaussian:
+    """For each cell the distribution, all of one family, that ``choice``, (cells,), names."""
     cells = torch.arange(len(choice), device=choice.device)
     mean = torch.stack([q.mean for q in options])[choice, cells]
-    raw = torch.stack([raw_scale(q) for q in options])[choice, cells]
-    return gaussian(mean, raw)
+    return Gaussian(mean, torch.stack([q.factor for q in options])[choice, cells])
 
 
-def concatenate(parts: Sequence[Distribution]) -> Distribution:
+def concatenate(parts: Sequence[Gaussian]) -> Gaussian:
     """One distribution over the cells of several batches, in order."""
-    return gaussian(torch.cat([q.mean for q in parts]), torch.cat([raw_scale(q) for q in parts]))
+    return Gaussian(torch.cat([q.mean for q in parts]), torch.cat([q.factor for q in parts]))
 
 
-def as_family(q: Distribution, covariance: str) -> Distribution:
-    """``q`` as a member of the family: a diagonal one is full too; a full one keeps its margins."""
-    if covariance == "full" and not isinstance(q, MultivariateNormal):
-        return MultivariateNormal(q.mean, scale_tril=torch.diag_embed(q.stddev))
-    if covariance == "diagonal" and isinstance(q, MultivariateNormal):
-        return Independent(Normal(q.mean, q.stddev), 1)
-    return q
-
-
-def moments(parts: Iterable[Distribution], covariance: str) -> dict[str, np.ndarray]:
+def moments(parts: Iterable[Gaussian], covariance: str) -> dict[str, np.ndarray]:
     """Means, scales and, where it is full, packed covariances of q, over parts of the cells.
 
     A part at a time: factors and covariances of all cells at once would outweigh their table.
@@ -150,13 +241,9 @@ def moments(parts: Iterable[Distribution], covariance: str) -> dict[str, np.ndar
         found["mean"].append(_array(q.mean))
         found["scale"].append(_array(q.stddev))
         if covariance == "full":
-            if isinstance(q, MultivariateNormal):
-                matrix = q.covariance_matrix
-            else:
-                matrix = torch.diag_embed(q.variance)
-            found["covariance"].append(_array(pack(matrix)))
+            found["covariance"].append(_array(pack(q.covariance_matrix)))
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def _array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=np.float32)

@@ -1,8 +1,9 @@
 """Natural-gradient steps for Gaussian q: variational online Gauss–Newton.
 
-For q_i = N(m_i, Λ_i⁻¹) and J_c the Jacobian of the decoder, centred where the likelihood says so,
+For q_i = N(m_i, Λ_i⁻¹), J_c the Jacobian of the decoder, centred where the likelihood says so, and
+P and d the prior's precision and slope (I and −m under a standard normal),
 
-    A = E_q[J_cᵀ diag(w) J_c] / β + I      g = E_q[J_cᵀ score] / β − m
+    A = E_q[J_cᵀ diag(w) J_c] / β + P      g = E_q[J_cᵀ score] / β + d
     Λ ← (1−ρ) Λ + ρ A                      m ← m + ρ Λ⁻¹ g
 
 with β the weight of the KL term (Khan & Rue, "The Bayesian Learning Rule", JMLR 2023;
@@ -11,16 +12,14 @@ Gauss–Newton in VAEs: Park, Kim & Kim, ICML 2019). One step is exact for linea
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from scuvae.distributions.gaussian import full_gaussian
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.kernels.dispatch import compiled
 
 
-def expected_precision(curvature: Tensor, kl_weight: float = 1.0) -> Tensor:
-    """A = curvature / β + I."""
-    eye = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
-    return curvature / kl_weight + eye
+def expected_precision(curvature: Tensor, prior: Tensor, kl_weight: float = 1.0) -> Tensor:
+    """A = curvature / β + P."""
+    return curvature / kl_weight + prior
 
 
 def scale_tril(precision: Tensor) -> Tensor:
@@ -53,12 +52,11 @@ def _at_hand(values: Tensor) -> bool:
     return values.is_cpu
 
 
-def gaussian_at(mean: Tensor, precision: Tensor, *, full: bool) -> Distribution:
+def gaussian_at(mean: Tensor, precision: Tensor, *, full: bool) -> Gaussian:
     """The best q at a mean and precision: N(m, Λ⁻¹), or s_k² = 1/Λ_kk in the diagonal family."""
     if full:
-        return full_gaussian(mean, scale_tril(precision))
-    scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+        return Gaussian(mean, scale_tril(precision))
+    return Gaussian(mean, precision.diagonal(dim1=-2, dim2=-1).rsqrt())
 
 
 def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
@@ -73,29 +71,27 @@ def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
 def move_rows(
     means: Tensor,
     rows: Tensor,
-    q: Distribution,
+    q: Gaussian,
     slope: Tensor,
     *,
-    factor: float,
     rate: float,
     longest: float,
     by: float | Tensor,
 ) -> None:
-    """Add ``by`` times ρ Λ⁻¹ g to the table's rows, g = ``factor`` · ``slope`` − m of each cell.
+    """Add ``by`` times ρ Λ⁻¹ g to the table's rows, g the ELBO's ``slope`` in each cell's mean.
 
     ρ is ``rate``; no ρ Λ⁻¹ g is longer than ``longest``.
     """
-    if isinstance(q, MultivariateNormal):
-        tril = q.scale_tril
+    if q.full:
         if compiled(slope) and means.is_contiguous():
             from scuvae.kernels.gaussian import move as compiled_move
 
-            slope = slope.contiguous()
-            compiled_move(means, rows, q.loc, tril, slope, factor, rate, longest, float(by))
+            tril, slope = q.factor.contiguous(), slope.contiguous()
+            compiled_move(means, rows, tril, slope, rate, longest, float(by))
             return
-        direction = precondition(tril, torch.add(factor * slope, q.mean, alpha=-1))
+        direction = precondition(q.factor, slope)
     else:
-        direction = q.variance * torch.add(factor * slope, q.mean, alpha=-1)
+        direction = q.variance * slope
     means.index_add_(0, rows, cap_length(rate * direction, longest) * by)
 
 

@@ -11,17 +11,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from scuvae.batches import Batch, SparseRows
 from scuvae.batches.sparse_rows import sparse
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.external._last_layer import LastLayer
 from scuvae.external._likelihoods import LIKELIHOODS, Heads
 from scuvae.external._scvi_decoder import as_decoder
 from scuvae.model import VAE, Decoder
 from scuvae.model.curvature import cells_at_once, jacobian_gram, weighted_gram
 from scuvae.model.likelihoods import negative_binomial
+from scuvae.model.priors.standard_normal import StandardNormal
 
 # Names of tensors in scvi-tools' batches (``scvi.REGISTRY_KEYS``).
 _X, _BATCH, _LABELS = "X", "batch", "labels"
@@ -50,19 +51,15 @@ class Bridge(nn.Module):
         self.n_latent, self.n_vars = int(module.n_latent), int(module.n_input)
         self.linear = not hasattr(module.decoder, "px_decoder")
         self.device = device
+        self.prior = StandardNormal(self.n_latent).to(device)
         self.network = as_decoder(self.module.decoder, self.n_latent, self._n_conditions)
 
     def as_vae(self) -> VAE:
         """Itself, for functions that are typed for our own model and use only what is here."""
         return cast(VAE, self)
 
-    @property
-    def prior(self) -> Distribution:
-        zero = torch.zeros(self.n_latent, device=self.device)
-        return Independent(Normal(zero, torch.ones_like(zero)), 1)
-
     @torch.no_grad()
-    def read(self, tensors: dict[str, Tensor], index: Tensor) -> tuple[Batch, Distribution]:
+    def read(self, tensors: dict[str, Tensor], index: Tensor) -> tuple[Batch, Gaussian]:
         """A batch of scvi-tools' loader as one of ours, and the encoder's q for it."""
         given = {name: value.to(self.device) for name, value in tensors.items()}
         x = given[_X].float()
@@ -75,7 +72,7 @@ class Bridge(nn.Module):
             scale.float().squeeze(-1),
             self._conditions(given),
         )
-        return batch, Independent(Normal(qz.loc, qz.scale, validate_args=False), 1)
+        return batch, Gaussian(qz.loc, qz.scale)
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""

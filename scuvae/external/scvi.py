@@ -7,13 +7,12 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from scuvae import __version__
 from scuvae._checks import one_of, random_state_alias, whole
 from scuvae._keys import SCVI, Keys
-from scuvae.distributions.gaussian import COVARIANCES, as_family, moments, select
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments, select
 from scuvae.external._scvi_checks import check_model, loader_of
 from scuvae.external._scvi_module import Bridge
 from scuvae.inference.evaluation.paired_elbo import compare
@@ -30,6 +29,7 @@ _NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 
 @isolated
+@torch.random.fork_rng(devices=[])  # scvi-tools draws by torch's own generator
 @random_state_alias
 def refine(
     model: Any,
@@ -134,8 +134,8 @@ def refine(
     adata = model.adata if adata is None else adata
     bridge = Bridge(model.module, where, whole_curvature=covariance == "full")
 
-    parts: list[Distribution] = []
-    encoders: list[Distribution] = []
+    parts: list[Gaussian] = []
+    encoders: list[Gaussian] = []
     columns: dict[str, list[Tensor]] = {}
     with torch.no_grad(), random_state(rng, where):
         batches = tqdm(
@@ -146,7 +146,7 @@ def refine(
         )
         for tensors, index in _numbered(batches):
             batch, encoded = bridge.read(tensors, index)
-            start = as_family(encoded, covariance)
+            start = encoded.as_family(covariance)
             vae = bridge.as_vae()
             if covariance == "diagonal":
                 refined = refine_diagonal(vae, batch, start, max_steps=max_steps)
@@ -173,6 +173,7 @@ def refine(
 
 
 @isolated
+@torch.random.fork_rng(devices=[])  # scvi-tools draws by torch's own generator
 def hand_back(model: Any, *, key: str | None = None) -> None:
     """Let scvi-tools use the refined posteriors: its latents, expression and tests come from them.
 
@@ -240,8 +241,8 @@ def _cells_at_once(bridge: Bridge, device: torch.device) -> int:
 
 
 def _never_worse(
-    refined: Distribution, start: Distribution, found: dict[str, Tensor]
-) -> tuple[Distribution, dict[str, Tensor]]:
+    refined: Gaussian, start: Gaussian, found: dict[str, Tensor]
+) -> tuple[Gaussian, dict[str, Tensor]]:
     """The encoder's q, with its figures, where the refined one is no better over the draws."""
     better = found["amortization_gap"] > 0
     chosen = dict(found)

@@ -9,20 +9,24 @@ from torch import nn
 from scuvae._random import using
 from scuvae.model import VAE, Decoder, Encoder
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.priors import PRIORS, Prior
 
 
-def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | None = None) -> VAE:
+def build_model(
+    params: dict[str, Any],
+    n_vars: int,
+    likelihood: Likelihood | None = None,
+    prior: Prior | None = None,
+) -> VAE:
     """The VAE that ``params`` describe, freshly initialised from torch's current random state."""
     n_latent = int(params["n_latent"])
     n_hidden, n_layers = int(params["n_hidden"]), int(params["n_layers"])
     if likelihood is None:
-        name = str(params["likelihood"])
-        if name not in LIKELIHOODS:
-            raise ValueError(
-                f"the fit's likelihood is {name!r}, which is not registered: set "
-                f"scuvae.model.likelihoods.LIKELIHOODS[{name!r}] to its class"
-            )
-        likelihood = LIKELIHOODS[name](n_vars)
+        likelihood = _registered("likelihood", str(params["likelihood"]), LIKELIHOODS)(n_vars)
+    if prior is None:
+        # Fits of before there were others have N(0, I).
+        name = str(params.get("prior", "standard_normal"))
+        prior = _registered("prior", name, PRIORS)(n_latent)
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
         n_latent,
@@ -44,7 +48,17 @@ def build_model(params: dict[str, Any], n_vars: int, likelihood: Likelihood | No
             n_hidden=n_hidden,
             n_layers=n_layers,
         )
-    return VAE(decoder, likelihood, encoder)
+    return VAE(decoder, likelihood, encoder, prior)
+
+
+def _registered(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        plural = f"{what}s"
+        raise ValueError(
+            f"the fit's {what} is {name!r}, which is not registered: set "
+            f"scuvae.model.{plural}.{plural.upper()}[{name!r}] to its class"
+        )
+    return known[name]
 
 
 def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:
@@ -61,6 +75,7 @@ def model_to_arrays(model: VAE) -> dict[str, dict[str, np.ndarray]]:
             for name, tensor in module.state_dict().items()
         }
         for part, module in model.named_children()
+        if part != "prior" or module.state_dict()  # N(0, I) has nothing to keep
     }
 
 
@@ -70,10 +85,13 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
     with using(torch.Generator()):
         model = build_model(params, n_vars)
     for part, module in model.named_children():
+        if not module.state_dict():
+            continue
         arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
-        if part == "likelihood":
+        if part in ("likelihood", "prior"):  # as many numbers as the instance had
             for name, value in arrays.items():
-                setattr(module, name, nn.Parameter(value))
+                learnt = name in dict(module.named_parameters())
+                setattr(module, name, nn.Parameter(value) if learnt else value)
         else:
             module.load_state_dict(arrays)
     return model.eval()

@@ -1,13 +1,16 @@
 """Where results go, and the posteriors in them."""
 
+import copy as copying
+
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae._keys import DEFAULT, Keys
-from scuvae.distributions.gaussian import unpack
+from scuvae.distributions.gaussian import Gaussian, unpack
 from scuvae.io.fit_state import read_entry
+from scuvae.model.priors import Prior
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -17,7 +20,7 @@ def target(adata: AnnData, copy: bool) -> AnnData:
     return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
 
 
-def read_posterior(adata: AnnData, key: str | None) -> Distribution:
+def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     """q of every cell from ``obsm``, on the CPU."""
     read_entry(adata, key)
     keys = Keys.of(key)
@@ -26,22 +29,51 @@ def read_posterior(adata: AnnData, key: str | None) -> Distribution:
             raise ValueError(
                 f"adata.obsm[{slot!r}] is gone: fit again, or refit its cells with tl.project"
             )
-    mean = torch.as_tensor(np.array(adata.obsm[keys.mean], np.float32))
-    if keys.covariance in adata.obsm:
-        packed = torch.as_tensor(np.array(adata.obsm[keys.covariance], np.float64))
-        lower = unpack(packed, mean.shape[1])
-        covariance = lower + lower.tril(-1).mT
-        tril, failed = torch.linalg.cholesky_ex(covariance)
-        if failed.any():
-            # float32 has rounded a very long, thin covariance past positive definiteness.
-            longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
-            jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
-            bad = (failed > 0)[:, None, None]
-            tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
-        tril = tril.float()
-        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    scale = torch.as_tensor(np.array(adata.obsm[keys.scale], np.float32))
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
+    return gaussian_of(
+        {name: adata.obsm[slot] for name, slot in slots.items() if slot in adata.obsm}
+    )
+
+
+def gaussian_of(values: dict[str, np.ndarray]) -> Gaussian:
+    """q of cells' :func:`moments`, on the CPU."""
+    mean = torch.as_tensor(np.array(values["mean"], np.float32))
+    if "covariance" not in values:
+        return Gaussian(mean, torch.as_tensor(np.array(values["scale"], np.float32)))
+    packed = torch.as_tensor(np.array(values["covariance"], np.float64))
+    lower = unpack(packed, mean.shape[1])
+    covariance = lower + lower.tril(-1).mT
+    tril, failed = torch.linalg.cholesky_ex(covariance)
+    if failed.any():
+        # float32 has rounded a very long, thin covariance past positive definiteness.
+        longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+        jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
+        bad = (failed > 0)[:, None, None]
+        tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
+    return Gaussian(mean, tril.float())
+
+
+# Cells whose components are asked for at once.
+_CHUNK = 4096
+
+
+def components_of(q: Gaussian, prior: Prior) -> np.ndarray | None:
+    """The chances that each cell is of each of the prior's components, where it has any."""
+    prior = copying.deepcopy(prior).to(q.mean)
+    rows = torch.arange(len(q.mean)).split(_CHUNK)
+    parts = [found for part in rows if (found := prior.responsibilities(q[part])) is not None]
+    return torch.cat(parts).numpy() if parts else None
+
+
+def write_components(adata: AnnData, key: str | None, share: np.ndarray | None) -> None:
+    """The :func:`components_of` cells, and the likeliest, but those that no cell is of."""
+    if share is None:
+        return
+    keys = Keys.of(key)
+    there = np.flatnonzero(share.any(0))
+    adata.obsm[keys.components] = np.ascontiguousarray(share[:, there], np.float32)
+    likeliest = share[:, there].argmax(1)
+    adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, there.astype(str))
 
 
 def write_posterior(

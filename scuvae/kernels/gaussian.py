@@ -45,7 +45,19 @@ def _through_covariance(tril: Any, vector: Any, inner: Any, out: Any) -> None:
 
 
 @exact
-def _draw(mean: Any, tril: Any, points: Any, out: Any, kl: Any) -> None:
+def _draw(mean: Any, tril: Any, points: Any, out: Any) -> None:
+    n_cells, n_latent = mean.shape
+    for i in range(n_cells):
+        for r in range(i, len(points), n_cells):
+            for a in range(n_latent):
+                z = mean[i, a]
+                for b in range(a + 1):
+                    z += tril[i, a, b] * points[r, b]
+                out[r, a] = z
+
+
+@exact
+def _kl_to_standard_normal(mean: Any, tril: Any, kl: Any) -> None:
     n_cells, n_latent = mean.shape
     for i in range(n_cells):
         total, log_det = f32(0.0), 0.0
@@ -55,12 +67,6 @@ def _draw(mean: Any, tril: Any, points: Any, out: Any, kl: Any) -> None:
                 total += tril[i, a, b] * tril[i, a, b]
             log_det += math.log(tril[i, a, a])
         kl[i] = f32(0.5) * total - f32(log_det)
-        for r in range(i, len(points), n_cells):
-            for a in range(n_latent):
-                z = mean[i, a]
-                for b in range(a + 1):
-                    z += tril[i, a, b] * points[r, b]
-                out[r, a] = z
 
 
 @exact
@@ -74,19 +80,17 @@ def _precondition(tril: Any, gradient: Any, out: Any) -> None:
 def _move(
     means: Any,
     rows: Any,
-    mean: Any,
     tril: Any,
     slope: Any,
-    factor: Any,
     rate: Any,
     longest: Any,
     by: Any,
 ) -> None:
-    n_latent = mean.shape[1]
+    n_latent = slope.shape[1]
     ascent, inner, step = np.empty(n_latent, f32), np.empty(n_latent, f32), np.empty(n_latent, f32)
-    for i in range(len(mean)):
+    for i in range(len(slope)):
         for a in range(n_latent):
-            ascent[a] = rate * (factor * slope[i, a] - mean[i, a])
+            ascent[a] = rate * slope[i, a]
         _through_covariance(tril[i], ascent, inner, step)
         squares = f32(0.0)
         for a in range(n_latent):
@@ -104,12 +108,19 @@ def unpack(raw: Tensor, n_latent: int, least: float) -> Tensor:
     return out
 
 
-def draw(mean: Tensor, tril: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """m + C ε of each cell for ε, (..., cells, latent), and KL(N(m, C Cᵀ) ‖ N(0, I)) in nats."""
-    out, kl = torch.empty_like(points), mean.new_empty(len(mean))
+def draw(mean: Tensor, tril: Tensor, points: Tensor) -> Tensor:
+    """m + C ε of each cell for ε, (..., cells, latent)."""
+    out = torch.empty_like(points)
     rows = (part.view(-1, mean.shape[1]).numpy() for part in (points, out))
-    _draw(mean.numpy(), tril.numpy(), *rows, kl.numpy())
-    return out, kl
+    _draw(mean.numpy(), tril.numpy(), *rows)
+    return out
+
+
+def kl_to_standard_normal(mean: Tensor, tril: Tensor) -> Tensor:
+    """KL(N(m, C Cᵀ) ‖ N(0, I)) in nats, (cells,)."""
+    kl = mean.new_empty(len(mean))
+    _kl_to_standard_normal(mean.numpy(), tril.numpy(), kl.numpy())
+    return kl
 
 
 def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
@@ -122,14 +133,12 @@ def precondition(tril: Tensor, gradient: Tensor) -> Tensor:
 def move(
     means: Tensor,
     rows: Tensor,
-    mean: Tensor,
     tril: Tensor,
     slope: Tensor,
-    factor: float,
     rate: float,
     longest: float,
     by: float,
 ) -> None:
-    """As :func:`scuvae.distributions.precision.move`."""
-    arrays = (t.numpy() for t in (means, rows, mean.contiguous(), tril.contiguous(), slope))
-    _move(*arrays, f32(factor), f32(rate), f32(longest), f32(by))
+    """As :func:`scuvae.distributions.precision.move_rows`."""
+    arrays = (t.numpy() for t in (means, rows, tril, slope))
+    _move(*arrays, f32(rate), f32(longest), f32(by))

@@ -5,11 +5,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from scuvae._random import linear
-from scuvae.distributions.gaussian import gaussian, n_scale_parameters
+from scuvae.distributions.gaussian import Gaussian, n_scale_parameters
 
 
 class BatchNorm(nn.Module):
@@ -97,10 +96,10 @@ class Encoder(nn.Module):
         self.scale = linear(widths[-1], n_scale_parameters(n_latent, covariance))
         self.inputs = inputs
 
-    def forward(self, x: Tensor) -> Distribution:
+    def forward(self, x: Tensor) -> Gaussian:
         """q(z | x) for values x of shape (cells, genes)."""
         h = self.hidden(encoder_input(x, self.inputs))
-        return gaussian(self.mean(h), self.scale(h))
+        return Gaussian.of(self.mean(h), self.scale(h))
 
     @torch.no_grad()
     def settle(self, batches: Iterable[Tensor]) -> None:

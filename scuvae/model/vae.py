@@ -5,20 +5,22 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model.curvature import jacobian_gram, systematic_sample
 from scuvae.model.decoder import Decoder
 from scuvae.model.encoder import Encoder
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.likelihoods.autograd import Linear
+from scuvae.model.priors import Prior
+from scuvae.model.priors.standard_normal import StandardNormal
 
 
 class VAE(nn.Module):
-    """z ~ N(0, I), x ~ likelihood(decoder(z)); it knows nothing of how z is inferred.
+    """z ~ prior, x ~ likelihood(decoder(z)); it knows nothing of how z is inferred.
 
     Attributes
     ----------
@@ -27,15 +29,22 @@ class VAE(nn.Module):
         nats, with any leading dimensions of draws.
     encoder
         x → q(z | x), or None where the model was fitted without.
+    prior
+        p(z): ``prior.log_prob(z)``, ``prior.sample(shape)``; N(0, I) unless given.
     """
 
     def __init__(
-        self, decoder: Decoder, likelihood: Likelihood, encoder: Encoder | None = None
+        self,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        encoder: Encoder | None = None,
+        prior: Prior | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.likelihood = likelihood
         self.encoder = encoder
+        self.prior = StandardNormal(decoder.n_latent) if prior is None else prior
 
     @property
     def n_latent(self) -> int:
@@ -44,11 +53,6 @@ class VAE(nn.Module):
     @property
     def n_vars(self) -> int:
         return self.likelihood.n_vars
-
-    @property
-    def prior(self) -> Distribution:
-        zero = next(self.decoder.parameters()).new_zeros(self.n_latent)
-        return Independent(Normal(zero, torch.ones_like(zero)), 1)
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
@@ -116,11 +120,11 @@ class VAE(nn.Module):
         shift = None if centre is None else -(tangent @ (centre @ weight).unsqueeze(-1))
         return jacobian_gram(tangent, weight, fisher, shift)
 
-    def encode(self, batch: Batch) -> Distribution:
+    def encode(self, batch: Batch) -> Gaussian:
         """The encoder's q for a batch."""
         if self.encoder is None:
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
-        q: Distribution = self.encoder(dense(batch.x))
+        q: Gaussian = self.encoder(dense(batch.x))
         return q
 
 

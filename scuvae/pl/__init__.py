@@ -4,6 +4,7 @@ from ._arrows import refinement_arrows
 from ._calibration import calibration
 from ._embedding import embedding_scores
 from ._gap import amortization_gap
+from ._latent_dimensions import latent_dimensions
 from ._loss import loss
 from ._predicted import observed_vs_predicted
 from ._predictive import predictive_check
@@ -14,6 +15,7 @@ __all__ = [
     "calibration",
     "elbo_by_size",
     "embedding_scores",
+    "latent_dimensions",
     "loss",
     "observed_vs_predicted",
     "predictive_check",

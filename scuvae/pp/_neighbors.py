@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys
-from scuvae.distributions.gaussian import draw
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.mapping.embedding import Basis, place
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit
@@ -176,7 +175,7 @@ def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
 @torch.no_grad()
 def _draws(
     model: VAE,
-    q: Distribution,
+    q: Gaussian,
     basis: Basis,
     n_batches: int,
     n_samples: int,
@@ -185,5 +184,5 @@ def _draws(
     """All cells in the map, each at a draw of its own from q, so many times."""
     for _ in range(n_samples):
         noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
-        z = draw(q, torch.from_numpy(noise).unsqueeze(0)).squeeze(0)
+        z = q.draw(torch.from_numpy(noise))
         yield place(model, z, basis, n_batches).numpy()

@@ -10,10 +10,8 @@ from scipy import sparse as sp
 from scuvae._checks import flag, names, random_generator, random_state_alias, real
 from scuvae.io import inputs
 from scuvae.io.slots import target
+from scuvae.io.split_counts import split_counts
 from scuvae.runtime import isolated
-
-# Whole numbers up to here are exact in float32.
-_EXACT = 2**24
 
 
 @isolated
@@ -86,7 +84,7 @@ def thin_counts(
     wrong = inputs.not_whole(matrix, adata, layer)
     if wrong:
         raise ValueError(f"{wrong}: only whole counts can be split. Pass layer= with raw counts")
-    parts = _split(matrix, fraction, generator)
+    parts: tuple[Any, ...] = split_counts(matrix, fraction, generator)
     if isinstance(adata.X if layer is None else adata.layers[layer], sp.spmatrix):
         parts = tuple(sp.csr_matrix(part) for part in parts)
 
@@ -94,39 +92,3 @@ def thin_counts(
     for name, part in zip(added, parts, strict=True):
         out.layers[name] = part
     return out if copy else None
-
-
-def _split(matrix: Any, fraction: float, generator: np.random.Generator) -> tuple[Any, Any]:
-    """Two matrices that sum to ``matrix``; counts are drawn row by row, zeros not at all."""
-    if not sp.issparse(matrix):
-        there = matrix > 0
-        counts = matrix[there].astype(np.int64)
-        taken = generator.binomial(counts, fraction)
-        parts = []
-        for values in (taken, counts - taken):
-            part = np.zeros(matrix.shape, _dtype(matrix.dtype, counts))
-            part[there] = values
-            parts.append(part)
-        return parts[0], parts[1]
-    there = matrix.data > 0
-    counts = matrix.data[there].astype(np.int64)
-    # Entries before each row's first, but for zeros that are stored.
-    indptr = np.concatenate([[0], np.cumsum(there)])[matrix.indptr].astype(matrix.indptr.dtype)
-    indices = matrix.indices[there]
-    taken = generator.binomial(counts, fraction)
-    dtype = _dtype(matrix.dtype, counts)
-    first, second = (
-        sp.csr_array((values.astype(dtype), indices.copy(), indptr.copy()), shape=matrix.shape)
-        for values in (taken, counts - taken)
-    )
-    first.eliminate_zeros()
-    second.eliminate_zeros()
-    return first, second
-
-
-def _dtype(dtype: np.dtype, counts: np.ndarray) -> np.dtype:
-    """The counts' own, if every smaller count is exact in it."""
-    if dtype.kind != "f":
-        return dtype
-    large = counts.size > 0 and counts.max() > _EXACT
-    return np.promote_types(dtype, np.float64 if large else np.float32)

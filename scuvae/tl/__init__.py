@@ -1,10 +1,12 @@
 """Verbs: AnnData in, AnnData out. Each has a file of its own."""
 
 from scuvae.tl._calibration import calibration
+from scuvae.tl._compare_n_latent import compare_n_latent
 from scuvae.tl._denoise import denoise
 from scuvae.tl._embed import embed
 from scuvae.tl._fit import fit
 from scuvae.tl._gap import amortization_gap
+from scuvae.tl._loadings import loadings
 from scuvae.tl._novelty import novelty
 from scuvae.tl._predictive import predictive_check
 from scuvae.tl._project import project
@@ -17,9 +19,11 @@ from scuvae.tl._transfer_labels import transfer_labels
 __all__ = [
     "amortization_gap",
     "calibration",
+    "compare_n_latent",
     "denoise",
     "embed",
     "fit",
+    "loadings",
     "novelty",
     "predictive_check",
     "project",

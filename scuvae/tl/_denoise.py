@@ -15,7 +15,6 @@ from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, gaussian, raw_scale
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
@@ -141,13 +140,14 @@ def denoise(
         _check_table(columns)
 
     model = fit.model.to(where)
-    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+    stored = stored.to(where)
+    mean = stored.mean
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
     decode = _Decode(model, torch.as_tensor(positions, device=where), size, codes, len(fit.batches))
     parts = [np.empty((len(cells), len(columns)), np.float32) for _ in range(1 + scale)]
     with torch.no_grad():
         for some in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            z = draw(gaussian(mean[some.index], raw[some.index]), points)
+            z = stored[some.index].draw(points)
             rows = some.index.cpu().numpy()
             for part, values in zip(parts, decode.moments(some, z), strict=False):
                 part[rows] = values.cpu().numpy()

@@ -12,18 +12,21 @@ import torch
 from anndata import AnnData
 
 from scuvae import __version__
-from scuvae._checks import flag, random_state_alias
+from scuvae._checks import flag, one_of, random_state_alias
 from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
+from scuvae.distributions.gaussian import Gaussian
+from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.fit import run
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import covariates, inputs
 from scuvae.io.model_arrays import build_model, model_to_arrays
-from scuvae.io.slots import target, write_posterior
+from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 
@@ -35,6 +38,7 @@ def fit(
     *,
     amortized: bool | str = False,
     likelihood: str | Likelihood = "auto",
+    prior: str | Prior = "standard_normal",
     n_latent: int = 10,
     n_hidden: int = 128,
     n_layers: int = 1,
@@ -62,7 +66,7 @@ def fit(
 ) -> AnnData | None:
     """Fit a variational autoencoder to the cells of ``adata``, with or without an encoder.
 
-    z ~ N(0, I), x ~ likelihood(decoder(z)). Every cell gets an approximate posterior q(z), a
+    z ~ prior, x ~ likelihood(decoder(z)). Every cell gets an approximate posterior q(z), a
     Gaussian: from parameters of its own (the default), from an encoder network, or from parameters
     of its own with an encoder trained beside them. The training cells maximise the ELBO; a held-out
     part, whose q is optimised with the decoder frozen, decides when to stop.
@@ -84,6 +88,10 @@ def fit(
         ``"zero_inflated_negative_binomial"`` (``"zinb"``), ``"bernoulli"`` for zeros and ones (no
         size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
         non-negative whole numbers, else Gaussian.
+    prior
+        ``"standard_normal"``; ``"mixture"``: up to 20 Gaussians, fitted to the cells' posteriors,
+        as many as the data need (see :class:`scuvae.model.priors.mixture.Mixture`); or an instance
+        of a registered prior.
     n_latent, n_hidden, n_layers
         Latent dimensions; width and number of the hidden layers of decoder and encoder.
         ``n_layers=0`` is a linear decoder.
@@ -155,13 +163,17 @@ def fit(
     ``uns["scuvae"]``
         ``params``, ``history`` (nats per cell and epoch), ``var_names``, and ``state``: the model
         as plain arrays. With it ``adata`` is a complete model, also when read back from a file.
-        ``embed``: the map's basis.
+        ``embed``: the map's basis. ``latent``: along the principal axes of the posterior means,
+        which no rotation changes, their ``variance``, the cells' average ``uncertainty`` (a
+        variance) and ``kl`` (nats), and ``n_active``, how many axes vary by more than .01.
     ``obsm["X_scuvae_embed"]``
         The map, float32 (n_obs, 30): see :func:`scuvae.tl.embed`.
     ``obs["scuvae_scale"]``
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
         Categorical: ``train`` or ``validation``.
+    ``obsm["X_scuvae_components"]``, ``obs["scuvae_component"]``
+        With ``prior="mixture"``: the chances that the cell is of each component, and the likeliest.
 
     Raises
     ------
@@ -226,6 +238,7 @@ def fit(
     if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
+    p_of_z = _choose_prior(prior, settings.n_latent)
     codes, batches = covariates.batch_codes(adata, batch_key)
     size_factor = covariates.size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
@@ -235,6 +248,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "prior": p_of_z.name,
         # Of the package's own schemes amortized says it.
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
         "encoder_input": _encoder_input(chosen) if has_encoder else None,
@@ -254,7 +268,8 @@ def fit(
     # Files have no place for None: an argument that is None is left out.
     params = {name: value for name, value in arguments.items() if value is not None}
     with random_state(rng, where) as generator:
-        model = build_model(params, matrix.shape[1], _instance(chosen, matrix.shape[1])).to(where)
+        n_vars = matrix.shape[1]
+        model = build_model(params, n_vars, _instance(chosen, n_vars), p_of_z).to(where)
         cells = Cells(
             source_of(matrix, where),
             size_factor=_tensor(size_factor, where),
@@ -274,7 +289,9 @@ def fit(
             seed=int(generator.integers(2**63)),
         )
 
-    mean = torch.as_tensor(q["mean"], device=where)
+    found = gaussian_of(q)
+    mean = found.mean.to(where)
+    components = components_of(found, model.prior)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
 
     entry = {
@@ -283,6 +300,7 @@ def fit(
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
+        "latent": _in_use(found),
     }
     split = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
@@ -295,6 +313,7 @@ def fit(
     write_posterior(out, key_added, q)
     out.obs[keys.obs["split"]] = split
     out.uns[keys.uns] = entry
+    write_components(out, key_added, components)
     out.obsm[keys.embed] = coordinates
     out.obs[keys.obs["scale"]] = scale
     return out if copy else None
@@ -329,6 +348,29 @@ def _choose_likelihood(
 
 def _instance(chosen: type[Likelihood] | Likelihood, n_vars: int) -> Likelihood:
     return chosen if isinstance(chosen, Likelihood) else chosen(n_vars)
+
+
+def _in_use(q: Gaussian) -> dict[str, Any]:
+    """How much each latent dimension is used, for ``uns``."""
+    found = latent_dimensions(q)
+    numbers = {name: values.numpy() for name, values in found._asdict().items()}
+    return {**numbers, "n_active": found.n_active}
+
+
+def _choose_prior(prior: str | Prior, n_latent: int) -> Prior:
+    if not isinstance(prior, Prior):
+        return PRIORS[one_of("prior", prior, PRIORS)](n_latent)
+    if prior.n_latent != n_latent:
+        raise ValueError(
+            f"prior has n_latent={prior.n_latent}, the fit {n_latent}: make it with as many"
+        )
+    if PRIORS.get(prior.name) is not type(prior):
+        raise ValueError(
+            f"prior of class {type(prior).__name__} is not registered: set "
+            f"scuvae.model.priors.PRIORS[{prior.name!r}] to it, so that the fit can be read back. "
+            f"{near(prior.name, PRIORS)}"
+        )
+    return copying.deepcopy(prior)
 
 
 def _hold_out(n_cells: int, fraction: float) -> np.ndarray:

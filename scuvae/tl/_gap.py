@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import COVARIANCES, as_family, select
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, select
 from scuvae.inference.evaluation.importance_sampling import draw_weights, gap, gap_to_evidence
 from scuvae.inference.evaluation.paired_elbo import elbo_gain
 from scuvae.inference.refinement.refine import THOROUGH, refine
@@ -150,17 +149,17 @@ def _gaps(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Each gap of the cells of a batch, and its standard error."""
     encoded = model.encode(batch)
-    own = "full" if isinstance(encoded, MultivariateNormal) else "diagonal"
-    best: dict[str, Distribution] = {}
+    own = encoded.family
+    best: dict[str, Gaussian] = {}
     if decompose or own == "diagonal":
         found = refine_diagonal(model, batch, encoded, max_steps=max_steps)
-        start = as_family(encoded, "diagonal")
+        start = encoded.as_family("diagonal")
         best["diagonal"] = _better(model, batch, start, found, n_samples)
     if decompose or own == "full":
         # The wider family's best is no lower than the narrower's: it may start there.
         options = THOROUGH | {"max_steps": max_steps}
         best["full"], *others = [
-            refine(model, batch, [as_family(q, "full")], **options)
+            refine(model, batch, [q.as_family("full")], **options)
             for q in (encoded, *best.values())
         ]
         for other in others:
@@ -175,9 +174,7 @@ def _gaps(
     return out
 
 
-def _better(
-    model: VAE, batch: Batch, q: Distribution, other: Distribution, n_samples: int
-) -> Distribution:
+def _better(model: VAE, batch: Batch, q: Gaussian, other: Gaussian, n_samples: int) -> Gaussian:
     """For each cell the other q where its ELBO is higher, over draws that neither was fitted to."""
     gain = elbo_gain(model, batch, other, q, n_samples=n_samples)
     return select([q, other], (gain > 0).long())

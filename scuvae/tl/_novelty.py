@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import sparse
 from scuvae.batches.thinning import thinned
-from scuvae.distributions.gaussian import concatenate, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.mapping.latent_distance import distance_to_posteriors
 from scuvae.inference.mapping.neighbour_residuals import Neighbours, Residuals, joined, residuals
 from scuvae.inference.mapping.tail_probabilities import (
@@ -269,7 +268,7 @@ def _usual(
 class _Scores:
     """Of each cell, (cells,), float64, on the host; and q, where the model is."""
 
-    q: Distribution
+    q: Gaussian
     depth: Tensor
     reconstruction: Tensor
     expected: Tensor
@@ -305,7 +304,7 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
     for batch in cells.loader(everyone, CHUNK):
         fewer = thinned(batch)
         q = infer(fit.model, fewer, str(fit.params["covariance"]), **_steps(fit))
-        kl.append(kl_to_prior(q).double().cpu())
+        kl.append(fit.model.prior.kl(q).double().cpu())
         depth.append(_log_total(sparse(fewer.x).sum()))
     change = (usual.depth - torch.cat(depth)).mean()
     if change < _NO_DEPTH:  # empty cells alone
@@ -316,7 +315,7 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
 def _shared(
     fit: Fit,
     cells: Cells,
-    q: Distribution,
+    q: Gaussian,
     candidates: np.ndarray,
     n: int,
     adjust_by: Tensor | None,

@@ -10,7 +10,6 @@ from scuvae._checks import whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, SparseRows
 from scuvae.batches.sparse_rows import select
-from scuvae.distributions.gaussian import draw, gaussian, raw_scale
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
@@ -91,7 +90,8 @@ def predictive_check(
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
-    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+    stored = stored.to(where)
+    mean = stored.mean
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
 
     n_genes = fit.model.n_vars if cells.observed is None else int(cells.observed.sum())
@@ -100,7 +100,7 @@ def predictive_check(
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
             x = batch.x if batch.observed is None else select(batch.x, batch.observed)
             observed.add_values(x)
-            z = draw(gaussian(mean[batch.index], raw[batch.index]), points)
+            z = stored[batch.index].draw(points)
             predicted.add_moments(*_predictive(model, batch, z))
 
     discrete = model.likelihood.support != "real"

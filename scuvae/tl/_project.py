@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from torch.distributions import Distribution
 
 from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import COVARIANCES, moments
+from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
 from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
@@ -27,7 +26,7 @@ from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
-from scuvae.io.slots import target, write_posterior
+from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model import VAE
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
@@ -220,6 +219,7 @@ def project(
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
     found_moments = moments(parts, covariance)
+    components = components_of(gaussian_of(found_moments), model.prior)
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
@@ -231,13 +231,14 @@ def project(
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
     out.uns[keys.uns] = entry
+    write_components(out, key_added, components)
     return out if copy else None
 
 
 @torch.no_grad()
 def projected(
     model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
-) -> Iterator[tuple[Batch, Distribution]]:
+) -> Iterator[tuple[Batch, Gaussian]]:
     """The cells a chunk at a time, in order, and their q."""
     where = cells.size_factor.device
     everyone = torch.arange(len(cells), device=where)

@@ -9,10 +9,7 @@ from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
 from scuvae.distributions.gaussian import (
     COVARIANCES,
-    as_family,
-    gaussian,
     moments,
-    raw_scale,
     select,
 )
 from scuvae.inference.evaluation.paired_elbo import elbo_gain
@@ -25,7 +22,14 @@ from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.genes import cells_of
-from scuvae.io.slots import read_posterior, target, write_posterior
+from scuvae.io.slots import (
+    components_of,
+    gaussian_of,
+    read_posterior,
+    target,
+    write_components,
+    write_posterior,
+)
 from scuvae.runtime import chunk_on, isolated, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
@@ -109,17 +113,17 @@ def refine(
     n_samples = whole("n_samples", n_samples)
     one_of("polish", polish, POLISH)
     family = family_of(polish, covariance)
-    stored = as_family(read_posterior(adata, key), family)
+    stored = read_posterior(adata, key).as_family(family)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
-    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+    stored = stored.to(where)
 
     parts = []
     with torch.no_grad():
         everyone = torch.arange(len(cells), device=where)
         for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
-            starts = [gaussian(mean[batch.index], raw[batch.index])]
+            starts = [stored[batch.index]]
             if model.encoder is not None and batch.observed is None:
                 starts.append(start(model, batch, family))
             refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
@@ -129,10 +133,11 @@ def refine(
             best = select([starts[0], refined], (gain > 0).long())
             if polish == "moments":
                 matched = match_moments(model, batch, best, kl_weight=options["kl_weight"])
-                best = as_family(matched, covariance)
+                best = matched.as_family(covariance)
             parts.append(best)
 
     found = moments(parts, covariance)
+    components = components_of(gaussian_of(found), model.prior)
     entry = copying.deepcopy(read_entry(adata, key))
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
@@ -148,4 +153,5 @@ def refine(
     out.obs[keys.obs["scale"]] = posterior_scale(found["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
+    write_components(out, key if key_added is None else key_added, components)
     return out if copy else None

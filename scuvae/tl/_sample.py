@@ -8,7 +8,6 @@ from scipy import sparse as sp
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae._random import normal_like
-from scuvae.distributions.gaussian import draw, gaussian, raw_scale
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of, places, spread
@@ -82,16 +81,16 @@ def sample(
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
     discrete = model.likelihood.support != "real"
-    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+    stored = stored.to(where)
 
     columns, position = places(adata, fit, cells)
     genes = torch.as_tensor(position, device=where)
     parts: list[list[sp.csr_matrix | np.ndarray]] = [[] for _ in range(n_samples)]
     with torch.no_grad(), random_state(rng, where):
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            q = gaussian(mean[batch.index], raw[batch.index])
+            q = stored[batch.index]
             for part in parts:
-                eta = model.decoder(draw(q, normal_like(q.mean)), batch.covariates)
+                eta = model.decoder(q.draw(normal_like(q.mean)), batch.covariates)
                 size = model.size_factor(batch, eta)
                 values = model.likelihood.sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)

@@ -6,7 +6,6 @@ from anndata import AnnData
 
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
-from scuvae.distributions.gaussian import gaussian, raw_scale
 from scuvae.inference.evaluation.annealed_importance_sampling import annealed_log_evidence
 from scuvae.inference.evaluation.importance_sampling import draw_weights, ledger
 from scuvae.io import inputs
@@ -91,12 +90,12 @@ def score(
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where)
-    mean, raw = stored.mean.to(where), raw_scale(stored).to(where)
+    stored = stored.to(where)
 
     columns: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad(), random_state(rng, where):
         for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            q = gaussian(mean[batch.index], raw[batch.index])
+            q = stored[batch.index]
             (draws,) = draw_weights(model, batch, [q], n_samples)
             found = ledger(draws)
             if n_anneal:

@@ -13,7 +13,7 @@ from scuvae import __version__
 from scuvae._checks import random_state_alias, real, whole
 from scuvae._keys import Keys
 from scuvae.batches import Cells
-from scuvae.distributions.gaussian import moments, raw_scale
+from scuvae.distributions.gaussian import moments
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.training.distillation import distil
 from scuvae.inference.training.settings import BATCH_SIZE, LEARNING_RATES, epochs_for
@@ -151,8 +151,7 @@ def to_encoder(
         with tqdm(total=max_epochs, desc="distil", disable=not show_progress(progress)) as bar:
             history = distil(
                 model,
-                stored.mean.to(where),
-                raw_scale(stored).to(where),
+                stored.to(where),
                 cells.loader(training.to(where), size, order),
                 held_out=cells.loader(held_out.to(where), CHUNK) if len(held_out) else None,
                 learning_rate=rate,
@@ -224,7 +223,7 @@ def _split(adata: AnnData, keys: Keys, cells: Cells, counts: bool) -> tuple[Tens
 def _with_encoder(fit: Fit) -> VAE:
     """The fit's model, with a new encoder from torch's random state."""
     encoder = build_model(fit.params | _params_of(fit), len(fit.var_names)).encoder
-    return VAE(fit.model.decoder, fit.model.likelihood, encoder).eval()
+    return VAE(fit.model.decoder, fit.model.likelihood, encoder, fit.model.prior).eval()
 
 
 def _params_of(fit: Fit) -> dict[str, Any]:

@@ -20,11 +20,10 @@ import anndata as ad
 import numpy as np
 import torch
 from scipy import sparse as sp
-from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
-from scuvae.distributions.gaussian import as_family, concatenate
+from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.evaluation.importance_sampling import draw_weights, log_mean
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import likeliest_start
@@ -157,9 +156,8 @@ class Clock:
 # --- evaluation: the same code for every model ---------------------------------------------------
 
 
-def rows_of(q: Distribution, rows: torch.Tensor) -> Distribution:
-    full = as_family(q, "full")
-    return MultivariateNormal(full.mean[rows], scale_tril=full.scale_tril[rows])
+def rows_of(q: Gaussian, rows: torch.Tensor) -> Gaussian:
+    return q.as_family("full")[rows]
 
 
 def _batches(cells: Cells, size: int) -> Any:
@@ -167,18 +165,18 @@ def _batches(cells: Cells, size: int) -> Any:
 
 
 @torch.no_grad()
-def encoded(model: VAE, cells: Cells) -> Distribution | None:
+def encoded(model: VAE, cells: Cells) -> Gaussian | None:
     """The encoder's q as a full Gaussian, or None where there is no encoder."""
     if model.encoder is None:
         return None
-    parts = [as_family(model.encode(batch), "full") for batch in _batches(cells, 512)]
+    parts = [model.encode(batch).as_family("full") for batch in _batches(cells, 512)]
     return concatenate(parts)
 
 
 @torch.no_grad()
 def refined(
-    model: VAE, cells: Cells, *starts: Distribution | None, prior: bool = True, **options: Any
-) -> Distribution:
+    model: VAE, cells: Cells, *starts: Gaussian | None, prior: bool = True, **options: Any
+) -> Gaussian:
     """Full-covariance q after natural steps from the starts and the prior: each cell's best."""
     parts = []
     for batch in _batches(cells, 512):
@@ -190,7 +188,7 @@ def refined(
 
 
 @torch.no_grad()
-def elbos(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> np.ndarray:
+def elbos(model: VAE, cells: Cells, q: Gaussian, n_draws: int = 100) -> np.ndarray:
     """Each cell's ELBO in nats, the KL analytic, over independent draws (the same seed always)."""
     out = []
     with torch.random.fork_rng(devices=[]):
@@ -206,7 +204,7 @@ def elbos(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> np.n
 
 
 @torch.no_grad()
-def evidence(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> np.ndarray:
+def evidence(model: VAE, cells: Cells, q: Gaussian, n_draws: int = 100) -> np.ndarray:
     """Each cell's importance-weighted bound on log p(x) in nats."""
     out = []
     with torch.random.fork_rng(devices=[]):
@@ -218,7 +216,7 @@ def evidence(model: VAE, cells: Cells, q: Distribution, n_draws: int = 100) -> n
     return torch.cat(out).double().numpy()
 
 
-def held_out_scores(model: VAE, cells: Cells) -> tuple[dict[str, float], Distribution]:
+def held_out_scores(model: VAE, cells: Cells) -> tuple[dict[str, float], Gaussian]:
     """Mean ELBO of the encoder's q and of the refined q, and the bound at the refined q."""
     first = encoded(model, cells)
     best = refined(model, cells, first, **THOROUGH)

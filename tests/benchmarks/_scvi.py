@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from _common import Clock
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 
 from scuvae.batches import Batch
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE, Decoder
 from scuvae.model.likelihoods import LIKELIHOODS
 
@@ -236,10 +236,10 @@ class SCVIEncoder(nn.Module):
             for layer, name in ((self.mean, "mean_encoder"), (self.log_variance, "var_encoder")):
                 _put(layer, state[f"z_encoder.{name}.weight"], state[f"z_encoder.{name}.bias"])
 
-    def forward(self, x: Tensor) -> Distribution:
+    def forward(self, x: Tensor) -> Gaussian:
         h = self.hidden(x.log1p()).relu()
         scale = (self.log_variance(h).exp() + 1e-4).sqrt()
-        return Independent(Normal(self.mean(h), scale), 1)
+        return Gaussian(self.mean(h), scale)
 
 
 def _folded(state: dict[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
@@ -269,7 +269,6 @@ def check(state: dict[str, Tensor], batch: Batch) -> dict[str, float]:
     from scvi.distributions._negative_binomial import log_nb_positive
 
     from scuvae.batches.sparse_rows import dense
-    from scuvae.distributions.gaussian import kl_to_prior
 
     x = dense(batch.x)
     module = scvi.module.VAE(x.shape[1], n_batch=1, **MODEL)
@@ -287,7 +286,7 @@ def check(state: dict[str, Tensor], batch: Batch) -> dict[str, float]:
         made = module.generative(z, found["library"], which)
         loss = module.loss(tensors, found, made)
         log_p = model.log_likelihood(batch, z)
-        kl = kl_to_prior(model.encode(batch))
+        kl = model.prior.kl(model.encode(batch))
 
         few = z[:4]
         logits = _logits(module, few)

@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 from _common import Clock, load, medians, name_of, print_table, split, write_json
-from torch.distributions import Distribution, Independent, Normal
 
 import scuvae
-from scuvae.distributions.gaussian import concatenate, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.external._scvi_checks import loader_of
 from scuvae.external._scvi_module import Bridge
 from scuvae.inference.evaluation.paired_elbo import compare
@@ -50,21 +49,21 @@ _AT_ONCE = 104  # cells, as refine takes them of 2,000 genes
 
 
 def adam(
-    model: Any, batch: Any, q: Distribution, *, decaying: bool, n_steps: int, n_draws: int = 10
-) -> Distribution:
+    model: Any, batch: Any, q: Gaussian, *, decaying: bool, n_steps: int, n_draws: int = 10
+) -> Gaussian:
     mean, log_scale = q.mean.clone().requires_grad_(), q.stddev.log().requires_grad_()
     rate = 0.03 if decaying else 0.01
     optimizer = torch.optim.Adam([mean, log_scale], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in range(n_steps):
-        current = Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+        current = Gaussian(mean, log_scale.exp())
         expected = model.log_likelihood(batch, current.rsample((n_draws,))).mean(0)
-        loss = (kl_to_prior(current) - expected).sum()
+        loss = (model.prior.kl(current) - expected).sum()
         mean.grad, log_scale.grad = torch.autograd.grad(loss, [mean, log_scale])
         optimizer.step()
         if decaying:
             schedule.step()
-    return Independent(Normal(mean.detach(), log_scale.exp().detach()), 1)
+    return Gaussian(mean.detach(), log_scale.exp().detach())
 
 
 def beside_adam(
@@ -74,7 +73,7 @@ def beside_adam(
     n = min(args.adam_cells, adata.n_obs)
     rows = np.sort(np.random.default_rng(seed).choice(adata.n_obs, n, replace=False))
     bridge = Bridge(model.module, torch.device("cpu"))
-    parts: dict[str, list[Distribution]] = {"ours": [], "fixed": [], "decaying": []}
+    parts: dict[str, list[Gaussian]] = {"ours": [], "fixed": [], "decaying": []}
     seconds = dict.fromkeys(parts, 0.0)
     batches = []
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +130,7 @@ def worse_cells(model: Any, adata: ad.AnnData, seed: int) -> int:
             mean, scale = (
                 torch.as_tensor(adata.obsm[name][rows]) for name in ("X_scvi", "X_scvi_scale")
             )
-            stored = Independent(Normal(mean, scale), 1)
+            stored = Gaussian(mean, scale)
             found = compare(bridge.as_vae(), batch, stored, start, 64)
             lost = -found["amortization_gap"] > _ERRORS * found["amortization_gap_se"] + _NOISE
             count += int(lost.sum())

@@ -31,11 +31,10 @@ from _common import (
     split,
     write_json,
 )
-from torch.distributions import Distribution
 
 import scuvae
 from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import as_family, concatenate, gaussian, raw_scale
+from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.infer import infer
 from scuvae.inference.refinement.initialization import likeliest_start
@@ -61,32 +60,32 @@ _DRAWS = 200
 
 
 def adam(
-    model: VAE, cells: Cells, start: Distribution, *, steps: int, draws: int, rate: float
-) -> Distribution:
+    model: VAE, cells: Cells, start: Gaussian, *, steps: int, draws: int, rate: float
+) -> Gaussian:
     """Adam on mean and scale of q, fresh draws at every step, its rate falling to zero."""
     parts = []
     for batch in cells.loader(torch.arange(len(cells)), 512):
         first = take(start, batch.index)
         mean = first.mean.clone().requires_grad_()
-        raw = raw_scale(first).clone().requires_grad_()
+        raw = first.raw.clone().requires_grad_()
         optimizer = torch.optim.Adam([mean, raw], lr=rate, betas=(0.9, 0.99))
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            loss = -elbo(model, batch, gaussian(mean, raw), draws).elbo.sum()
+            loss = -elbo(model, batch, Gaussian.of(mean, raw), draws).elbo.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             falling.step()
-        parts.append(gaussian(mean.detach(), raw.detach()))
+        parts.append(Gaussian.of(mean.detach(), raw.detach()))
     return concatenate(parts)
 
 
-def by_batch(cells: Cells, make: Callable[[Batch], Distribution]) -> Distribution:
+def by_batch(cells: Cells, make: Callable[[Batch], Gaussian]) -> Gaussian:
     return concatenate([make(batch) for batch in cells.loader(torch.arange(len(cells)), 512)])
 
 
-def take(q: Distribution, rows: torch.Tensor) -> Distribution:
-    return gaussian(q.mean[rows], raw_scale(q)[rows])
+def take(q: Gaussian, rows: torch.Tensor) -> Gaussian:
+    return q[rows]
 
 
 def rows(name: str, model: VAE, cells: Cells, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -95,10 +94,10 @@ def rows(name: str, model: VAE, cells: Cells, args: argparse.Namespace) -> list[
     likeliest = by_batch(cells, lambda batch: likeliest_start(model, batch, covariance))
     own = encoded(model, cells)
     if own is not None:
-        own = as_family(own, covariance)
+        own = own.as_family(covariance)
     found: list[tuple[dict[str, Any], Any]] = []
 
-    def add(label: str, make: Callable[[], Distribution], start: Distribution) -> None:
+    def add(label: str, make: Callable[[], Gaussian], start: Gaussian) -> None:
         clock = Clock()
         q = make()
         seconds = clock.seconds()
@@ -117,7 +116,7 @@ def rows(name: str, model: VAE, cells: Cells, args: argparse.Namespace) -> list[
     tried = len(found)
     best, most = max(found, key=lambda pair: pair[0]["elbo"])
 
-    def projected(polish: bool) -> Distribution:
+    def projected(polish: bool) -> Gaussian:
         return by_batch(
             cells, lambda batch: infer(model, batch, covariance, polish=polish, max_steps=20)
         )

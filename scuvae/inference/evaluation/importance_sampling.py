@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.pareto import pareto_k
 from scuvae.model import VAE
 
@@ -32,7 +31,7 @@ class Draws:
 
 @torch.no_grad()
 def draw_weights(
-    model: VAE, batch: Batch, posteriors: Sequence[Distribution], n_samples: int
+    model: VAE, batch: Batch, posteriors: Sequence[Gaussian], n_samples: int
 ) -> list[Draws]:
     """Draws of each of the posteriors, all from the same noise."""
     like = posteriors[0].mean
@@ -41,26 +40,19 @@ def draw_weights(
         n = min(_DRAWS_AT_ONCE, n_samples - first)
         noise = normal_like(like, (n,))
         for q, part in zip(posteriors, parts, strict=True):
-            z = draw(q, noise)
+            z = q.draw(noise)
             log_likelihood = model.log_likelihood(batch, z).double()
-            # ln p(z) − ln q(z); their constants cancel.
-            half_squares = 0.5 * (noise.double().square() - z.double().square()).sum(-1)
-            part.append((log_likelihood, log_likelihood + half_squares + _log_det(q)))
+            prior = model.prior.log_prob(z.double())
+            log_q = q.to(torch.float64).log_prob_of_points(noise.double())
+            part.append((log_likelihood, log_likelihood + prior - log_q))
     return [
         Draws(
             torch.cat([log_p for log_p, _ in part]),
             torch.cat([log_w for _, log_w in part]),
-            kl_to_prior(q).double(),
+            model.prior.kl(q).double(),
         )
         for q, part in zip(posteriors, parts, strict=True)
     ]
-
-
-def _log_det(q: Distribution) -> Tensor:
-    """ln |C| of q's scale, Σ = C Cᵀ."""
-    if isinstance(q, MultivariateNormal):
-        return q.scale_tril.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
-    return q.stddev.double().log().sum(-1)
 
 
 def standard_error(terms: Tensor) -> Tensor:

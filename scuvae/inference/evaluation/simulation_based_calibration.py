@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal
 
-from scuvae._random import normal_like
 from scuvae.batches import Batch, SparseRows
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
 
 
@@ -24,7 +23,7 @@ def simulate(model: VAE, batch: Batch) -> tuple[Tensor, Batch]:
 
     Size factors, covariates and the mask of genes are the batch's own.
     """
-    z = normal_like(batch.size_factor.new_empty(len(batch), model.n_latent))
+    z = model.prior.sample((len(batch),))
     eta = model.decoder(z, batch.covariates)
     x = model.likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
     values = x if model.likelihood.support == "real" else SparseRows.from_dense(x)
@@ -42,14 +41,9 @@ class Residuals:
     whitened: Tensor
 
     @classmethod
-    def of(cls, q: Distribution, z: Tensor) -> "Residuals":
-        difference = z.cpu().double() - q.mean.cpu().double()
-        z_score = difference / q.stddev.cpu().double()
-        if not isinstance(q, MultivariateNormal):
-            return cls(z_score, z_score)
-        tril = q.scale_tril.cpu().double()
-        whitened = torch.linalg.solve_triangular(tril, difference.unsqueeze(-1), upper=False)
-        return cls(z_score, whitened.squeeze(-1))
+    def of(cls, q: Gaussian, z: Tensor) -> "Residuals":
+        z, q = z.cpu().double(), q.to(torch.device("cpu")).to(torch.float64)
+        return cls((z - q.mean) / q.stddev, q.whiten(z))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Residuals"]) -> "Residuals":
@@ -59,14 +53,12 @@ class Residuals:
         )
 
 
-def scale_ratio(q: Distribution) -> Tensor:
+def scale_ratio(q: Gaussian) -> Tensor:
     """Scales of the best diagonal q over the marginal ones of a full-covariance q, (cells, latent).
 
     At a precision Λ the former are 1/√Λ_kk, the latter √(Λ⁻¹)_kk: the ratio is at most 1. On the
     CPU, in float64.
     """
-    if not isinstance(q, MultivariateNormal):
-        return torch.ones(q.mean.shape, dtype=torch.float64)
     tril = q.scale_tril.cpu().double()
     eye = torch.eye(tril.shape[-1], dtype=tril.dtype).expand_as(tril)
     inverse = torch.linalg.solve_triangular(tril, eye, upper=False)

@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+
+from scuvae.distributions.gaussian import Gaussian
 
 # Cells at once: a few thousand posteriors' distances take 16 MB.
 _CHUNK = 512
 
 
-def distance_to_posteriors(points: Tensor, q: Distribution, n: int) -> Tensor:
+def distance_to_posteriors(points: Tensor, q: Gaussian, n: int) -> Tensor:
     """Mean Mahalanobis distance √((z−m)ᵀ Λ (z−m)) of each point to the ``n`` nearest posteriors.
 
     Parameters
@@ -24,10 +25,7 @@ def distance_to_posteriors(points: Tensor, q: Distribution, n: int) -> Tensor:
     (points,), float64.
     """
     mean, z = q.mean.double(), points.double()
-    if hasattr(q, "precision_matrix"):
-        precision = q.precision_matrix.double()
-    else:
-        precision = torch.diag_embed(q.variance.double().reciprocal())
+    precision = q.precision_matrix.double()
     # A quadratic form is linear in the products of z's entries: all distances by one product.
     shift = precision @ mean.unsqueeze(-1)
     constant = (mean.unsqueeze(-2) @ shift).flatten()

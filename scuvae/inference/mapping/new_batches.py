@@ -23,10 +23,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.refinement.initialization import starts
 from scuvae.inference.refinement.refine import THOROUGH, refine
@@ -166,7 +164,7 @@ class _Climb:
         """E_q[log p] of the cells of a batch, summed."""
         q = self.q[number]
         points = normal_points(self.n_samples, q.mean)
-        values = self.model.log_likelihood(self.batches[number], draw(q, points))
+        values = self.model.log_likelihood(self.batches[number], q.draw(points))
         return _total(values) / len(points)
 
     def penalty(self) -> Tensor:
@@ -177,7 +175,7 @@ class _Climb:
         """The cells' ELBO in nats, and F."""
         elbo = 0.0
         for number, q in enumerate(self.q):
-            kl = self.kl_weight * _total(kl_to_prior(q))
+            kl = self.kl_weight * _total(self.model.prior.kl(q))
             elbo += float(self.log_likelihood(number) - kl)
         return elbo, elbo - float(self.penalty())
 
@@ -230,7 +228,7 @@ class _Climb:
         c = torch.linalg.solve(matrix, pull)
         for block in self.blocks:
             block.value.sub_((block.loading @ c).view_as(block.value))
-        self.q = [_moved(q, c) for q in self.q]
+        self.q = [q.moved(c) for q in self.q]
 
 
 class _Block:
@@ -264,10 +262,3 @@ class _Block:
 def _total(values: Tensor) -> Tensor:
     """The sum in float64, on the host: some devices have none."""
     return values.cpu().double().sum()
-
-
-def _moved(q: Distribution, c: Tensor) -> Distribution:
-    mean = q.mean + c
-    if isinstance(q, MultivariateNormal):
-        return MultivariateNormal(mean, scale_tril=q.scale_tril, validate_args=False)
-    return Independent(Normal(mean, q.stddev, validate_args=False), 1, validate_args=False)

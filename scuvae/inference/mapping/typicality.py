@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._random import generator_on
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.posteriors.objectives import elbo
 from scuvae.model import VAE
 
 _DRAWS_AT_ONCE = 8
@@ -30,14 +30,15 @@ class Surprise:
 
 
 @torch.no_grad()
-def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surprise:
+def surprise(model: VAE, batch: Batch, q: Gaussian, n_samples: int) -> Surprise:
     """The surprise of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
 
     The random state is taken up anew for every cell, and left as it was, so that a cell's x̃
     depend neither on the cells beside it nor on their batches.
     """
-    z = draw(q, normal_points(n_samples, q.mean))
-    parts = [model.log_likelihood(batch, some) for some in z.split(_DRAWS_AT_ONCE)]
+    points = normal_points(n_samples, q.mean)
+    found = elbo(model, batch, q, points, at_once=_DRAWS_AT_ONCE)
+    z = q.draw(points)
     device = q.mean.device
     states = _random_states(device)
     expected = []
@@ -52,8 +53,8 @@ def surprise(model: VAE, batch: Batch, q: Distribution, n_samples: int) -> Surpr
         log_p = model.likelihood.log_prob(simulated, eta, size, batch.observed)
         expected.append(log_p.double().mean())
     _restore(states, device)  # for the next batch
-    reconstruction = torch.cat(parts).double().mean(0)
-    return Surprise(reconstruction, torch.stack(expected), kl_to_prior(q).double())
+    reconstruction = found.log_likelihood.double().mean(0)
+    return Surprise(reconstruction, torch.stack(expected), found.kl.double())
 
 
 def _unobserved_out(model: VAE, eta: Tensor, observed: Tensor | None) -> Tensor:

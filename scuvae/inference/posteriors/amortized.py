@@ -1,10 +1,10 @@
 """The encoder's q."""
 
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
 from scuvae.batches.thinning import with_shallow
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.base import Posterior
 from scuvae.model import VAE
 
@@ -25,5 +25,5 @@ class AmortizedPosterior(Posterior):
     def seen(self, model: VAE, batch: Batch) -> Batch:
         return with_shallow(batch) if model.likelihood.support == "counts" else batch
 
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
         return model.encode(batch)

@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
 
 
@@ -20,10 +20,10 @@ class Rows(Protocol):
 
     mean: Tensor
 
-    def __call__(self, model: VAE, batch: Batch) -> Distribution:
+    def __call__(self, model: VAE, batch: Batch) -> Gaussian:
         """q of the batch's cells."""
 
-    def store(self, rows: Tensor, q: Distribution) -> None:
+    def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
 
 
@@ -47,7 +47,7 @@ class Posterior(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
         """q for the cells of the batch; ``kl_weight`` is that of the fit."""
 
     def visit(self, on_host: Tensor) -> str | None:

@@ -1,68 +1,95 @@
-"""What inference maximises, and by what it is judged: KL, ELBO, importance-weighted bound."""
+"""The ELBO: what inference maximises, and its slopes."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior
-from scuvae.kernels.dispatch import asks_gradient, compiled
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
+from scuvae.model.vae import frozen
 
 
 @dataclass(frozen=True)
 class Elbo:
-    """The evidence lower bound of each cell and its two parts, in nats, (cells,)."""
+    """The evidence lower bound of each cell by its parts, in nats.
 
-    reconstruction: Tensor
+    ``log_likelihood`` is log p(x | z) of each draw, (draws, cells), ``kl`` KL(q ‖ prior), (cells,).
+    """
+
+    log_likelihood: Tensor
     kl: Tensor
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """E_q[log p(x | z)], (cells,)."""
+        return self.log_likelihood.mean(0)
 
     @property
     def elbo(self) -> Tensor:
         return self.reconstruction - self.kl
+
+    def tempered(self, kl_weight: float) -> Tensor:
+        """E_q[log p(x | z)]/β − KL, (cells,): what is climbed where KL weighs β."""
+        return self.reconstruction / kl_weight - self.kl
 
     def sums(self, n: int | None = None) -> Tensor:
         """Reconstruction and KL over all cells, or the first n, (2,)."""
         return torch.stack([self.reconstruction, self.kl])[:, :n].sum(1)
 
 
-def elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int = 1) -> Elbo:
-    """E_q[log p(x | z)] − KL(q ‖ prior), the expectation over ``n_samples`` draws, KL analytic."""
-    z, kl = _drawn(q, n_samples)
-    return Elbo(_mean(model.log_likelihood(batch, z), n_samples), kl)
+def elbo(
+    model: VAE, batch: Batch, q: Gaussian, draws: int | Tensor = 1, *, at_once: int | None = None
+) -> Elbo:
+    """E_q[log p(x | z)] − KL(q ‖ prior), the expectation over draws, KL by the prior.
+
+    Parameters
+    ----------
+    draws
+        How many random ones, or the points of N(0, I) that they stand for, (draws, 1 or cells,
+        latent).
+    at_once
+        Draws that log p is taken of at once, where it matters for memory; None for all.
+    """
+    z = q.draw_own(normal_like(q.mean, (draws,))) if isinstance(draws, int) else q.draw(draws)
+    parts = [z] if at_once is None else z.split(at_once)
+    values = [model.log_likelihood(batch, part) for part in parts]
+    return Elbo(torch.cat(values) if len(values) > 1 else values[0], model.prior.kl(q))
 
 
 def descend(
-    model: VAE, batch: Batch, q: Distribution, n_samples: int, *, weight: float, kl_weight: float
+    model: VAE, batch: Batch, q: Gaussian, n_samples: int, *, weight: float, kl_weight: float
 ) -> tuple[Elbo, Tensor]:
-    """The ELBO as above, and the backward pass of ``weight`` Σ (β KL − reconstruction).
+    """The ELBO over random draws, and the backward pass of ``weight`` Σ (β KL − reconstruction).
 
     Gradients are added to the ``grad`` of all that ask for one: the model's parameters, and what q
     comes from. Returned beside the ELBO is that of the reconstruction's part in the draws of z,
     (cells, latent) or (draws, cells, latent).
     """
-    z, kl = _drawn(q, n_samples)
-    reconstruction, slope = model.reverse(batch, z.detach(), -weight / n_samples)
-    if z.requires_grad:
-        torch.autograd.backward([z, kl], [slope, torch.full_like(kl, weight * kl_weight)])
-    return Elbo(_mean(reconstruction, n_samples), kl.detach()), slope
+    one = n_samples == 1
+    z = q.draw_own(normal_like(q.mean, () if one else (n_samples,)))
+    kl = model.prior.kl(q)
+    values, slope = model.reverse(batch, z.detach(), -weight / n_samples)
+    if kl.requires_grad:  # what q comes from, or the prior
+        of, slopes = [kl], [torch.full_like(kl, weight * kl_weight)]
+        if z.requires_grad:
+            of, slopes = [z, *of], [slope, *slopes]
+        torch.autograd.backward(of, slopes)
+    return Elbo(values.unsqueeze(0) if one else values, kl.detach()), slope
 
 
-def _drawn(q: Distribution, n_samples: int) -> tuple[Tensor, Tensor]:
-    """Draws of q, (cells, latent) or (draws, cells, latent), and its KL to the prior."""
-    shape = (n_samples,) if n_samples > 1 else ()
-    if isinstance(q, MultivariateNormal):
-        mean, tril = q.loc, q.scale_tril
-        if mean.dim() == 2 and compiled(mean) and not asks_gradient(mean, tril):
-            from scuvae.kernels.gaussian import draw as compiled_draw
-
-            points = normal_like(mean, shape)
-            return compiled_draw(mean.detach().contiguous(), tril.detach().contiguous(), points)
-    return draw(q, normal_like(q.mean, shape)), kl_to_prior(q)
+def likelihood_and_slope(model: VAE, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x | z), (..., cells), and its slope in z, of its shape, the model frozen."""
+    with torch.enable_grad(), frozen(model):
+        leaf = z.detach().requires_grad_()
+        value = model.log_likelihood(batch, leaf)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), slope
 
 
-def _mean(values: Tensor, n_samples: int) -> Tensor:
-    return values.mean(0) if n_samples > 1 else values
+def elbo_and_slope(model: VAE, batch: Batch, q: Gaussian, points: Tensor) -> tuple[Elbo, Tensor]:
+    """The ELBO over fixed draws, and log p's slope at each of them, (draws, cells, latent)."""
+    value, slope = likelihood_and_slope(model, batch, q.draw(points))
+    return Elbo(value, model.prior.kl(q)), slope

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae._random import permutation
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import sparse
 from scuvae.batches.thinning import with_shallow
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.base import Posterior
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.posteriors.simulated import simulated
@@ -65,8 +65,8 @@ class SemiAmortizedPosterior(Posterior):
         self.table.visit(on_host)
         return None  # the steps that draw cells are others than those that do not
 
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
-        q: Distribution = self.table(model, batch, kl_weight)
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
+        q: Gaussian = self.table(model, batch, kl_weight)
         return q
 
     def step(self, model: VAE, batch: Batch, slope: Tensor, **options: Any) -> None:
@@ -107,6 +107,6 @@ class SemiAmortizedPosterior(Posterior):
             seen = seen.followed_by(batch.take(torch.arange(n_own, device=batch.index.device)))
         return with_shallow(seen) if counts else seen
 
-    def store(self, rows: Tensor, q: Distribution) -> None:
+    def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
         self.table.store(rows, q)

@@ -3,21 +3,20 @@
 from dataclasses import replace
 
 import torch
-from torch.distributions import Distribution
 
 from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
 
 
 @torch.no_grad()
-def simulated(model: VAE, batch: Batch, q: Distribution, totals: bool = False) -> Batch:
+def simulated(model: VAE, batch: Batch, q: Gaussian, totals: bool = False) -> Batch:
     """As many cells drawn from the decoder at draws of ``q``, of the same sizes and batches.
 
     With ``totals`` their size factors are their own totals: what a real cell of such counts has.
     """
-    eta = model.decoder(draw(q, normal_like(q.mean)), batch.covariates)
+    eta = model.decoder(q.draw(normal_like(q.mean)), batch.covariates)
     x = model.likelihood.sample(eta, batch.size_factor)
     size_factor = x.sum(1).clamp_min(1) if totals else batch.size_factor
     return replace(batch, x=x, size_factor=size_factor)

@@ -6,10 +6,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import gaussian, raw_scale
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import expected_precision, gaussian_at, move_rows
 from scuvae.inference.posteriors.base import Posterior
 from scuvae.inference.posteriors.row_optimizers import ROW_OPTIMIZERS
@@ -23,7 +22,7 @@ class UnamortizedPosterior(Posterior):
     ----------
     mean, raw
         The table: means, (cells, latent), and scale parameters as in
-        :func:`scuvae.distributions.gaussian`.
+        :meth:`scuvae.distributions.gaussian.Gaussian.of`.
     local_step
         ``"natural"`` or ``"gradient"``.
     optimizer, learning_rate
@@ -47,7 +46,7 @@ class UnamortizedPosterior(Posterior):
         self.mean: Tensor
         self.raw: Tensor
         self.rule = _LOCAL_RULES[local_step](self, optimizer, learning_rate)
-        self._last: tuple[Tensor, Tensor, Distribution] | None = None
+        self._last: tuple[Tensor, Tensor, Gaussian] | None = None
 
     def rows(self) -> "UnamortizedPosterior":
         return self
@@ -55,13 +54,13 @@ class UnamortizedPosterior(Posterior):
     def visit(self, on_host: Tensor) -> str | None:
         return self.rule.visit(on_host)
 
-    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Distribution:
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
         mean = self.mean.index_select(0, batch.index)
         raw = self.raw.index_select(0, batch.index)
         if torch.is_grad_enabled() and self.rule.through_q:
             mean.requires_grad_()
             raw.requires_grad_()
-        q = gaussian(mean, raw)
+        q = Gaussian.of(mean, raw)
         if torch.is_grad_enabled():
             self._last = mean, raw, q
         return q
@@ -87,11 +86,11 @@ class UnamortizedPosterior(Posterior):
             known = [gradient for gradient in gradients if gradient is not None]
             self.rule.step(self, model, batch, q, known, scale, kl_weight, rate)
 
-    def store(self, rows: Tensor, q: Distribution) -> None:
+    def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
         with torch.no_grad():
             self.mean[rows] = q.mean
-            self.raw[rows] = raw_scale(q)
+            self.raw[rows] = q.raw
 
 
 class _LocalRule(Protocol):
@@ -108,7 +107,7 @@ class _LocalRule(Protocol):
         table: "UnamortizedPosterior",
         model: VAE,
         batch: Batch,
-        q: Distribution,
+        q: Gaussian,
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
@@ -134,7 +133,7 @@ class _GradientRule:
         table: UnamortizedPosterior,
         model: VAE,
         batch: Batch,
-        q: Distribution,
+        q: Gaussian,
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
@@ -149,7 +148,7 @@ class _GradientRule:
 class _NaturalRule:
     """The gradient of the mean, preconditioned by the stored covariance.
 
-    That gradient is the draws' own, less the mean, which is the prior's part. The precision is
+    That gradient is the draws' own and the prior's. The precision is
     renewed at a cell's first visit, at its ninth, and after every 16 from then on: a renewal costs
     as much as all else in a step and a third, and renewing more often fits counts no better. More
     rarely does as well there, but ends below the optimum of a linear decoder. Nor is it better to
@@ -183,7 +182,7 @@ class _NaturalRule:
         table: UnamortizedPosterior,
         model: VAE,
         batch: Batch,
-        q: Distribution,
+        q: Gaussian,
         gradients: list[Tensor],
         scale: float,
         kl_weight: float,
@@ -197,15 +196,14 @@ class _NaturalRule:
         elif due.any():
             some = torch.from_numpy(due.nonzero()[0]).to(rows.device)
             self._renew(table, model, batch.take(some), mean[some], kl_weight)
-            q = gaussian(mean, table.raw[rows])
+            q = Gaussian.of(mean, table.raw[rows])
         (of_draws,) = gradients
         if of_draws.dim() > 2:
             of_draws = of_draws.sum(0)
         kept = 1 - model.decoder.dropout
-        weight = -1 / (scale * kl_weight)
+        slope = of_draws * (-1 / (scale * kl_weight)) + model.prior.slope(q)
         move_rows(
-            *(table.mean, rows, q, of_draws),
-            factor=weight,
+            *(table.mean, rows, q, slope),
             rate=self.rate * kept**3,
             longest=self.longest,
             by=rate,
@@ -218,15 +216,16 @@ class _NaturalRule:
         batch: Batch,
         mean: Tensor,
         kl_weight: float,
-    ) -> Distribution:
+    ) -> Gaussian:
         """Put each cell's precision at its present mean into the table."""
         training = model.training
         model.eval()  # the precision is that of the decoder without dropout
-        target = expected_precision(model.curvature(batch, mean, self.n_genes), kl_weight)
+        curvature = model.curvature(batch, mean, self.n_genes)
         model.train(training)
-        full = table.raw.shape[-1] != mean.shape[-1]
-        q = gaussian_at(mean, target, full=full)
-        table.raw[batch.index] = raw_scale(q)
+        before = Gaussian.of(mean, table.raw[batch.index])
+        target = expected_precision(curvature, model.prior.precision(before), kl_weight)
+        q = gaussian_at(mean, target, full=before.full)
+        table.raw[batch.index] = q.raw
         return q
 
 

@@ -2,10 +2,8 @@
 
 from typing import Any, Literal
 
-from torch.distributions import Distribution
-
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import as_family
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.refinement.initialization import starts
 from scuvae.inference.refinement.moments import match_moments
 from scuvae.inference.refinement.refine import refine
@@ -24,7 +22,7 @@ _STEPS = 20
 
 def infer(
     model: VAE, batch: Batch, covariance: str, *, polish: Polish = False, **options: Any
-) -> Distribution:
+) -> Gaussian:
     """Local steps from the likeliest draw of the prior, and from the encoder's q if there is one.
 
     The better is kept for each cell.
@@ -47,7 +45,7 @@ def infer(
     if polish:
         q = polish_batch(model, batch, q, max_steps=min(most, _STEPS), kl_weight=weight)
     if polish == "moments":
-        q = as_family(match_moments(model, batch, q, kl_weight=weight), covariance)
+        q = match_moments(model, batch, q, kl_weight=weight).as_family(covariance)
     return q
 
 

@@ -7,10 +7,9 @@ p(z | x) whatever its shape. Its ELBO is lower.
 """
 
 import torch
-from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
 
@@ -24,8 +23,8 @@ _AT_ONCE = 16
 
 @torch.no_grad()
 def match_moments(
-    model: VAE, batch: Batch, q: Distribution, *, n_samples: int = 256, kl_weight: float = 1.0
-) -> Distribution:
+    model: VAE, batch: Batch, q: Gaussian, *, n_samples: int = 256, kl_weight: float = 1.0
+) -> Gaussian:
     """q with the posterior's mean and covariance, full as q is.
 
     Parameters
@@ -38,15 +37,13 @@ def match_moments(
     kl_weight
         β, of p(x | z)^(1/β) p(z).
     """
-    if not isinstance(q, MultivariateNormal):  # one dimension
-        q = MultivariateNormal(q.mean, scale_tril=torch.diag_embed(q.stddev), validate_args=False)
-    tril = q.scale_tril
-    kinds = [MultivariateNormal(q.mean, scale_tril=c * tril, validate_args=False) for c in _WIDER]
+    q = q.as_family("full")
+    kinds = [Gaussian(q.mean, c * q.factor) for c in _WIDER]
     each = -(-n_samples // len(kinds))
-    z = torch.cat([draw(k, normal_points(each, q.mean, seed=i)) for i, k in enumerate(kinds)])
+    z = torch.cat([k.draw(normal_points(each, q.mean, seed=i)) for i, k in enumerate(kinds)])
     log_p = torch.cat([model.log_likelihood(batch, part) for part in z.split(_AT_ONCE)])
     log_r = torch.stack([kind.log_prob(z) for kind in kinds]).logsumexp(0)
-    weight = (log_p / kl_weight - 0.5 * z.square().sum(-1) - log_r).softmax(0)
+    weight = (log_p / kl_weight + model.prior.log_prob(z) - log_r).softmax(0)
     mean = torch.einsum("sc,scl->cl", weight, z)
     left = (z - mean) * weight.sqrt().unsqueeze(-1)
     covariance = torch.einsum("sck,scl->ckl", left, left)
@@ -56,5 +53,5 @@ def match_moments(
     factor, failed = torch.linalg.cholesky_ex(covariance)
     kept = ~((effective > _FEWEST * size) & (failed == 0))
     mean = torch.where(kept[:, None], q.mean, mean)
-    factor = torch.where(kept[:, None, None], tril, factor)
-    return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+    factor = torch.where(kept[:, None, None], q.factor, factor)
+    return Gaussian(mean, factor)

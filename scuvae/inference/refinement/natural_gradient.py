@@ -6,24 +6,13 @@ cell's posterior depends neither on the cells beside it nor on their order.
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior, scale_tril_of
-from scuvae.distributions.precision import (
-    cap_length,
-    diagonal_tril,
-    expected_precision,
-    precondition,
-    scale_tril,
-)
+from scuvae.distributions.gaussian import Gaussian
+from scuvae.distributions.precision import diagonal_tril, expected_precision, scale_tril
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.refinement.gauss_newton import (
-    LONGEST_STEP,
-    _Active,
-    _likelihood_and_slope,
-    climb,
-)
+from scuvae.inference.posteriors.objectives import elbo, elbo_and_slope
+from scuvae.inference.refinement.gauss_newton import Ascent, climb
 from scuvae.kernels.malloc import keep_freed_memory
 from scuvae.model import VAE
 
@@ -39,13 +28,13 @@ _CLIMB = 20
 def refine_natural(
     model: VAE,
     batch: Batch,
-    q: Distribution,
+    q: Gaussian,
     *,
     max_steps: int = 10,
     n_samples: int = 2,
     tolerance: float = 0.3,
     kl_weight: float = 1.0,
-) -> Distribution:
+) -> Gaussian:
     """Natural-gradient steps from ``q``, each undone and shortened where it lowers the ELBO.
 
     The mean climbs the joint density first, where a step costs a third; the steps that follow
@@ -64,51 +53,46 @@ def refine_natural(
     A distribution of q's own family: full covariance stays full, diagonal stays diagonal.
     """
     keep_freed_memory()
-    full = isinstance(q, MultivariateNormal)
-    first_mean, first_tril = q.mean.detach(), scale_tril_of(q).detach()
-    points = normal_points(n_samples, first_mean)
-    directions = _alternating(normal_points(2 * _PAIRS, first_mean))
-    start = _value(model, batch, first_mean, first_tril, points, kl_weight)
-    mean, target = climb(model, batch, first_mean, max_steps, _CLIMB * tolerance, kl_weight)
-    tril = scale_tril(target) if full else diagonal_tril(target)
-    value, gradient = _value_and_gradient(model, batch, mean, tril, points, kl_weight)
+    q = q.detach()
+    points = normal_points(n_samples, q.mean)
+    directions = _alternating(normal_points(2 * _PAIRS, q.mean))
+    with torch.no_grad():
+        start = elbo(model, batch, q.as_family("full"), points).tempered(kl_weight)
+    mean, target = climb(model, batch, q.mean, max_steps, _CLIMB * tolerance, kl_weight)
+    tril = scale_tril(target) if q.full else diagonal_tril(target)
+    value, slope = _value_and_slope(model, batch, mean, tril, points, kl_weight)
     best = value.clone()
-    cells = _Active(batch, value, gradient)
+    cells = Ascent(batch, value, slope)
 
     for step_number in range(max_steps):
         rows = cells.rows
-        old_mean, old_tril = mean[rows], tril[rows]
-        spread = (old_tril @ directions[step_number % len(directions)].unsqueeze(-1)).squeeze(-1)
-        curvature = model.curvature(cells.batch, old_mean + spread)
+        old = Gaussian(mean[rows], tril[rows])
+        at = old.draw(directions[step_number % len(directions)])
+        expected = expected_precision(
+            model.curvature(cells.batch, at), model.prior.precision(old), kl_weight
+        )
         # Averaged over the steps so far; the precision at the mean is only where they begin.
         # Where a cell's steps are short, so is the change of its precision.
         share = cells.rate / (step_number + 1)
-        blended = torch.lerp(
-            target[rows], expected_precision(curvature, kl_weight), share.view(-1, 1, 1)
-        )
+        blended = torch.lerp(target[rows], expected, share.view(-1, 1, 1))
         factor = scale_tril(blended)
-        direction = precondition(factor, cells.gradient)
-        new_mean = old_mean + cells.rate[:, None] * cap_length(direction, LONGEST_STEP)
-        new_tril = factor if full else diagonal_tril(blended)
-        new_value, new_gradient = _value_and_gradient(
-            model, cells.batch, new_mean, new_tril, points, kl_weight
-        )
-        better = cells.update(new_value, new_gradient, factor)
-        mean[rows] = torch.where(better[:, None], new_mean, old_mean)
-        tril[rows] = torch.where(better[:, None, None], new_tril, old_tril)
+        new_mean = old.mean + cells.step(factor)
+        new_tril = factor if q.full else diagonal_tril(blended)
+        found = _value_and_slope(model, cells.batch, new_mean, new_tril, points, kl_weight)
+        better, gain = cells.settle(*found)
+        mean[rows] = torch.where(better[:, None], new_mean, old.mean)
+        tril[rows] = torch.where(better[:, None, None], new_tril, old.factor)
         target[rows] = torch.where(better[:, None, None], blended, target[rows])
         best[rows] = cells.value
-        if not cells.narrow(tolerance):
+        cells.keep(cells.going(gain, factor, tolerance))
+        if not len(cells):
             break
 
     # Also where the ELBO is no number. Few points flatter a q that is a little too narrow.
     worse = ~(best >= start - _FLATTERY)
-    mean = torch.where(worse[:, None], first_mean, mean)
-    tril = torch.where(worse[:, None, None], first_tril, tril)
-    if full:
-        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    scale = tril.diagonal(dim1=-2, dim2=-1)
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    mean = torch.where(worse[:, None], q.mean, mean)
+    tril = torch.where(worse[:, None, None], q.scale_tril, tril)
+    return Gaussian(mean, tril).as_family(q.family)
 
 
 def _alternating(points: Tensor) -> Tensor:
@@ -116,21 +100,10 @@ def _alternating(points: Tensor) -> Tensor:
     return torch.stack(points.chunk(2), 1).flatten(0, 1)
 
 
-@torch.no_grad()
-def _value(
-    model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
-) -> Tensor:
-    """Each cell's ELBO over fixed draws, divided by β."""
-    q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    return model.log_likelihood(batch, draw(q, points)).mean(0) / kl_weight - kl_to_prior(q)
-
-
-def _value_and_gradient(
+def _value_and_slope(
     model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Each cell's ELBO over fixed draws, divided by β, and its gradient in the mean."""
-    offsets = (tril @ points.unsqueeze(-1)).squeeze(-1)
-    expected, slope = _likelihood_and_slope(model, batch, mean, offsets)
-    q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    value = expected / kl_weight - kl_to_prior(q)
-    return value, slope / kl_weight - mean
+    """Each cell's ELBO over fixed draws, divided by β, and its slope in the mean."""
+    q = Gaussian(mean, tril)
+    found, slopes = elbo_and_slope(model, batch, q, points)
+    return found.tempered(kl_weight), slopes.mean(0) / kl_weight + model.prior.slope(q)

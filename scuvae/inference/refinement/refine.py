@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import draw, kl_to_prior, select
+from scuvae.distributions.gaussian import Gaussian, select
 from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.adam import refine_gradient
 from scuvae.inference.refinement.natural_gradient import refine_natural
 from scuvae.model import VAE
@@ -23,24 +23,24 @@ _TIE = 0.05
 
 
 @torch.no_grad()
-def fixed_elbo(model: VAE, batch: Batch, q: Distribution, n_samples: int | None = None) -> Tensor:
+def fixed_elbo(model: VAE, batch: Batch, q: Gaussian, n_samples: int | None = None) -> Tensor:
     """Each cell's ELBO over fixed draws, other than those that refinement fits q to, in nats.
 
     By default there are at least twice as many draws as latent dimensions: their second moment is
     exact.
     """
-    z = draw(q, normal_points(n_samples or max(16, 2 * q.mean.shape[-1]), q.mean, seed=1))
-    return model.log_likelihood(batch, z).mean(0) - kl_to_prior(q)
+    points = normal_points(n_samples or max(16, 2 * q.mean.shape[-1]), q.mean, seed=1)
+    return elbo(model, batch, q, points).elbo
 
 
 def refine(
     model: VAE,
     batch: Batch,
-    starts: Sequence[Distribution],
+    starts: Sequence[Gaussian],
     *,
     local_step: str = "natural",
     **options: Any,
-) -> Distribution:
+) -> Gaussian:
     """q of a batch's cells, refined from each start; the best is kept for each cell.
 
     Parameters
@@ -66,7 +66,7 @@ def refine(
 THOROUGH: dict[str, Any] = {"max_steps": 30, "n_samples": 8, "tolerance": 0.01}
 
 
-LOCAL_STEPS: dict[str, Callable[..., Distribution]] = {
+LOCAL_STEPS: dict[str, Callable[..., Gaussian]] = {
     "natural": refine_natural,
     "gradient": refine_gradient,
 }

@@ -5,11 +5,11 @@ close to but not the ELBO's own, and few draws say little of L scales: their q i
 beside 1,000 steps of Adam they end .2 to .5 nats a cell short. Here the precision follows Stein's
 identity, with C the factor of q's covariance and ε = C⁻¹ (z − m),
 
-    −E_q[∇² log p] = −E_q[∇ log p εᵀ] C⁻¹,      Λ ← I − E_q[∇² log p],
+    −E_q[∇² log p] = −E_q[∇ log p εᵀ] C⁻¹,      Λ ← P − E_q[∇² log p],
 
-which is exact at the optimum whatever the likelihood, over 2L points or more whose second moments
-are the normal's own; a diagonal q takes the diagonal, 1/s_k² ← Λ_kk. The gradients are those that
-the mean needs anyway.
+P the prior's precision, which is exact at the optimum whatever the likelihood, over 2L points or
+more whose second moments are the normal's own; a diagonal q takes the diagonal, 1/s_k² ← Λ_kk. The
+gradients are those that the mean needs anyway.
 
 Every step has points of its own. Near the optimum each says where that is, m + Λ⁻¹ g and Λ, but
 for the noise of its points: q goes to the average of what the steps have said.
@@ -19,16 +19,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import as_family, draw, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import cap_length, expected_precision, scale_tril
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.refinement.gauss_newton import LONGEST_STEP, ROUNDING, climb
+from scuvae.inference.posteriors.objectives import elbo_and_slope
+from scuvae.inference.refinement.gauss_newton import (
+    LONGEST_STEP,
+    ROUNDING,
+    SHORTEST,
+    Ascent,
+    at,
+    climb,
+)
 from scuvae.kernels.malloc import keep_freed_memory
 from scuvae.model import VAE
-from scuvae.model.vae import frozen
 
 # The mean climbs until a step gains less, in nats, in so many steps at most.
 _CLIMB, _CLIMBS = 6.0, 8
@@ -46,97 +52,91 @@ _NEAR, _AVERAGED = 1.5, 2
 _ERRORS = 4.0
 # The longest step in q's own standard deviations: its points know no more of p than that.
 _FARTHEST = 2.0
-# A cell whose steps had to be shortened to this part stands still.
-_SHORTEST = 1e-2
 
 
 def refine_diagonal(
-    model: VAE, batch: Batch, q: Distribution, *, max_steps: int = 20, tolerance: float = 0.05
-) -> Distribution:
+    model: VAE, batch: Batch, q: Gaussian, *, max_steps: int = 20, tolerance: float = 0.05
+) -> Gaussian:
     """A diagonal q from ``q``, at most ``max_steps`` steps of either kind.
 
     A cell stops by itself when a step promises less than ``tolerance`` nats.
     """
-    start = as_family(q, "diagonal")
-    first = start.mean.detach()
-    offsets = start.stddev.detach() * normal_points(_AROUND, first)
+    start = q.as_family("diagonal").detach()
+    offsets = start.spread(normal_points(_AROUND, start.mean))
     most = min(max_steps, _CLIMBS)
     mean, expected = climb(
-        *(model, batch, first, most, _CLIMB), offsets=offsets, farthest=_FARTHEST
+        *(model, batch, start.mean, most, _CLIMB), offsets=offsets, farthest=_FARTHEST
     )
-    scale = expected.diagonal(dim1=-2, dim2=-1).rsqrt()
-    q = Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    q = Gaussian(mean, expected.diagonal(dim1=-2, dim2=-1).rsqrt())
     return polish(model, batch, q, max_steps=max_steps, tolerance=tolerance, expected=expected)
 
 
 def polish(
     model: VAE,
     batch: Batch,
-    q: Distribution,
+    q: Gaussian,
     *,
     max_steps: int = 15,
     tolerance: float = 0.05,
     kl_weight: float = 1.0,
     expected: Tensor | None = None,
-) -> Distribution:
+) -> Gaussian:
     """Steps of mean and covariance from a q near its optimum, in its family.
 
     ``expected`` is the precision that q's mean expects, (cells, latent, latent), where known: it
     stands in where Stein's is not positive.
     """
     keep_freed_memory()
-    full = isinstance(q, MultivariateNormal)
-    tril = q.scale_tril if isinstance(q, MultivariateNormal) else torch.diag_embed(q.stddev)
-    mean, tril = q.mean.detach().clone(), tril.detach().clone()
+    mean, tril = q.mean.detach().clone(), q.scale_tril.detach().clone()
     if max_steps <= 0:
-        return _of_family(mean, tril, full)
+        return Gaussian(mean, tril).as_family(q.family)
     n_points = max(2 * mean.shape[-1], _FEWEST)
     if expected is None:
-        expected = expected_precision(model.curvature(batch, mean), kl_weight)
-    rows = torch.arange(len(batch), device=mean.device)
-    rate, age = torch.ones_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
-    old = _State(mean, tril, *_evaluate(model, batch, mean, tril, n_points, 0, kl_weight))
+        prior = model.prior.precision(at(mean))
+        expected = expected_precision(model.curvature(batch, mean), prior, kl_weight)
+    age = torch.zeros_like(mean[:, 0])
+    value, slope, old = _evaluate(model, batch, Gaussian(mean, tril), n_points, 0, kl_weight)
+    cells = Ascent(batch, value, slope)
     precision = old.precision
     for step_number in range(1, max_steps + 1):
+        rows, rate = cells.rows, cells.rate
         # A step that is noise by now moves q to the average of those before it and itself.
         factor = scale_tril(_positive(precision, expected))
-        ahead = (factor.mT @ old.slope.unsqueeze(-1)).squeeze(-1)
-        promise = 0.5 * ahead.square().sum(-1) + _mismatch(old.tril, precision, full)
+        promise = cells.promise(factor) + _mismatch(old.tril, precision, q.full)
         near = promise < _NEAR
         age = torch.where(near & (rate == 1), age + 1, torch.zeros_like(age))
         share = rate / age.clamp_min(1)
-        step = _within(old.tril, (factor @ ahead.unsqueeze(-1)).squeeze(-1))
+        whole = (factor @ (factor.mT @ cells.slope.unsqueeze(-1))).squeeze(-1)
+        step = _within(old.tril, whole)
         new_mean = old.mean + share[:, None] * cap_length(step, LONGEST_STEP)
-        new_tril = (_stretched if full else _stretched_diagonal)(old.tril, precision, rate)
+        new_tril = (_stretched if q.full else _stretched_diagonal)(old.tril, precision, rate)
         # A long step counts once the ELBO has been seen after it.
         mean[rows] = torch.where(near[:, None], new_mean, old.mean)
         tril[rows] = torch.where(near[:, None, None], new_tril, old.tril)
-        going = ((age < _AVERAGED) | (promise > tolerance)) & (rate > _SHORTEST)
+        going = ((age < _AVERAGED) | (promise > tolerance)) & (rate > SHORTEST)
         if step_number == max_steps or not going.any():
             break
-        if not going.all():
-            kept = going.nonzero().squeeze(-1)
-            batch, rows, old = batch.take(kept), rows[kept], old.take(kept)
-            precision, expected = precision[kept], expected[kept]
-            rate, age, new_mean, new_tril = rate[kept], age[kept], new_mean[kept], new_tril[kept]
-        found = _evaluate(model, batch, new_mean, new_tril, n_points, step_number, kl_weight)
-        new = _State(new_mean, new_tril, *found)
-        better = new.value >= old.value - _ERRORS * old.variance.sqrt() - ROUNDING
+        kept = cells.keep(going)
+        if kept is not None:
+            old, precision, expected = old.take(kept), precision[kept], expected[kept]
+            age, new_mean, new_tril = age[kept], new_mean[kept], new_tril[kept]
+        moved = Gaussian(new_mean, new_tril)
+        value, slope, new = _evaluate(model, cells.batch, moved, n_points, step_number, kl_weight)
+        better, _ = cells.settle(value, slope, _ERRORS * old.variance.sqrt() + ROUNDING)
         old = new.where(better, old)
         blended = torch.lerp(precision, new.precision, 1 / (age + 1).view(-1, 1, 1))
         precision = torch.where(better[:, None, None], blended, precision)
-        rate = torch.where(better, (2 * rate).clamp_max(1.0), rate / 4)
-    return _of_family(mean, tril, full)
+    return Gaussian(mean, tril).as_family(q.family)
 
 
 class _State(NamedTuple):
-    """q of some cells, and what the ELBO over some points is there (see :func:`_evaluate`)."""
+    """q of some cells; the variance of its ELBO's error over some points, and the precision that
+    these ask for (see :func:`_evaluate`).
+    """
 
     mean: Tensor
     tril: Tensor
-    value: Tensor
     variance: Tensor
-    slope: Tensor
     precision: Tensor
 
     def take(self, rows: Tensor) -> "_State":
@@ -190,36 +190,20 @@ def _stretched(tril: Tensor, precision: Tensor, rate: Tensor) -> Tensor:
 
 
 def _evaluate(
-    model: VAE,
-    batch: Batch,
-    mean: Tensor,
-    tril: Tensor,
-    n_points: int,
-    seed: int,
-    kl_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each cell's ELBO over some points, the variance of its error, its gradient in the mean, and
-    the precision it asks for.
+    model: VAE, batch: Batch, q: Gaussian, n_points: int, seed: int, kl_weight: float
+) -> tuple[Tensor, Tensor, _State]:
+    """Each cell's ELBO over some points, its slope in the mean, and what else they say of q.
 
-    All but the last divided by β, the weight of the KL term (the variance by its square).
+    All but the precision divided by β, the weight of the KL term (the variance by its square).
     """
-    q = MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    points = normal_points(n_points, mean, seed=seed)
-    with torch.enable_grad(), frozen(model):
-        z = draw(q, points).requires_grad_()
-        values = model.log_likelihood(batch, z)
-        (gradient,) = torch.autograd.grad(values.sum(), z)
-    values, gradient = values.detach() / kl_weight, gradient / kl_weight
-    pairs = 0.5 * (values[: n_points // 2] + values[n_points // 2 :])
-    curvature = torch.einsum("scj,sk->cjk", gradient, points.squeeze(1)) / n_points
-    curvature = torch.linalg.solve_triangular(tril, curvature, upper=False, left=False)
-    precision = expected_precision(-0.5 * (curvature + curvature.mT))
-    value = values.mean(0) - kl_to_prior(q)
-    return value, pairs.var(0) / len(pairs), gradient.mean(0) - mean, precision
-
-
-def _of_family(mean: Tensor, tril: Tensor, full: bool) -> Distribution:
-    if full:
-        return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-    scale = tril.diagonal(dim1=-2, dim2=-1)
-    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+    points = normal_points(n_points, q.mean, seed=seed)
+    found, slopes = elbo_and_slope(model, batch, q, points)
+    slopes = slopes / kl_weight
+    pairs = found.log_likelihood / kl_weight
+    pairs = 0.5 * (pairs[: n_points // 2] + pairs[n_points // 2 :])
+    curvature = torch.einsum("scj,sk->cjk", slopes, points.squeeze(1)) / n_points
+    curvature = torch.linalg.solve_triangular(q.factor, curvature, upper=False, left=False)
+    prior = model.prior
+    precision = expected_precision(-0.5 * (curvature + curvature.mT), prior.precision(q))
+    state = _State(q.mean, q.factor, pairs.var(0) / len(pairs), precision)
+    return found.tempered(kl_weight), slopes.mean(0) + prior.slope(q), state

@@ -16,7 +16,7 @@ from scuvae._random import uniform_like
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
-from scuvae.distributions.gaussian import gaussian, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.posteriors.simulated import simulated
 from scuvae.inference.refinement.refine import fixed_elbo
@@ -33,8 +33,7 @@ WEIGHT_DECAY = 0.3
 
 def distil(
     model: VAE,
-    mean: Tensor,
-    raw: Tensor,
+    stored: Gaussian,
     cells: Iterable[Batch],
     *,
     held_out: Iterable[Batch] | None,
@@ -52,8 +51,8 @@ def distil(
     ----------
     model
         With an encoder, freshly made.
-    mean, raw
-        Every cell's own q, by ``Batch.index``: what :func:`scuvae.distributions.gaussian` takes.
+    stored
+        Every cell's own q, by ``Batch.index``.
     cells
         Its iteration is an epoch over the training cells.
     held_out
@@ -98,7 +97,7 @@ def distil(
         for batch in cells:
             index = batch.index
             if float(uniform_like(torch.empty(()))) < share_simulated:
-                batch = simulated(model, batch, gaussian(mean[index], raw[index]), totals)
+                batch = simulated(model, batch, stored[index], totals)
             seen = with_shallow(batch) if counts else batch
             terms = elbo(model, seen, model.encode(seen))
             loss = kl_weight * terms.kl - terms.reconstruction
@@ -141,7 +140,7 @@ def _mean_elbo(model: VAE, cells: Iterable[Batch], kl_weight: float) -> float:
     total, n_cells = 0.0, 0
     for batch in cells:
         q = model.encode(batch)
-        values = fixed_elbo(model, batch, q) + (1 - kl_weight) * kl_to_prior(q)
+        values = fixed_elbo(model, batch, q) + (1 - kl_weight) * model.prior.kl(q)
         total += values.sum().item()
         n_cells += len(batch)
     return total / n_cells

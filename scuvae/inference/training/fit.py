@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from scuvae._random import permutation
@@ -14,7 +13,7 @@ from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.spill import release
 from scuvae.batches.thinning import with_shallow
-from scuvae.distributions.gaussian import moments, n_scale_parameters, pack
+from scuvae.distributions.gaussian import Gaussian, concatenate, moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
@@ -31,7 +30,7 @@ from scuvae.runtime import chunk_on, show_progress
 
 logger = logging.getLogger("scuvae")
 
-# Cells that the decoder's start is fitted to.
+# Cells that the decoder's start is fitted to, and a prior that learns.
 _MOST_TO_START = 5000
 # Rounds that give genes' totals back, once q is final, and what a gene may be off by before the
 # last; and what is said of genes that are off by more after all rounds.
@@ -74,12 +73,20 @@ def run(
             covariance=settings.covariance,
             local_step=settings.local_step,
         )
+    some_cells = cells.loader(
+        training[permutation(len(training))[:_MOST_TO_START].sort().values]
+        if model.prior.learns
+        else training[:0],
+        chunk_on(where, model.n_vars),
+    )
     every = max(1, settings.max_epochs // 20)
     stopping = EarlyStopping(patience=6 * every) if early_stopping and judge else None
     cosine = settings.optimizer == "adam"
     with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
 
         def on_epoch(row: dict[str, float]) -> None:
+            if model.prior.learns:
+                model.prior.refit(_some_posteriors(model, posterior, some_cells, settings))
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.1f}")
 
@@ -165,7 +172,7 @@ def final_posterior(
     cells: Cells,
     settings: Settings,
     totals: GeneTotals | None = None,
-) -> Iterator[Distribution]:
+) -> Iterator[Gaussian]:
     """q of every cell under the final decoder, in parts: the encoder's, or refined.
 
     Each part is added to ``totals``, and put into the table where there is one.
@@ -181,7 +188,7 @@ def final_posterior(
         yield q
 
 
-def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Distribution:
+def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> Gaussian:
     starts = _present(model, posterior, batch, settings)
     if not posterior.refined:
         return starts[0]
@@ -191,14 +198,22 @@ def _final(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -
 
 
 @torch.no_grad()
-def _present(
-    model: VAE, posterior: Posterior, batch: Batch, settings: Settings
-) -> list[Distribution]:
+def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings) -> list[Gaussian]:
     """What is there of a batch's q: its rows, and the encoder's."""
     table = posterior.rows()
     found = [] if table is None else [table(model, batch)]
     if model.encoder is not None:
         found.append(encoded(model, batch, settings.covariance))
+    return found
+
+
+def _some_posteriors(
+    model: VAE, posterior: Posterior, cells: Iterable[Batch], settings: Settings
+) -> Gaussian:
+    training = model.training
+    model.eval()
+    found = concatenate([_present(model, posterior, batch, settings)[0] for batch in cells])
+    model.train(training)
     return found
 
 

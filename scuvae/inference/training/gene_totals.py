@@ -9,11 +9,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import sparse
-from scuvae.distributions.gaussian import draw
+from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
 
@@ -41,13 +40,13 @@ class GeneTotals:
         self.predicted = torch.zeros_like(self.observed)
 
     @torch.no_grad()
-    def add(self, batch: Batch, q: Distribution) -> None:
+    def add(self, batch: Batch, q: Gaussian) -> None:
         """The cells of a batch, and their q."""
         model, x = self.model, sparse(batch.x)
         observed = x.value.new_zeros(model.n_vars).index_add_(0, x.col.long(), x.value)
         predicted = torch.zeros_like(observed)
         for point in normal_points(self.n_samples, q.mean):
-            eta = model.decoder(draw(q, point), batch.covariates)
+            eta = model.decoder(q.draw(point), batch.covariates)
             size = model.size_factor(batch, eta)
             predicted += model.likelihood.mean(eta, size, batch.observed).sum(0)
         self.observed += observed.cpu().double()

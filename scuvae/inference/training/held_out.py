@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 import torch
-from torch.distributions import Distribution
 
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import concatenate, draw, kl_to_prior
+from scuvae.distributions.gaussian import Gaussian, concatenate
+from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import start
 from scuvae.inference.refinement.refine import refine
 from scuvae.model import VAE
@@ -35,7 +35,7 @@ class HeldOutCells:
         self.cells = cells
         self.covariance = covariance
         self.local_step = local_step
-        self.posterior: list[Distribution] = []
+        self.posterior: list[Gaussian] = []
 
     def elbo(self, model: VAE) -> float:
         """Mean ELBO in nats a cell, after a few local steps on every q."""
@@ -56,12 +56,11 @@ class HeldOutCells:
             renewed.append(q)
             points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)
             with torch.no_grad():
-                expected = model.log_likelihood(batch, draw(q, points)).mean(0)
-                total += (expected - kl_to_prior(q)).sum().item()
+                total += elbo(model, batch, q, points).elbo.sum().item()
             n_cells += len(batch)
         self.posterior = renewed
         return total / n_cells
 
-    def q(self) -> Distribution:
+    def q(self) -> Gaussian:
         """q of all held-out cells, in order."""
         return concatenate(self.posterior)
