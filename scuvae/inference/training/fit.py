@@ -136,9 +136,7 @@ def run(
     return found, history
 
 
-def _moments(
-    parts: Iterable[Distribution], cells: Cells, settings: Settings
-) -> dict[str, np.ndarray]:
+def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dict[str, np.ndarray]:
     """The moments of every cell's q, a part at a time."""
     found: dict[str, np.ndarray] = {}
     at = 0
