@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 def counts(n_vars: int = 300, share_large: float = 0.02, dtype: type = np.float32) -> sp.csr_matrix:
     """Counts of 1 to 2²⁴, with those around the byte's end, and empty rows."""
     rng = np.random.default_rng(0)
-    x = sp.random(200, n_vars, 0.1, format="csr", dtype=np.float64, random_state=0)
+    at = rng.integers(200, size=6000), rng.integers(n_vars, size=6000)
+    x = sp.coo_matrix((np.ones(6000), at), shape=(200, n_vars)).tocsr()
     values = rng.integers(1, 254, len(x.data))
     large = rng.random(len(x.data)) < share_large
     values[large] = 2 ** rng.uniform(8, 24, large.sum())
@@ -30,10 +31,10 @@ def counts(n_vars: int = 300, share_large: float = 0.02, dtype: type = np.float3
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint32, np.float64])
-@pytest.mark.parametrize("n_vars", [300, 2**16 + 5])
+@pytest.mark.parametrize("n_vars", [300, 2**17])
 def test_every_count_is_exact(n_vars: int, dtype: type) -> None:
     x = counts(n_vars, dtype=dtype)
-    assert x.indices.max() > n_vars - 5
+    assert x.indices.max() > 0.9 * n_vars
     small = CompactRows.of(x, counts=True)
     assert small.shape == x.shape
     rows = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:150]

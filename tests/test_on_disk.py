@@ -276,7 +276,7 @@ def test_a_small_set_is_fitted_as_in_memory(opened: str, container: Any, tmp_pat
     assert found.uns["scuvae"]["history"].equals(adata.uns["scuvae"]["history"])
 
 
-@pytest.mark.parametrize("amortized", [False, True, "semi"])
+@pytest.mark.parametrize("amortized", [False, True])
 @pytest.mark.usefixtures("streamed")
 def test_a_streamed_fit_is_as_good(amortized: Any, tmp_path: Path) -> None:
     """Held-out cells, and all, are explained as well as by the fit in memory of another order."""
