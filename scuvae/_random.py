@@ -31,6 +31,30 @@ def generator_on(device: torch.device) -> torch.Generator | None:
     return _current.get() if device.type == "cpu" else None
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of all generators that a call's numbers come from, on the host."""
+    own = _current.get()
+    states = {"cpu": torch.get_rng_state() if own is None else own.get_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Go on with the numbers that followed :func:`random_state`; of another device's, as it is."""
+    own = _current.get()
+    if own is None:
+        torch.set_rng_state(states["cpu"])
+    else:
+        own.set_state(states["cpu"])
+    if device.type in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type in states and device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+
+
 def uniform_like(values: Tensor) -> Tensor:
     """U(0, 1) of the shape, dtype and device of ``values``."""
     return torch.empty_like(values).uniform_(generator=generator_on(values.device))
@@ -65,7 +89,8 @@ def permutation(n: int) -> Tensor:
 
 def linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer with torch's own initial distribution: U(±1/√n_in)."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias)
+    where = torch.get_default_device()  # "meta" where only its shape is asked for
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, device=where)
     width = 1 / math.sqrt(n_in) if n_in else 0.0
     for parameter in layer.parameters():
         with torch.no_grad():

@@ -5,7 +5,7 @@ from anndata import AnnData
 from torch.distributions import Distribution
 
 from scuvae.io.fit_state import read_entry, read_fit
-from scuvae.io.inputs import check_anndata
+from scuvae.io.inputs import check_anndata, check_type
 from scuvae.io.slots import read_posterior
 from scuvae.model import VAE
 from scuvae.runtime import isolated
@@ -20,7 +20,7 @@ def model(adata: AnnData, *, key: str | None = None) -> VAE:
     Parameters
     ----------
     adata
-        Fitted by :func:`scuvae.tl.fit`.
+        Fitted by :func:`scuvae.tl.fit`, or read by :func:`scuvae.io.read_model`.
     key
         The fit's ``key_added``; None for the default, ``"scuvae"``.
 
@@ -45,7 +45,7 @@ def model(adata: AnnData, *, key: str | None = None) -> VAE:
     >>> eta.shape
     torch.Size([5, 765])
     """
-    return read_fit(check_anndata(adata), key).model
+    return read_fit(check_type(adata), key).model
 
 
 @isolated
@@ -104,5 +104,5 @@ def history(adata: AnnData, *, key: str | None = None) -> pd.DataFrame:
     >>> scuvae.get.history(adata).shape
     (2, 5)
     """
-    table: pd.DataFrame = read_entry(check_anndata(adata), key)["history"].copy()
+    table: pd.DataFrame = read_entry(check_type(adata), key)["history"].copy()
     return table

@@ -23,6 +23,9 @@ SCHEMES = list(INFERENCE)
 # Verbs that take a fitted reference beside adata.
 WITH_REFERENCE = ("novelty", "project", "transfer_labels")
 
+# Verbs that take a column of groups there.
+WITH_GROUPS = ("rank_genes",)
+
 N_OBS, N_VARS, N_LATENT = 60, 40, 3
 SMALL: dict[str, Any] = {"n_latent": N_LATENT, "n_hidden": 8, "max_epochs": 3, "batch_size": 32}
 

@@ -11,6 +11,7 @@ from helpers import SMALL, fingerprint, small_counts, small_fit
 from scipy import sparse as sp
 
 from scuvae import cli
+from scuvae.cli import files
 from scuvae.io import backed_files
 
 READ: dict[str, Callable[[Path], AnnData]] = {".h5ad": ad.read_h5ad, ".zarr": ad.read_zarr}
@@ -85,7 +86,7 @@ def test_large_files_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def read(path: Path) -> AnnData:
         raise AssertionError("read into memory")
 
-    monkeypatch.setattr(cli, "_read", read)
+    monkeypatch.setattr(files, "read", read)
     words = [str(path), "-o", str(tmp_path / "out.h5ad"), "--layer=counts", "-q", *FLAGS]
     assert cli.main(["fit", *words]) == 0
     monkeypatch.setattr(backed_files, "LARGE", path.stat().st_size + 1)

@@ -64,7 +64,7 @@ def test_own_cells_land_where_they_are_also_from_a_file(name: str, tmp_path) -> 
     entry, model = back.uns["new"]["embed"], get.model(back, key="new")
     from scuvae.tl._embed import placed
 
-    found = placed(model, torch.as_tensor(back.obsm["new"]), entry, 2)
+    found = placed(model, torch.as_tensor(back.obsm["new"]), entry)
     np.testing.assert_allclose(found, adata.obsm["X_scuvae_embed"], atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_batches_chunks_and_missing_genes_do_not_matter(monkeypatch) -> None:
             parts.append(model.likelihood.stabilised(eta, torch.full((len(z),), 50.0)))
     assert not torch.allclose(*parts)
     mean = torch.stack(parts).mean(0)
-    torch.testing.assert_close(embedding.stabilised(model, z, 50.0, 2, 2), mean)
+    torch.testing.assert_close(embedding.stabilised(model, z, 50.0), mean)
     monkeypatch.setattr(embedding, "_CHUNK", 7)
     before = adata.obsm["X_scuvae_embed"].copy()
     tl.embed(adata)
@@ -89,7 +89,7 @@ def test_batches_chunks_and_missing_genes_do_not_matter(monkeypatch) -> None:
     # All genes kept, distances are those of the coordinates before the components.
     tl.embed(adata, n_components=40)
     total = adata.uns["scuvae"]["embed"]["total"]
-    v = embedding.stabilised(model, z, total, 2, 2)
+    v = embedding.stabilised(model, z, total)
     full = torch.as_tensor(adata.obsm["X_scuvae_embed"])
     np.testing.assert_allclose(
         torch.cdist(full.double(), full.double()), torch.cdist(v.double(), v.double()), atol=2e-3

@@ -250,6 +250,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "sample": tl.sample,
     "calibration": tl.calibration,
     "predictive_check": tl.predictive_check,
+    "rank_genes": tl.rank_genes,
     "transfer_labels": lambda adata: tl.transfer_labels(adata, fitted(), labels="batch"),
     "model": lambda adata: get.model(adata),
     "posterior": lambda adata: get.posterior(adata),

@@ -219,7 +219,7 @@ def test_settled_encoder_has_the_moments_of_its_data() -> None:
     encoder = Encoder(6, 2, n_hidden=8, n_layers=2).double()
     x = torch.randn(500, 6, dtype=torch.float64)
     expected = encoder.train()(x).mean.detach()
-    encoder.settle([x])
+    encoder.settle([(x, None)])
     found = encoder.eval()(x).mean.detach()
     stale = (Encoder(6, 2, n_hidden=8, n_layers=2).double().eval()(x).mean - expected).abs().max()
     # the variance is unbiased in evaluation: a relative 1/500 a layer

@@ -257,8 +257,10 @@ def test_new_batches_leave_all_else_as_it_was(amortized: bool | str) -> None:
     assert entry["params"]["batches"].tolist() == ["b0", "b1", "b7"]
     assert entry["params"]["new_batches"].tolist() == ["b7"]
     state = {part: dict(arrays) for part, arrays in before["state"].items()}
-    for name in ("offset.weight", "layers.1.weight"):  # the new batch is their last column
-        found, old_columns = entry["state"]["decoder"].pop(name), state["decoder"].pop(name)
+    told = [("decoder", "offset.weight"), ("decoder", "layers.1.weight")]
+    told += [("encoder", "hidden.0.weight")] * bool(amortized)
+    for part, name in told:  # the new batch is their last column
+        found, old_columns = entry["state"][part].pop(name), state[part].pop(name)
         assert fingerprint(np.ascontiguousarray(found[:, :-1])) == fingerprint(old_columns)
         assert np.abs(found[:, -1]).max() > 0
     assert fingerprint(entry["state"]) == fingerprint(state)

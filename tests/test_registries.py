@@ -8,9 +8,25 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
-from helpers import SCHEMES, assert_same_posterior, small_counts, small_data, small_fit
+from helpers import (
+    SCHEMES,
+    assert_same_posterior,
+    small_counts,
+    small_data,
+    small_fit,
+    unchanged,
+)
 from scipy import sparse as sp
 from scipy import stats
+from small_models import (
+    batch_of,
+    cells_of,
+    exact_evidence,
+    exact_posterior,
+    linear_gaussian,
+    model_of,
+    posterior_of,
+)
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
@@ -20,9 +36,16 @@ from scuvae.batches import Batch, SparseRows
 from scuvae.batches.sources.base import Source
 from scuvae.batches.sources.registry import SOURCES, source_of
 from scuvae.batches.sparse_rows import dense
+from scuvae.distributions.gaussian import Gaussian
+from scuvae.distributions.precision import cap_length, gaussian_at
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.base import Rows
+from scuvae.inference.posteriors.objectives import likelihood_and_slope
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
+from scuvae.inference.refinement.local_step import LocalStep
+from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
+from scuvae.inference.training.held_out import HeldOutCells
+from scuvae.inference.training.loop import train
 from scuvae.model import VAE
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.likelihoods.autograd import Linear, written
@@ -130,6 +153,30 @@ class Tempered(Posterior):
         self.own.step(model, batch, slope, **options)
 
 
+class HalfNewton(LocalStep):
+    """Half of a Gauss–Newton step, from which draws have no part."""
+
+    held_out = (4, 1)
+
+    @staticmethod
+    def refine(
+        model: VAE,
+        batch: Batch,
+        q: Gaussian,
+        *,
+        max_steps: int = 20,
+        n_samples: int = 1,
+        kl_weight: float = 1.0,
+    ) -> Gaussian:
+        mean = q.mean.detach()
+        for _ in range(max_steps):
+            _, slope = likelihood_and_slope(model, batch, mean)
+            precision = model.curvature(batch, mean) / kl_weight + torch.eye(mean.shape[1])
+            step = torch.linalg.solve(precision, slope / kl_weight - mean)
+            mean = mean + 0.5 * cap_length(step, 2.0)
+        return gaussian_at(mean, precision, full=q.full)
+
+
 class Halves(Source):
     """A sparse matrix whose values are kept in half precision."""
 
@@ -160,6 +207,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in OUTSIDE.values():
         monkeypatch.setitem(LIKELIHOODS, kind.name, kind)
     monkeypatch.setitem(POSTERIORS, "tempered", Tempered)
+    monkeypatch.setitem(LOCAL_STEPS, "half_newton", HalfNewton)
 
 
 def data(kind: type[Likelihood], **shape: int) -> AnnData:
@@ -169,23 +217,29 @@ def data(kind: type[Likelihood], **shape: int) -> AnnData:
 
 
 @pytest.mark.parametrize(
-    ("name", "amortized"),
-    [*(("zip", scheme) for scheme in SCHEMES), ("zip", "tempered"), ("student", "tempered")],
+    ("name", "amortized", "local_step"),
+    [
+        *(("zip", scheme, "natural") for scheme in SCHEMES),
+        ("zip", "tempered", "half_newton"),
+        ("student", "tempered", "natural"),
+        ("student", "semi", "half_newton"),
+    ],
 )
 @pytest.mark.usefixtures("registered")
 def test_every_verb_works_for_an_entry_from_outside(
-    name: str, amortized: bool | str, tmp_path: Path
+    name: str, amortized: bool | str, local_step: str, tmp_path: Path
 ) -> None:
     kind = OUTSIDE[name]
     adata, new = data(kind, n_obs=60), data(kind, n_obs=30, seed=3)
     new = new[:, ::-1][:, :-4].copy()  # other order, some genes missing
-    small_fit(adata, likelihood=kind.name, amortized=amortized, max_epochs=4)
+    named = {"likelihood": kind.name, "amortized": amortized, "local_step": local_step}
+    small_fit(adata, **named, max_epochs=4)
     assert np.isfinite(get.history(adata)["elbo"]).all()
     assert (get.model(adata).encoder is not None) == (amortized in (True, "semi"))
     tl.project(new, adata)
     tl.transfer_labels(new, adata, labels="kind")
     tl.novelty(new, adata)
-    tl.refine(adata, key_added="refined")
+    tl.refine(adata, key_added="refined", local_step=local_step)
     tl.score(adata, n_samples=5)
     tl.denoise(adata)
     tl.sample(adata)
@@ -220,6 +274,46 @@ def test_a_fit_of_an_entry_that_is_gone_names_it() -> None:
         del LIKELIHOODS[ZeroInflatedPoisson.name]
     with pytest.raises(ValueError, match=r"zero_inflated_poisson.*LIKELIHOODS"):
         tl.score(adata)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_fit_by_a_local_step_that_is_gone_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    adata = small_fit(small_counts(), local_step="half_newton", max_epochs=1)
+    monkeypatch.delitem(LOCAL_STEPS, "half_newton")
+    with unchanged(adata), pytest.raises(ValueError, match=r"half_newton.*LOCAL_STEPS"):
+        tl.project(adata, adata)
+
+
+@pytest.mark.parametrize("scheme", ["unamortized", "semi"])
+@pytest.mark.usefixtures("registered", "fixed_random_state")
+def test_a_local_step_is_asked_wherever_q_moves(scheme: str) -> None:
+    """In a linear Gaussian model: rows in training, held-out cells, refinement reach p(z | x)."""
+    model = linear_gaussian(n_latent=2)
+    model.encoder = model_of("gaussian", n_vars=20, encoder=True, covariance="full").encoder
+    x = cells_of(model, 30)
+    mean, precision = exact_posterior(model, x)
+    scale = torch.linalg.inv(precision).diagonal().sqrt()
+    posterior = posterior_of(scheme, 30, 2, "full", local_step="half_newton")
+    batches = [batch_of(x[rows], index=rows) for rows in torch.arange(30).split(10)]
+    judge = HeldOutCells([batch_of(x)], covariance="full", local_step="half_newton")
+    history = train(
+        model,
+        posterior,
+        batches,
+        n_obs=30,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        max_epochs=20,
+        held_out=judge,
+    )
+    rows = posterior(model, batch_of(x))
+    refined = refine(model, batch_of(x), [rows], local_step="half_newton", max_steps=1)
+    for q in (rows, judge.q(), refined):
+        # Half of the way at each of 20 steps; the scales are exact.
+        assert ((q.mean - mean) / scale).abs().max() < 1e-4
+        torch.testing.assert_close(q.stddev, scale.expand(30, 2), rtol=1e-6, atol=1e-6)
+    # So the ELBO is the evidence, but for the draws that it is taken over.
+    evidence = exact_evidence(model, x).mean().item()
+    assert history[-1]["validation_elbo"] == pytest.approx(evidence, abs=0.5)
 
 
 @pytest.mark.usefixtures("registered")

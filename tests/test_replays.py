@@ -120,11 +120,13 @@ def test_recorded_steps_are_the_steps(
         step = Step(model, posterior, optimizer, n_obs=23, n_samples=2, kl_weight=0.5)
         loader = Loader(Cells(source), torch.arange(23), 5, torch.Generator().manual_seed(2))
         recorder = replays._Replays(loader, step)
-        epoch = recorder.epoch if replayed else replays.steps_over(loader, step)
+        visits, take = replays.steps_over(loader, step)
+        if replayed:
+            visits, take = recorder.visits, recorder.take
         losses = []
         for number in range(40):
             step.set_rate(1 / (1 + number))
-            losses += [(sums.clone(), cells.tolist()) for sums, cells in epoch()]
+            losses += [(take(batch).clone(), cells.tolist()) for batch, cells in visits(0)]
         fits.append((losses, [*model.parameters(), *posterior.buffers()]))
     assert len(recorder.recorded) == RECORDED[kind, local_step]
     for (found, cells), (expected, others) in zip(fits[1][0], fits[0][0], strict=True):
@@ -151,7 +153,7 @@ def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> No
     def recorded(cells: Any, optimizer: torch.optim.Optimizer) -> bool:
         posterior = posterior_of("unamortized", 3, 2)
         step = Step(model, posterior, optimizer, n_obs=3, n_samples=1, kl_weight=1.0)
-        return hasattr(replays.steps_over(cells, step), "__self__")
+        return replays.steps_over(cells, step)[1] is not step
 
     rate = torch.tensor(0.1)
     able = torch.optim.Adam(model.parameters(), lr=rate, capturable=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scuvae.inference.posteriors.row_optimizers import ROW_OPTIMIZERS
+from scuvae.inference.refinement.row_optimizers import ROW_OPTIMIZERS
 from scuvae.inference.training.optimizers import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import WITH_REFERENCE
+from helpers import WITH_GROUPS, WITH_REFERENCE
 
 import scuvae
 from scuvae import tl
@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors", "_random"}
+HELPERS = {"_keys", "_checks", "_errors", "_files", "_random"}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {
@@ -167,6 +167,7 @@ ALIKE = {
     "adam": "Adam: of one cell's q, and compiled",
     "base": "what the entries of a registry have in common",
     "registry": "entries by name",
+    "covariates": "what a decoder is told beside z: its columns, and those of obs they come from",
     "rising_factorial": "the rising factorial, and compiled",
     "natural_gradient": "natural-gradient steps",
 }
@@ -208,6 +209,8 @@ FIT_DEFAULTS: dict[str, Any] = {
     "layer": None,
     "mask_var": None,
     "batch_key": None,
+    "categorical_covariate_keys": None,
+    "continuous_covariate_keys": None,
     "size_factor_key": None,
     "validation_fraction": 0.1,
     "max_epochs": None,
@@ -236,12 +239,13 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sample": {"key": None, "n_samples": 1, "rng": 0},
     "calibration": {"key": None, "levels": (0.5, 0.8, 0.95), "covariance": None, "rng": 0},
     "predictive_check": {"key": None},
+    "rank_genes": {"groups": "all", "reference": "rest", "donor_key": None, "key": None},
     "transfer_labels": {"labels": "cell_type", "key": None, "layer": None, "key_added": None},
 }
 
 
 def public() -> Iterator[tuple[str, Callable[..., object]]]:
-    for part in ("tl", "pp", "get", "pl", "datasets"):
+    for part in ("tl", "pp", "get", "io", "pl", "datasets"):
         module = importlib.import_module(f"scuvae.{part}")
         for name in module.__all__:
             yield f"{part}.{name}", getattr(module, name)
@@ -279,6 +283,8 @@ def test_adata_first_all_else_by_name(name: str) -> None:
     if name in WITH_REFERENCE:
         reference = rest.pop(0)
         assert (reference.name, reference.default) == ("reference", inspect.Parameter.empty)
+    if name in WITH_GROUPS:
+        assert rest.pop(0).name == "groupby"  # as in scanpy
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)
     assert all(p.default is not inspect.Parameter.empty for p in rest)
     assert {p.name: p.default for p in rest}["copy"] is False

@@ -22,7 +22,8 @@ class Batch:
         Expected total of each cell over the observed genes, in counts; with ``size_of_all`` over
         all of the model's.
     covariates
-        One-hot batch membership, (cells, categories), or None.
+        What the decoder is told of them beside z, (cells, columns), or None: see
+        :class:`scuvae.model.covariates.Design`.
     observed
         Boolean mask over the model's genes where the data lack some, or None.
     on_host

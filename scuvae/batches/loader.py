@@ -1,16 +1,23 @@
 """Everything a model sees of a data set, a batch after another."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scuvae.batches.batch import Batch
 from scuvae.batches.sources.base import Source
 from scuvae.batches.sparse_rows import SparseRows
 from scuvae.batches.spill import room
+
+
+class Told(Protocol):
+    """What a decoder is told of each cell."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Of some cells, (cells, columns)."""
 
 
 class Cells:
@@ -23,8 +30,8 @@ class Cells:
     size_factor
         Expected totals over all of the model's genes, (cells,); by default each cell's total over
         the observed ones.
-    codes, n_categories
-        Batch membership as integers, and how many batches there are.
+    covariates
+        What gives their covariates, or None.
     observed
         Boolean mask over the model's genes, None where all are there.
     """
@@ -34,15 +41,13 @@ class Cells:
         source: Source,
         *,
         size_factor: Tensor | None = None,
-        codes: Tensor | None = None,
-        n_categories: int = 0,
+        covariates: Told | None = None,
         observed: Tensor | None = None,
     ) -> None:
         self.source = source
         self.size_factor = source.totals() if size_factor is None else size_factor
         self.size_of_all = size_factor is not None
-        self.codes = codes
-        self.n_categories = n_categories
+        self.covariates = covariates
         self.observed = observed
 
     def __len__(self) -> int:
@@ -56,14 +61,11 @@ class Cells:
         values: Tensor | SparseRows | None = None,
     ) -> Batch:
         """Some cells, by row number; ``values`` are theirs where they are at hand."""
-        covariates = None
-        if self.codes is not None:
-            covariates = F.one_hot(self.codes[index], self.n_categories).to(self.size_factor)
         return Batch(
             self.source.rows(index, on_host, size) if values is None else values,
             index,
             self.size_factor.index_select(0, index),
-            covariates,
+            None if self.covariates is None else self.covariates.rows(index),
             self.observed,
             on_host,
             self.size_of_all,

@@ -13,9 +13,14 @@ from scuvae._keys import Keys
 LARGE = 2**30
 
 
-def is_large(path: Path) -> bool:
+def bytes_of(path: Path) -> int:
+    """Those of a file, or of all in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files) >= LARGE
+    return sum(file.stat().st_size for file in files)
+
+
+def is_large(path: Path) -> bool:
+    return bytes_of(path) >= LARGE
 
 
 def open_backed(path: Path) -> AnnData:

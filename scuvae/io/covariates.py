@@ -1,71 +1,278 @@
-"""Columns of obs that a model sees: batches, size factors."""
+"""Columns of obs that a model sees: batches and other covariates, size factors."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 
 from scuvae._errors import near
 from scuvae.io.inputs import obs_column
+from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
+
+logger = logging.getLogger("scuvae")
 
 # A column of floats with more values than this is a measurement, not a batch.
-MOST_FLOAT_BATCHES = 20
+MOST_FLOAT_LEVELS = 20
+# Fewer cells a level than this, and the covariate takes from cells what the model is to explain.
+_FEWEST_CELLS = 2
+# A continuous covariate that varies by less, relative to its size, is constant but for rounding.
+_CONSTANT = 1e-6
+# So many of the fit's standard deviations from its mean, values are more likely in another unit.
+_FAR = 20.0
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+# --- of a fit -----------------------------------------------------------------------------------
+
+
+def read_covariates(
+    adata: AnnData,
+    batch_key: str | None,
+    categorical_keys: Iterable[str] | None,
+    continuous_keys: Iterable[str] | None,
+    *,
+    stacklevel: int = 5,
+) -> Covariates | None:
+    """The design of a fit, from columns of obs, and the cells' covariates; None without any."""
+    labels = [] if batch_key is None else [("batch_key", batch_key)]
+    for key in _keys("categorical_covariate_keys", categorical_keys):
+        labels.append(("categorical_covariate_keys", key))
+    numbers = _keys("continuous_covariate_keys", continuous_keys)
+    every = [("continuous_covariate_keys", key) for key in numbers] + labels
+    for i, (argument, key) in enumerate(every):
+        for other, same in every[:i]:
+            if key == same:
+                raise ValueError(
+                    f"{argument} and {other} both name {key!r}: a covariate enters once. "
+                    "Leave out one"
+                    if argument != other
+                    else f"{argument} names {key!r} twice: leave out one"
+                )
+    categorical, codes = [], []
+    for argument, key in labels:
+        code, levels = _levels(adata, argument, key)
+        _warn_of_levels(code, levels, key, stacklevel + 1)
+        categorical.append(Categorical(key, tuple(levels)))
+        codes.append(code)
+    continuous, values = [], []
+    for key in numbers:
+        value = _numbers(adata, "continuous_covariate_keys", key)
+        mean, scale = float(value.mean()), float(value.std())
+        if scale <= _CONSTANT * abs(mean) or not scale:
+            raise ValueError(
+                f"adata.obs[{key!r}] is {value[0]:g} for all {len(value)} cells: a covariate that "
+                "does not vary explains nothing. Leave it out of continuous_covariate_keys="
+            )
+        continuous.append(Continuous(key, mean, scale))
+        values.append((value - mean) / scale)
+    if not every:
+        return None
+    design = Design(tuple(categorical), tuple(continuous), batch_key is not None)
+    return _covariates(adata, design, codes, values)
+
+
+def _warn_of_levels(code: np.ndarray, levels: list[str], key: str, stacklevel: int) -> None:
+    n_cells = np.bincount(code, minlength=len(levels))
+    slot = f"adata.obs[{key!r}]"
+    if len(levels) > 2 and len(code) < _FEWEST_CELLS * len(levels):
+        warnings.warn(
+            f"{slot} has {len(levels)} levels for {len(code)} cells, nearly one for every cell: "
+            "what it adds in the decoder takes the place of z. Is it a measurement "
+            "(continuous_covariate_keys=), or the cells' names?",
+            stacklevel=stacklevel,
+        )
+    elif len(levels) > 1 and n_cells.min() == 1:
+        alone = [levels[i] for i in np.flatnonzero(n_cells == 1)]
+        listed = ", ".join(map(repr, alone[:5])) + (", ..." if len(alone) > 5 else "")
+        warnings.warn(
+            f"{slot} has levels with a single cell: {listed}. What such a level adds cannot be "
+            "told from what is the cell's own. Join these cells to other levels, or drop them",
+            stacklevel=stacklevel,
+        )
+    elif len(levels) == 1:
+        logger.info("%s is %r for every cell: it explains nothing", slot, levels[0])
+
+
+# --- of cells under a fit -----------------------------------------------------------------------
+
+
+def match_covariates(adata: AnnData, design: Design, *, extend: bool = False) -> Covariates | None:
+    """The covariates of cells under a fit's design.
+
+    ``extend``: levels that the fit has not seen follow its own, sorted; otherwise they are an
+    error. The result's design has them.
+    """
+    if not design.n_columns:
+        return None
+    found, codes = design, []
+    for number, one in enumerate(design.categorical):
+        argument = "batch_key" if design.has_batch and not number else "categorical_covariate_keys"
+        code, levels = _levels(adata, argument, one.key, one.levels)
+        unknown = levels[len(one.levels) :]
+        if unknown and not extend:
+            kind = "batches" if argument == "batch_key" else "levels"
+            raise ValueError(
+                f"adata.obs[{one.key!r}] has {kind} that the fit has not seen: "
+                f"{', '.join(map(repr, unknown[:5]))}. Known: "
+                f"{', '.join(map(repr, one.levels[:10]))}. "
+                "tl.project(..., new_batches='estimate') estimates what they add, for itself and "
+                "for other calls on the same adata"
+            )
+        found = found.with_levels(number, unknown)
+        codes.append(code)
+    values = []
+    for amount in design.continuous:
+        value = _numbers(adata, "continuous_covariate_keys", amount.key)
+        standardised = (value - amount.mean) / amount.scale
+        if len(value) and (farthest := np.abs(standardised).max()) > _FAR:
+            warnings.warn(
+                f"adata.obs[{amount.key!r}] is up to {farthest:.0f} of the fit's standard "
+                f"deviations ({amount.scale:.3g}) from its mean ({amount.mean:.3g}): is it in the "
+                "same unit?",
+                stacklevel=5,
+            )
+        values.append(standardised)
+    return _covariates(adata, found, codes, values)
 
 
 def batch_codes(
-    adata: AnnData,
-    batch_key: str | None,
-    known: list[str] | None = None,
-    *,
-    extend: bool = False,
+    adata: AnnData, batch_key: str | None, known: Sequence[str] | None = None
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Batch membership as integers, and the batches' names, those of a fit where given.
-
-    ``extend``: batches that the fit has not seen follow its own, sorted; otherwise they are an
-    error.
-    """
+    """Each cell's batch as a number, and the batches' names: those of a fit, then others."""
     if batch_key is None:
         return None, []
-    if batch_key not in adata.obs:
-        raise ValueError(
-            f"batch_key={batch_key!r} is no column of adata.obs. {near(batch_key, adata.obs)}"
+    return _levels(adata, "batch_key", batch_key, known)
+
+
+def find_level(name: object, levels: Sequence[str]) -> int | None:
+    """The number of the level with this value: by name, or else by what the name says."""
+    text = str(name)
+    if text in levels:
+        return list(levels).index(text)
+    value = _value(text)
+    alike = [i for i, level in enumerate(levels) if _value(level) == value]
+    return alike[0] if len(alike) == 1 else None
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+def column_of(adata: AnnData, argument: str, key: object, owner: str = "adata") -> pd.Series:
+    """The one column of obs that an argument names."""
+    if not isinstance(key, str):
+        several = ": several go into categorical_covariate_keys=" if argument == "batch_key" else ""
+        raise TypeError(
+            f"{argument}={key!r} is a {type(key).__name__}: pass the name of one column of "
+            f"{owner}.obs{several}"
         )
-    column = obs_column(adata, batch_key)
+    if key not in adata.obs:
+        raise ValueError(f"{argument}={key!r} is no column of {owner}.obs. {near(key, adata.obs)}")
+    column = obs_column(adata, key)
+    if isinstance(column, pd.DataFrame):
+        raise ValueError(
+            f"{owner}.obs has {column.shape[1]} columns named {key!r}, which {argument} names: "
+            "keep one"
+        )
+    return column
+
+
+def _keys(argument: str, keys: object) -> list[str]:
+    if keys is None:
+        return []
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise TypeError(
+            f"{argument}={keys!r} is a {type(keys).__name__}: pass a list of columns of adata.obs"
+        )
+    return list(keys)
+
+
+def _levels(
+    adata: AnnData, argument: str, key: str, known: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Each cell's level as a number, and the levels' names: those known first, then others sorted.
+
+    Levels are what values say, however they are stored: 1, 1.0, True and "1" are one.
+    """
+    column = column_of(adata, argument, key)
     missing = column.isna().to_numpy()
+    what = "batch" if argument == "batch_key" else "level"
     if missing.any():
         first = adata.obs_names[int(np.flatnonzero(missing)[0])]
         raise ValueError(
-            f"adata.obs[{batch_key!r}] is missing for {missing.sum()} cells, first {first!r}: "
-            "give these cells a batch, or drop them"
+            f"adata.obs[{key!r}] is missing for {missing.sum()} cells, first {first!r}: "
+            f"give these cells a {what}, or drop them"
         )
-    if known is None and column.dtype.kind == "f" and column.nunique() > MOST_FLOAT_BATCHES:
+    if known is None and column.dtype.kind == "f" and column.nunique() > MOST_FLOAT_LEVELS:
         raise ValueError(
-            f"adata.obs[{batch_key!r}] is {column.dtype} with {column.nunique()} values: it looks "
-            "like a measurement, not a batch. Convert it with .astype(str) if it is one"
+            f"adata.obs[{key!r}] is {column.dtype} with {column.nunique()} values: it looks "
+            f"like a measurement, not a {what}. Pass it in continuous_covariate_keys=, or convert "
+            "it with .astype(str) if it is one"
         )
-    labels = column.astype(str)
-    names = sorted(labels.unique()) if known is None else known
-    unknown = sorted(set(labels) - set(names))
-    if extend:
-        names = [*names, *unknown]
-    elif unknown:
+    code, kinds = pd.factorize(column)
+    names = [str(name) for name in pd.Index(kinds).astype(str)]
+    levels = list(known or ())
+    place: dict[str, int] = {}
+    for name in sorted(names):
+        number = find_level(name, levels) if known is not None or _mixed(column) else None
+        if number is None:
+            levels.append(name)
+            number = len(levels) - 1
+        place[name] = number
+    return np.array([place[name] for name in names], np.int32)[code], levels
+
+
+def _mixed(column: pd.Series) -> bool:
+    """Whether values of several types stand in one column, where 1 and "1" are one level."""
+    kinds = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return kinds.dtype == object and pd.api.types.infer_dtype(kinds).startswith("mixed")
+
+
+def _value(name: str) -> object:
+    """What a level's name says: a number, where it is one written out."""
+    if name in ("True", "False"):
+        return float(name == "True")
+    return float(name) if _NUMBER.fullmatch(name) else name
+
+
+def _numbers(adata: AnnData, argument: str, key: str) -> np.ndarray:
+    """A column of finite numbers, float64."""
+    column = column_of(adata, argument, key)
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
+        raise TypeError(
+            f"adata.obs[{key!r}] has dtype {column.dtype}, but {argument} are numbers: convert it "
+            "with .astype(float), or pass it in categorical_covariate_keys="
+        )
+    values = column.to_numpy(dtype=float, na_value=np.nan)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"adata.obs[{batch_key!r}] has batches that the fit has not seen: "
-            f"{', '.join(map(repr, unknown[:5]))}. Known: {', '.join(map(repr, names[:10]))}. "
-            "tl.project(..., new_batches='estimate') estimates what they add"
+            f"adata.obs[{key!r}] is {values[row]:g} for {bad.sum()} cells, first "
+            f"{adata.obs_names[row]!r}: give these cells a value, or drop them"
         )
-    codes = pd.Categorical(labels, categories=names).codes
-    return np.asarray(codes, np.int64), list(names)
+    return values
+
+
+def _covariates(
+    adata: AnnData, design: Design, codes: list[np.ndarray], values: list[np.ndarray]
+) -> Covariates:
+    def table(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+        whole = np.stack(parts, 1) if parts else np.zeros((adata.n_obs, 0))
+        return torch.as_tensor(np.ascontiguousarray(whole, dtype=dtype))
+
+    return Covariates(design, table(codes, np.int32), table(values, np.float32))
 
 
 def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
     """A column of obs with positive expected totals, or None for each cell's own total."""
     if key is None:
         return None
-    if key not in adata.obs:
-        raise ValueError(
-            f"size_factor_key={key!r} is no column of adata.obs. {near(key, adata.obs)}"
-        )
-    column = obs_column(adata, key)
+    column = column_of(adata, "size_factor_key", key)
     if not pd.api.types.is_numeric_dtype(column):
         raise TypeError(
             f"adata.obs[{key!r}] has dtype {column.dtype}, but size factors are numbers, the total "

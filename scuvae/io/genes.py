@@ -13,8 +13,10 @@ from anndata import AnnData
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.batches.stored.matrix import StoredMatrix
-from scuvae.io import covariates, inputs
+from scuvae.io import inputs
+from scuvae.io.covariates import match_covariates, size_factors
 from scuvae.io.fit_state import Fit
+from scuvae.model.covariates import Covariates
 
 logger = logging.getLogger("scuvae")
 
@@ -24,13 +26,13 @@ class Matched:
     """Cells as a fit's model sees them, and what of the two was matched by name.
 
     ``found`` is a boolean mask over the fit's genes, ``n_unused`` the number of other genes that
-    the cells have, ``batches`` the names that the cells' codes stand for.
+    the cells have, ``covariates`` the cells' under the fit's design, or one with further levels.
     """
 
     cells: Cells
     found: np.ndarray
     n_unused: int
-    batches: list[str]
+    covariates: Covariates | None
 
 
 def cells_of(adata: AnnData, fit: Fit, device: torch.device | None = None) -> Cells:
@@ -51,7 +53,7 @@ def match(
 
     Genes that ``adata`` lacks, or that are not among ``genes`` where these are given, are left out
     of the likelihood (``observed``); genes that the fit does not know are dropped. All are logged.
-    ``extend``: batches that the fit has not seen get codes beyond its own.
+    ``extend``: levels of covariates that the fit has not seen follow its own.
     """
     device = device or torch.device("cpu")
     layer = fit.layer if layer is None else layer
@@ -97,8 +99,10 @@ def match(
         fractions=not fit.params.get("check_values", True),
         fitting=False,
     )
-    codes, names = covariates.batch_codes(adata, fit.batch_key, fit.batches, extend=extend)
-    size_factor = covariates.size_factors(adata, fit.size_factor_key)
+    covariates = match_covariates(adata, fit.design, extend=extend)
+    if covariates is not None:
+        covariates = covariates.to(device)
+    size_factor = size_factors(adata, fit.size_factor_key)
     observed = None
     if not found.all():
         if size_factor is not None and likelihood.link == "softmax":
@@ -111,11 +115,10 @@ def match(
     cells = Cells(
         source_of(matrix, device),
         size_factor=None if size_factor is None else torch.tensor(size_factor, device=device),
-        codes=None if codes is None else torch.tensor(codes, device=device),
-        n_categories=len(names),
+        covariates=covariates,
         observed=observed,
     )
-    return Matched(cells, found, unknown + chosen_out, names)
+    return Matched(cells, found, unknown + chosen_out, covariates)
 
 
 def warn_of_empty(fit: Fit, cells: Cells, so: str, *, stacklevel: int = 4) -> None:

@@ -65,7 +65,7 @@ def slot_name(layer: str | None) -> str:
 def obs_column(adata: AnnData, key: str) -> pd.Series:
     """A column of obs, in memory also where ``anndata.experimental.read_lazy`` left it on disk."""
     column = adata.obs[key]
-    return column if isinstance(column, pd.Series) else column.to_pandas()
+    return column if isinstance(column, pd.Series | pd.DataFrame) else column.to_pandas()
 
 
 def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from scuvae._random import using
 from scuvae.model import VAE, Decoder, Encoder
+from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 
@@ -27,11 +28,12 @@ def build_model(
         # Fits of before there were others have N(0, I).
         name = str(params.get("prior", "standard_normal"))
         prior = _registered("prior", name, PRIORS)(n_latent)
+    design = Design.from_params(params)
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
         n_latent,
         n_vars,
-        n_covariates=len(params.get("batches", ())),
+        n_covariates=design.n_columns,
         dropout=float(params["dropout"]),
         linear_path=bool(params.get("linear_path", False)),
         n_hidden=n_hidden,
@@ -47,8 +49,10 @@ def build_model(
             inputs=_encoder_input(params, likelihood),
             n_hidden=n_hidden,
             n_layers=n_layers,
+            # Encoders of earlier versions were not told of batches.
+            n_covariates=design.n_columns * bool(params.get("encoder_covariates", False)),
         )
-    return VAE(decoder, likelihood, encoder, prior)
+    return VAE(decoder, likelihood, encoder, prior, design)
 
 
 def _registered(what: str, name: str, known: dict[str, Any]) -> Any:
@@ -87,7 +91,7 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
     for part, module in model.named_children():
         if not module.state_dict():
             continue
-        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state[part].items()}
+        arrays = {name: torch.as_tensor(np.array(a)) for name, a in state.get(part, {}).items()}
         if part in ("likelihood", "prior"):  # as many numbers as the instance had
             for name, value in arrays.items():
                 learnt = name in dict(module.named_parameters())

@@ -22,13 +22,18 @@ def target(adata: AnnData, copy: bool) -> AnnData:
 
 def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     """q of every cell from ``obsm``, on the CPU."""
-    read_entry(adata, key)
+    n_latent = int(read_entry(adata, key)["params"]["n_latent"])
     keys = Keys.of(key)
-    for slot in (keys.mean, keys.scale):
+    widths = {keys.mean: n_latent, keys.scale: n_latent}
+    for slot in widths:
         if slot not in adata.obsm:
             raise ValueError(
                 f"adata.obsm[{slot!r}] is gone: fit again, or refit its cells with tl.project"
             )
+    if keys.covariance in adata.obsm:
+        widths[keys.covariance] = n_latent * (n_latent + 1) // 2
+    for slot, width in widths.items():
+        _check_moments(adata, slot, width, positive=slot == keys.scale)
     slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
     return gaussian_of(
         {name: adata.obsm[slot] for name, slot in slots.items() if slot in adata.obsm}
@@ -74,6 +79,24 @@ def write_components(adata: AnnData, key: str | None, share: np.ndarray | None) 
     adata.obsm[keys.components] = np.ascontiguousarray(share[:, there], np.float32)
     likeliest = share[:, there].argmax(1)
     adata.obs[keys.obs["component"]] = pd.Categorical.from_codes(likeliest, there.astype(str))
+
+
+def _check_moments(adata: AnnData, slot: str, width: int, *, positive: bool) -> None:
+    """Raise unless a slot is what a posterior's moments can be."""
+    values, remedy = np.asarray(adata.obsm[slot]), "refit its cells with tl.project"
+    if values.shape != (adata.n_obs, width) or values.dtype.kind not in "fiu":
+        raise ValueError(
+            f"adata.obsm[{slot!r}] is {values.dtype} of shape {values.shape}, but the fit's has "
+            f"shape {(adata.n_obs, width)}: {remedy}"
+        )
+    bad = ~np.isfinite(values) | ((values <= 0) if positive else False)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        kind = "finite and positive" if positive else "finite"
+        raise ValueError(
+            f"adata.obsm[{slot!r}] is {values[row, column]:g} at cell {adata.obs_names[row]!r}, "
+            f"not {kind}: {remedy}"
+        )
 
 
 def write_posterior(

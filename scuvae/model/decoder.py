@@ -102,8 +102,9 @@ class Decoder(nn.Module):
         for i, (entered, gate) in reversed(list(enumerate(trace))):
             slope = slope * gate
             rows = slope.flatten(0, -2)
-            accumulate(layers[i].weight, rows.T @ entered.flatten(0, -2))
-            accumulate(layers[i].bias, rows.sum(0))
+            if layers[i].weight.requires_grad:
+                accumulate(layers[i].weight, rows.T @ entered.flatten(0, -2))
+                accumulate(layers[i].bias, rows.sum(0))
             if i == 0 and self.offset is not None and covariates is not None:
                 accumulate(
                     self.offset.weight, slope.view(-1, *slope.shape[-2:]).sum(0).T @ covariates

@@ -73,6 +73,8 @@ class Encoder(nn.Module):
         astray by depths that they have not seen.
     normalization
         ``"batch"``, ``"layer"`` or ``"none"``, after each ReLU.
+    n_covariates
+        Number of covariates' columns, which enter beside the values; 0: it is not told of them.
     """
 
     def __init__(
@@ -85,25 +87,39 @@ class Encoder(nn.Module):
         covariance: str = "diagonal",
         inputs: str = "values",
         normalization: str = "batch",
+        n_covariates: int = 0,
     ) -> None:
         super().__init__()
         hidden: list[nn.Module] = []
-        widths = [n_vars + (inputs == "profile"), *[n_hidden] * n_layers]
+        widths = [n_vars + (inputs == "profile") + n_covariates, *[n_hidden] * n_layers]
         for a, b in pairwise(widths):
             hidden += [linear(a, b), nn.ReLU(), NORMALIZATIONS[normalization](b)]
         self.hidden = nn.Sequential(*hidden)
         self.mean = linear(widths[-1], n_latent)
         self.scale = linear(widths[-1], n_scale_parameters(n_latent, covariance))
         self.inputs = inputs
+        self.n_covariates = n_covariates
 
-    def forward(self, x: Tensor) -> Gaussian:
-        """q(z | x) for values x of shape (cells, genes)."""
-        h = self.hidden(encoder_input(x, self.inputs))
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Gaussian:
+        """q(z | x, covariates) for values x of shape (cells, genes)."""
+        entering = encoder_input(x, self.inputs)
+        if self.n_covariates:
+            if covariates is None:
+                raise TypeError("this encoder was fitted with covariates: pass covariates=")
+            entering = torch.cat([entering, covariates], 1)
+        h = self.hidden(entering)
         return Gaussian.of(self.mean(h), self.scale(h))
 
+    @property
+    def entered(self) -> list[nn.Linear]:
+        """The layers that take values and covariates: one, but where there are no hidden ones."""
+        layers = [next(iter(self.hidden))] if len(self.hidden) else [self.mean, self.scale]
+        return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
     @torch.no_grad()
-    def settle(self, batches: Iterable[Tensor]) -> None:
-        """Take the batch norms' moments anew, from all ``batches`` under the present weights.
+    def settle(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Take the batch norms' moments anew under the present weights, from all batches: their
+        values and covariates.
 
         Their running averages trail the weights, by which the encoder loses nats.
         """
@@ -116,9 +132,9 @@ class Encoder(nn.Module):
             norm.momentum = None  # a plain average over batches
         training = self.training
         self.train()
-        for x in batches:
+        for x, covariates in batches:
             if len(x) > 1:  # one cell has no variance
-                self(x)
+                self(x, covariates)
         self.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.distributions.gaussian import Gaussian
+from scuvae.model.covariates import Design
 from scuvae.model.curvature import jacobian_gram, systematic_sample
 from scuvae.model.decoder import Decoder
 from scuvae.model.encoder import Encoder
@@ -31,6 +32,8 @@ class VAE(nn.Module):
         x → q(z | x), or None where the model was fitted without.
     prior
         p(z): ``prior.log_prob(z)``, ``prior.sample(shape)``; N(0, I) unless given.
+    design
+        What the columns of a batch's covariates are.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class VAE(nn.Module):
         likelihood: Likelihood,
         encoder: Encoder | None = None,
         prior: Prior | None = None,
+        design: Design | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.likelihood = likelihood
         self.encoder = encoder
         self.prior = StandardNormal(decoder.n_latent) if prior is None else prior
+        self.design = design or Design()
 
     @property
     def n_latent(self) -> int:
@@ -56,13 +61,16 @@ class VAE(nn.Module):
 
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
+        return self.likelihood.log_prob(batch.x, *self._outputs(batch, z), batch.observed)
+
+    def _outputs(self, batch: Batch, z: Tensor) -> tuple[Tensor | Linear, Tensor]:
+        """η, or the layer that makes it, and size factors."""
         last = self.decoder.last
         if last is not None and not (batch.size_of_all and batch.observed is not None):
-            layer = Linear(self.decoder.hidden(z, batch.covariates), last.weight, last.bias)
-            return self.likelihood.log_prob(batch.x, layer, batch.size_factor, batch.observed)
+            hidden = self.decoder.hidden(z, batch.covariates)
+            return Linear(hidden, last.weight, last.bias), batch.size_factor
         eta = self.decoder(z, batch.covariates)
-        size = self.size_factor(batch, eta)
-        return self.likelihood.log_prob(batch.x, eta, size, batch.observed)
+        return eta, self.size_factor(batch, eta)
 
     @torch.no_grad()
     def reverse(self, batch: Batch, z: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,8 @@ class VAE(nn.Module):
         if self.likelihood.passes is None or last is None or batch.observed is not None:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
-                value = self.log_likelihood(batch, leaf)
+                outputs = self._outputs(batch, leaf)
+                value = self.likelihood.log_prob(batch.x, *outputs, batch.observed)
                 (factor * value.sum()).backward()
             assert leaf.grad is not None
             return value.detach(), leaf.grad
@@ -124,7 +133,7 @@ class VAE(nn.Module):
         """The encoder's q for a batch."""
         if self.encoder is None:
             raise ValueError("this model has no encoder: it was fitted with amortized=False")
-        q: Gaussian = self.encoder(dense(batch.x))
+        q: Gaussian = self.encoder(dense(batch.x), batch.covariates)
         return q
 
 

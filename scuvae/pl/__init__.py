@@ -9,6 +9,7 @@ from ._loss import loss
 from ._predicted import observed_vs_predicted
 from ._predictive import predictive_check
 from ._size import elbo_by_size
+from ._volcano import volcano
 
 __all__ = [
     "amortization_gap",
@@ -20,4 +21,5 @@ __all__ = [
     "observed_vs_predicted",
     "predictive_check",
     "refinement_arrows",
+    "volcano",
 ]

@@ -119,16 +119,11 @@ def neighbors(
         raise ValueError(
             f"adata.{missing} holds no map of the fit: call scuvae.tl.embed(adata{argument}) first"
         )
-    basis = Basis(
-        centre=torch.as_tensor(np.array(saved["centre"])),
-        components=torch.as_tensor(np.array(saved["components"])),
-        total=float(saved["total"]),
-        n_batches=int(saved["n_batches"]),
-    )
+    basis = Basis.of(saved, torch.device("cpu"))
     q = read_posterior(adata, key)
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
-    draws = _draws(fit.model, q, basis, len(fit.batches), n_samples, generator)
+    draws = _draws(fit.model, q, basis, n_samples, generator)
     times = times_near(draws, k, seed)
     weights = (times + times.T) / (2 * n_samples)
     means = np.asarray(adata.obsm[keys.embed], np.float32)
@@ -177,7 +172,6 @@ def _draws(
     model: VAE,
     q: Gaussian,
     basis: Basis,
-    n_batches: int,
     n_samples: int,
     generator: np.random.Generator,
 ) -> Iterator[np.ndarray]:
@@ -185,4 +179,4 @@ def _draws(
     for _ in range(n_samples):
         noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
         z = q.draw(torch.from_numpy(noise))
-        yield place(model, z, basis, n_batches).numpy()
+        yield place(model, z, basis).numpy()

@@ -10,6 +10,7 @@ from scuvae.tl._loadings import loadings
 from scuvae.tl._novelty import novelty
 from scuvae.tl._predictive import predictive_check
 from scuvae.tl._project import project
+from scuvae.tl._rank_genes import rank_genes
 from scuvae.tl._refine import refine
 from scuvae.tl._sample import sample
 from scuvae.tl._score import score
@@ -27,6 +28,7 @@ __all__ = [
     "novelty",
     "predictive_check",
     "project",
+    "rank_genes",
     "refine",
     "sample",
     "score",

@@ -1,13 +1,12 @@
 """tl.denoise: posterior mean expression."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from anndata import AnnData
 from torch import Tensor
 
@@ -18,10 +17,12 @@ from scuvae.batches import Batch
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
+from scuvae.io.covariates import find_level
 from scuvae.io.fit_state import Fit, read_fit
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
+from scuvae.model.covariates import Design
 from scuvae.runtime import CHUNK, isolated, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
@@ -37,6 +38,7 @@ def denoise(
     library_size: float | None = None,
     genes: Iterable[str] | None = None,
     batch: Any = None,
+    covariates: Mapping[str, Any] | None = None,
     scale: bool = False,
     n_samples: int = DENOISING_DRAWS,
     device: str = "auto",
@@ -65,7 +67,13 @@ def denoise(
     batch
         Decode every cell as if it came from this batch of the fit; the average over several for a
         list of them, or over all of the fit's for ``"average"``, even where a batch has that name
-        (``["average"]`` is that batch). None for each cell's own. Names are compared as strings.
+        (``["average"]`` is that batch). None for each cell's own. Names are compared by what they
+        say: 1, 1.0 and "1" are one.
+    covariates
+        The same of any of the fit's covariates, by the names of their columns, such as
+        ``{"sex": "F", "age": 40.0}``: a level, several to average over, or ``"average"``; a value
+        of a continuous one, or ``"average"`` for the fit's mean. Each cell's own of those that are
+        not named. The difference of two calls is what a covariate does.
     scale
         Also the standard deviation over q of E[x | z], which is the posterior's: noise of the data
         about their mean is not in it.
@@ -93,9 +101,9 @@ def denoise(
     Raises
     ------
     ValueError
-        ``adata`` holds no fit under ``key``; ``layer_added`` is the layer that was fitted; a gene
-        or batch is unknown; ``library_size`` for a Gaussian or Bernoulli likelihood, which has
-        no totals; ``scale`` of fewer than two draws; a table for ``obsm`` that an h5ad
+        ``adata`` holds no fit under ``key``; ``layer_added`` is the layer that was fitted; a gene,
+        batch or covariate is unknown; ``library_size`` for a Gaussian or Bernoulli likelihood,
+        which has no totals; ``scale`` of fewer than two draws; a table for ``obsm`` that an h5ad
         file may fail to hold.
 
     Examples
@@ -120,7 +128,7 @@ def denoise(
             "genes= returns a DataFrame and writes nothing: leave out copy= and layer_added="
         )
     name = _name(fit, Keys.of(key), layer_added)
-    codes = _codes(fit, batch)
+    chosen = _chosen(fit.design, batch, covariates)
     stored = read_posterior(adata, key)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -143,7 +151,7 @@ def denoise(
     stored = stored.to(where)
     mean = stored.mean
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
-    decode = _Decode(model, torch.as_tensor(positions, device=where), size, codes, len(fit.batches))
+    decode = _Decode(model, torch.as_tensor(positions, device=where), size, *chosen)
     parts = [np.empty((len(cells), len(columns)), np.float32) for _ in range(1 + scale)]
     with torch.no_grad():
         for some in cells.loader(torch.arange(len(cells), device=where), CHUNK):
@@ -172,13 +180,14 @@ def denoise(
 
 @dataclass(frozen=True)
 class _Decode:
-    """Means of ``genes`` at a total, as if from some batches; None for each cell's own."""
+    """Means of ``genes`` at a total; ``which`` of the covariates' columns are not the cell's own
+    but those of each of some ``rows``, over which means are averaged."""
 
     model: VAE
     genes: Tensor
     size: float | None
-    codes: list[int] | None
-    n_batches: int
+    which: Tensor | None
+    rows: Tensor | None
 
     def moments(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over draws of E[x | z], (cells, genes) each."""
@@ -194,13 +203,13 @@ class _Decode:
         if self.size is not None:
             total = torch.full_like(batch.size_factor, self.size)
             batch = replace(batch, size_factor=total, size_of_all=True)
-        if self.codes is None:
-            return self._mean(batch, z, batch.covariates)
+        own = batch.covariates
+        if self.which is None or self.rows is None or own is None:
+            return self._mean(batch, z, own)
         value = torch.zeros((), device=z.device)
-        for code in self.codes:
-            row = F.one_hot(torch.tensor(code, device=z.device), self.n_batches).to(z)
-            value = value + self._mean(batch, z, row.expand(len(batch), -1))
-        return value / len(self.codes)
+        for row in self.rows.to(z):
+            value = value + self._mean(batch, z, torch.where(self.which.to(z.device), row, own))
+        return value / len(self.rows)
 
     def _mean(self, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
         eta = self.model.decoder(z, covariates)
@@ -231,25 +240,61 @@ def _name(fit: Fit, keys: Keys, layer_added: str | None) -> str:
     return name
 
 
-def _codes(fit: Fit, batch: Any) -> list[int] | None:
-    """The batches to decode with, or None for each cell's own."""
-    if batch is None:
-        return None
-    if not fit.batches:
-        raise ValueError(f"batch={batch!r}, but the fit has no batch_key: pass None")
-    if isinstance(batch, str) and batch == "average":
-        return list(range(len(fit.batches)))
-    single = isinstance(batch, str) or not isinstance(batch, Iterable)
-    wanted = [str(name) for name in ([batch] if single else batch)]
-    if not wanted:
-        raise ValueError("batch is empty: pass a batch of the fit, or None for each cell's own")
-    for name in wanted:
-        if name not in fit.batches:
+def _chosen(
+    design: Design, batch: Any, covariates: Mapping[str, Any] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The columns that are not each cell's own, and their rows: see Design.given."""
+    if covariates is not None and not isinstance(covariates, Mapping):
+        raise TypeError(
+            f"covariates={covariates!r} is a {type(covariates).__name__}: pass a dict of columns "
+            "and values, such as {'sex': 'F'}"
+        )
+    wanted = dict(covariates or {})
+    if batch is not None:
+        if design.batch is None:
+            raise ValueError(f"batch={batch!r}, but the fit has no batch_key: pass None")
+        if design.batch.key in wanted:
             raise ValueError(
-                f"batch: {name!r} is no batch of the fit. {near(name, fit.batches)} "
-                "Or pass 'average'"
+                f"batch= and covariates= both speak of {design.batch.key!r}: leave out one"
             )
-    return [fit.batches.index(name) for name in dict.fromkeys(wanted)]
+    chosen: dict[str, list[int] | float] = {}
+    levels = {one.key: list(one.levels) for one in design.categorical}
+    amounts = {one.key: one for one in design.continuous}
+    if batch is not None and design.batch is not None:
+        chosen[design.batch.key] = _numbers("batch: {} is no batch", batch, design.batches)
+    for key, value in wanted.items():
+        if key in levels:
+            what = f"covariates: {{}} is no level of {key!r}"
+            chosen[key] = _numbers(what, value, levels[key])
+        elif key in amounts:
+            average = isinstance(value, str) and value == "average"
+            chosen[key] = amounts[key].mean if average else real(f"covariates[{key!r}]", value)
+        else:
+            raise ValueError(
+                f"covariates: {key!r} is no covariate of the fit. {near(key, [*levels, *amounts])}"
+            )
+    return design.given(chosen) if chosen else (None, None)
+
+
+def _numbers(what: str, wanted: Any, levels: list[str]) -> list[int]:
+    """Levels by number: one, several, or all for "average"."""
+    if isinstance(wanted, str) and wanted == "average":
+        return list(range(len(levels)))
+    single = isinstance(wanted, str) or not isinstance(wanted, Iterable)
+    names = [wanted] if single else list(wanted)
+    if not names:
+        raise ValueError(
+            f"{what.split(':')[0]} is empty: pass a level of the fit, or None for each cell's own"
+        )
+    found = []
+    for name in names:
+        number = find_level(name, levels)
+        if number is None:
+            raise ValueError(
+                f"{what.format(repr(str(name)))} of the fit. {near(name, levels)} Or pass 'average'"
+            )
+        found.append(number)
+    return list(dict.fromkeys(found))
 
 
 def _check_table(columns: pd.Index) -> None:

@@ -11,7 +11,7 @@ from scuvae._checks import flag, whole
 from scuvae._keys import Keys
 from scuvae.inference.mapping.embedding import Basis, find_basis, place
 from scuvae.io import inputs
-from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
@@ -36,8 +36,10 @@ def embed(
     cell's posterior mean is decoded at one total, the cells' median, as from every batch of the
     fit in turn; each gene's mean is taken to the coordinate in which its likelihood's standard
     deviation is one (2 √θ asinh √(μ/θ) for a negative binomial); batches are averaged, and the
-    principal components kept. For ``scanpy.pp.neighbors(adata, use_rep="X_scuvae_embed")``.
-    :func:`scuvae.tl.fit` has done it with the default; call it for another number of components.
+    principal components kept. Of several covariates each level is taken in turn, the others and
+    all continuous ones at their mean: no covariate of a cell's own moves it on the map.
+    For ``scanpy.pp.neighbors(adata, use_rep="X_scuvae_embed")``. :func:`scuvae.tl.fit` has done it
+    with the default; call it for another number of components.
 
     Parameters
     ----------
@@ -57,8 +59,8 @@ def embed(
     -------
     None, or with ``copy=True`` the AnnData. Sets ``obsm["X_scuvae_embed"]``, float32 (n_obs,
     n_components), in standard deviations of one value, and ``uns["scuvae"]["embed"]``: what
-    places other cells in the same map (``centre``, ``components``, ``total``, ``n_batches``,
-    ``n_obs``).
+    places other cells in the same map (``centre``, ``components``, ``total``, ``n_levels`` of
+    each categorical covariate, ``n_obs``).
 
     Raises
     ------
@@ -93,10 +95,9 @@ def embed(
         total = common_total(cells_of(adata, fit).size_factor)
     where = resolve_device(device)
     model = fit.model.to(where)
-    n_batches = len(fit.batches)
-    values, entry["embed"] = new_map(model, mean.to(where), total, n_batches, n_components)
+    values, entry["embed"] = new_map(model, mean.to(where), total, n_components)
     out = target(adata, copy)
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     out.obsm[keys.embed] = values
     return out if copy else None
 
@@ -108,31 +109,26 @@ def common_total(size_factor: torch.Tensor) -> float:
 
 
 def new_map(
-    model: VAE, mean: torch.Tensor, total: float, n_batches: int, n_components: int | None = None
+    model: VAE, mean: torch.Tensor, total: float, n_components: int | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates for ``obsm``, and the map's basis for ``uns``."""
     model.eval()
     if n_components is None:
         n_components = max(N_COMPONENTS, model.n_latent)
-    basis = find_basis(model, mean, total, n_batches, n_components)
+    basis = find_basis(model, mean, total, n_components)
     entry = {
         "centre": basis.centre.cpu().numpy(),
         "components": np.ascontiguousarray(basis.components.cpu().numpy()),
         "total": total,
-        "n_batches": n_batches,
+        "n_levels": np.array(basis.n_levels, int),
         "n_obs": len(mean),
     }
-    return placed(model, mean, entry, n_batches), entry
+    return placed(model, mean, entry), entry
 
 
-def placed(model: VAE, mean: torch.Tensor, entry: dict[str, Any], n_categories: int) -> np.ndarray:
-    """Coordinates in the map that ``uns[...]["embed"]`` holds."""
-    centre, components = (
-        torch.as_tensor(np.array(entry[name]), device=mean.device)
-        for name in ("centre", "components")
-    )
-    basis = Basis(centre, components, float(entry["total"]), int(entry["n_batches"]))
-    found = place(model, mean, basis, n_categories)
+def placed(model: VAE, mean: torch.Tensor, entry: dict[str, Any]) -> np.ndarray:
+    """Coordinates of cells in that map."""
+    found = place(model, mean, Basis.of(entry, mean.device))
     return np.ascontiguousarray(found.cpu().numpy(), dtype=np.float32)
 
 

@@ -2,8 +2,12 @@
 
 import copy as copying
 import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +15,9 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+import scuvae.inference.training.fit as training
 from scuvae import __version__
-from scuvae._checks import flag, one_of, random_state_alias
+from scuvae._checks import flag, one_of, random_state_alias, real
 from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.batches import Cells
@@ -20,14 +25,17 @@ from scuvae.batches.sources.registry import source_of
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
-from scuvae.inference.training.fit import run
+from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
-from scuvae.io import covariates, inputs
+from scuvae.io import inputs
+from scuvae.io.covariates import read_covariates, size_factors
+from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
+from scuvae.tl._checkpoint import identity
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 
 
@@ -46,6 +54,8 @@ def fit(
     layer: str | None = None,
     mask_var: str | np.ndarray | None = None,
     batch_key: str | None = None,
+    categorical_covariate_keys: Iterable[str] | None = None,
+    continuous_covariate_keys: Iterable[str] | None = None,
     size_factor_key: str | None = None,
     validation_fraction: float = 0.1,
     max_epochs: int | None = None,
@@ -58,6 +68,8 @@ def fit(
     dropout: float | None = None,
     early_stopping: bool = True,
     check_values: bool = True,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
     device: str = "auto",
     rng: int | np.random.Generator | None = 0,
     key_added: str | None = None,
@@ -104,7 +116,14 @@ def fit(
         A boolean column of ``adata.var``, such as ``"highly_variable"``, or a boolean array: the
         genes to model. None for all.
     batch_key
-        Column of ``adata.obs`` with each cell's batch, which the decoder is told.
+        Column of ``adata.obs`` with each cell's batch, which decoder and encoder are told: what
+        differs between batches is not in the latent variable. Levels are what values say: 1, 1.0,
+        True and "1" are one; unused categories do not count.
+    categorical_covariate_keys
+        Further such columns, as a list.
+    continuous_covariate_keys
+        Columns of numbers that decoder and encoder are told as well, standardised by the mean and
+        standard deviation over the cells of the fit.
     size_factor_key
         Column of ``adata.obs`` with each cell's expected total over the modelled genes, in counts;
         None for its total over them.
@@ -136,6 +155,13 @@ def fit(
         Stop when the held-out ELBO no longer rises, and keep the best decoder.
     check_values
         False lets fractional values pass under a count likelihood.
+    checkpoint
+        A folder that keeps how far training has come, every ``checkpoint_every`` seconds and when
+        it ends: a call that was ended, at whatever moment, goes on from there when it is made
+        again, and gives what it would have given (to the byte on a CPU). Ctrl-C and SIGTERM are
+        answered after the present step, with a checkpoint. Delete the folder to begin anew.
+    checkpoint_every
+        In seconds; 0 after every step.
     device
         ``"auto"`` (CUDA where there is one, else CPU), ``"cpu"``, ``"cuda"``, ``"mps"``. On CUDA
         devices training steps are recorded as graphs and replayed; with ``SCUVAE_CUDA_GRAPHS=0`` in
@@ -180,7 +206,8 @@ def fit(
     OSError
         The file was written to while it was read.
     ValueError, TypeError
-        For values, slots or arguments that cannot be fitted, before any work.
+        For values, slots or arguments that cannot be fitted, before any work; a checkpoint of other
+        cells, genes or settings: what differs is listed.
     scuvae.inference.training.loop.TrainingError
         The loss became infinite or NaN: names epoch, batch and cells.
 
@@ -201,24 +228,27 @@ def fit(
     flag("early_stopping", early_stopping)
     flag("check_values", check_values)
     flag("copy", copy)
+    checkpoint_every = real("checkpoint_every", checkpoint_every, low=0.0)
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise ValueError(f"checkpoint={str(checkpoint)!r} is a file: pass a folder")
     keys = Keys.of(key_added)
     settings = Settings.resolve(
         adata.n_obs,
-        amortized,
-        likelihood,
-        n_latent,
-        n_hidden,
-        n_layers,
-        covariance,
-        validation_fraction,
-        max_epochs,
-        batch_size,
-        learning_rate,
-        optimizer,
-        local_step,
-        n_samples,
-        kl_weight,
-        dropout,
+        amortized=amortized,
+        likelihood=likelihood,
+        n_latent=n_latent,
+        n_hidden=n_hidden,
+        n_layers=n_layers,
+        covariance=covariance,
+        validation_fraction=validation_fraction,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        local_step=local_step,
+        n_samples=n_samples,
+        kl_weight=kl_weight,
+        dropout=dropout,
     )
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
@@ -239,8 +269,10 @@ def fit(
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
     p_of_z = _choose_prior(prior, settings.n_latent)
-    codes, batches = covariates.batch_codes(adata, batch_key)
-    size_factor = covariates.size_factors(adata, size_factor_key)
+    covariates = read_covariates(
+        adata, batch_key, categorical_covariate_keys, continuous_covariate_keys
+    )
+    size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
@@ -253,8 +285,8 @@ def fit(
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
         "encoder_input": _encoder_input(chosen) if has_encoder else None,
         "layer": layer,
-        "batch_key": batch_key,
-        "batches": np.array(batches, dtype=object) if batches else None,
+        **({} if covariates is None else covariates.design.to_params()),
+        "encoder_covariates": True if has_encoder and covariates is not None else None,
         "size_factor_key": size_factor_key,
         "mask_var": mask_var if isinstance(mask_var, str) else None,
         "early_stopping": early_stopping,
@@ -273,28 +305,35 @@ def fit(
         cells = Cells(
             source_of(matrix, where),
             size_factor=_tensor(size_factor, where),
-            codes=_tensor(codes, where),
-            n_categories=len(batches),
+            covariates=None if covariates is None else covariates.to(where),
         )
         held_out = _hold_out(len(cells), settings.validation_fraction)
         if early_stopping and not held_out.any():
             logger.warning("no cells are held out: early stopping is off")
-        q, history = run(
+        keeper = None
+        if checkpoint is not None:
+            this = identity(adata, genes, params, cells)
+            keeper = Checkpoint(checkpoint, every=checkpoint_every, fit=this)
+        begun = training.start(
             model,
             cells,
             held_out,
             settings,
             early_stopping=early_stopping,
-            progress=progress,
             seed=int(generator.integers(2**63)),
+            checkpoint=keeper,
         )
+        bar = training.bar("fit", settings.max_epochs, progress, begun.n_done)
+        with bar as on_epoch, keeper or nullcontext():
+            history = training.train(**begun.arguments, on_epoch=on_epoch)
+        q = training.finish(begun)
 
     found = gaussian_of(q)
     mean = found.mean.to(where)
     components = components_of(found, model.prior)
-    coordinates, basis = new_map(model, mean, common_total(cells.size_factor), len(batches))
+    coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
 
-    entry = {
+    parts = {
         "params": params,
         "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
         "var_names": np.array(adata.var_names if genes is None else adata.var_names[genes], object),
@@ -302,6 +341,7 @@ def fit(
         "embed": basis,
         "latent": _in_use(found),
     }
+    entry = sealed(parts)
     split = pd.Categorical(
         np.where(held_out, "validation", "train"), categories=["train", "validation"]
     )

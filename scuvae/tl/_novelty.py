@@ -31,7 +31,7 @@ from scuvae.inference.mapping.typicality import surprise
 from scuvae.inference.refinement.infer import infer
 from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_fit, read_missing
+from scuvae.io.fit_state import Fit, read_extended, read_fit, read_missing
 from scuvae.io.genes import match
 from scuvae.io.slots import target
 from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
@@ -92,7 +92,7 @@ def novelty(
     The posteriors of all cells, the reference's held-out ones included, are found anew as
     :func:`scuvae.tl.project` does with ``polish=False``: ``adata`` may be projected or not (if so,
     project first: that clears the slots of its name; genes that it did without are left out here
-    too), and no encoder is needed.
+    too, and batches that it estimated are known), and no encoder is needed.
 
     Neighbours are new cells, by their posterior means; of more than 2,000, or than there are of the
     reference's, so many drawn at random are candidates. A kind of some 50 cells among them is
@@ -173,8 +173,8 @@ def novelty(
     n_reference = whole("n_reference", n_reference, at_least=_FEWEST)
     n_neighbors = whole("n_neighbors", n_neighbors)
     flag("adjust_genes", adjust_genes)
-    reference = read_reference(reference)
-    fit = read_fit(reference, key)
+    reference = read_reference(reference, key, cells=True)
+    fit = read_extended(adata, key_added, read_fit(reference, key))
     where = resolve_device(device)
     # The same genes for both: a score over others is another score.
     shared = adata.var_names.intersection(reference.var_names)

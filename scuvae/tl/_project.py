@@ -18,16 +18,18 @@ from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
 from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
-from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
+from scuvae.inference.mapping.new_batches import estimate_levels
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import step_options
+from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
+from scuvae.io.model_files import is_hdf5, read_as
 from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
 from scuvae.model import VAE
+from scuvae.model.covariates import Covariates, Design
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
@@ -79,7 +81,8 @@ def project(
     adata
         New cells.
     reference
-        A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``). Its cells are not used.
+        A fitted AnnData, the path of one (``.h5ad`` or ``.zarr``), or a model file of
+        :func:`scuvae.io.write_model` or what was read from it. Its cells are not used.
     key
         The reference's fit; None for the default.
     layer
@@ -98,10 +101,13 @@ def project(
         ``"full"`` or ``"diagonal"``; None: as in the fit.
     new_batches
         What becomes of batches that the fit has not seen. ``"error"``: nothing.
-        ``"estimate"``: what such a batch adds in the decoder's first layer is estimated from its
-        cells, or 1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian
-        prior, whose mean and variance are those of the known batches, so that a few cells move it
-        little. A batch whose cells are all of one kind is confounded with that kind.
+        ``"estimate"``: what such a batch adds in the decoder is estimated from its cells, or
+        1,000 of them chosen by name, all else frozen: the best ELBO with a Gaussian prior, whose
+        mean and variance are those of the known batches, so that a few cells move it little. A
+        batch whose cells are all of one kind is confounded with that kind. Levels of other
+        categorical covariates are treated alike, one after another. An encoder takes them for the
+        mean of the known. :func:`scuvae.tl.transfer_labels`, :func:`scuvae.tl.novelty` and all
+        that is done with ``adata`` alone go by what was found.
     max_steps
         Steps at most, of either kind. None: 5 natural ones and 20 that polish, or without polish
         20, of which a cell takes as many as it needs; for another rule its own number.
@@ -135,6 +141,7 @@ def project(
     ``uns["scuvae"]["params"]["new_batches"]``
         The names of estimated batches, where there are any. ``params["batches"]`` has them after
         the fit's own, ``state`` what they add: ``adata`` is a reference that knows them.
+        ``params["new_levels"]``: the same of other covariates, as ``column: level``.
 
     Raises
     ------
@@ -178,7 +185,7 @@ def project(
         one_of("covariance", covariance, COVARIANCES)
     one_of("new_batches", new_batches, NEW_BATCHES)
     chosen = None if genes is None else pd.Index(names("genes", genes))
-    reference = read_reference(reference)
+    reference = read_reference(reference, key)
     fit = read_fit(reference, key)
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
@@ -190,12 +197,12 @@ def project(
     if polish is None:
         # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
         curved = fit.model.likelihood.link != "identity"
-        polish = not amortized and curved and local_step == "natural"
+        polish = not amortized and curved and bool(LOCAL_STEPS[local_step].before_polish)
     extend = new_batches == "estimate"
-    if extend and fit.batch_key is None:
+    if extend and not fit.design.categorical:
         raise ValueError(
             "new_batches='estimate', but the fit knows no batches: fit the reference with "
-            "batch_key=, or pass new_batches='error'"
+            "batch_key= or categorical_covariate_keys=, or pass new_batches='error'"
         )
     where = resolve_device(device)
     matched = match(adata, fit, layer, where, genes=chosen, extend=extend)
@@ -211,10 +218,10 @@ def project(
     _warn_of_few_genes(adata, fit, matched, chosen)
     entry["genes"] = _report(fit, matched)
     model = fit.model.to(where)
-    if len(matched.batches) > len(fit.batches):
-        model = _extended(model, matched, adata, fit, covariance)
+    if matched.covariates is not None and matched.covariates.design != fit.design:
+        model = _extended(model, cells, matched.covariates, adata, fit, covariance)
         entry["state"] = model_to_arrays(model)
-        entry["params"] |= _extended_params(entry["params"], fit, matched)
+        entry["params"] |= _extended_params(entry["params"], fit.design, model.design)
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
@@ -223,14 +230,14 @@ def project(
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"], len(matched.batches))
+        coordinates = placed(model, mean, entry["embed"])
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, found_moments)
     out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     write_components(out, key_added, components)
     return out if copy else None
 
@@ -249,11 +256,21 @@ def projected(
             yield batch, infer(model, batch, covariance, **options)
 
 
-def read_reference(reference: AnnData | str | PathLike[str]) -> AnnData:
-    """A reference in memory, or read from the file that it is the path of."""
+def read_reference(
+    reference: AnnData | str | PathLike[str], key: str | None = None, *, cells: bool = False
+) -> AnnData:
+    """A reference in memory, or read from the file that it is the path of.
+
+    The one fit of a model file is found under ``key``. ``cells``: the reference's are needed too.
+    """
     if isinstance(reference, str | PathLike):
-        reference = _read(reference)
+        reference = _read(Path(reference), Keys.of(key).uns)
     inputs.check_type(reference, "reference")
+    if cells and not reference.n_obs:
+        raise ValueError(
+            "reference is a model without cells, and new cells are compared with its cells: pass "
+            "the fitted AnnData, or the path of one"
+        )
     return reference
 
 
@@ -281,51 +298,65 @@ def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.In
         )
 
 
-def _extended(model: VAE, matched: Matched, adata: AnnData, fit: Fit, covariance: str) -> VAE:
-    """The model with an offset for each batch that it has not seen, estimated one by one."""
-    cells, codes = matched.cells, matched.cells.codes
-    assert codes is not None
-    columns = [known_offsets(model)]
+def _extended(
+    model: VAE,
+    cells: Cells,
+    covariates: Covariates,
+    adata: AnnData,
+    fit: Fit,
+    covariance: str,
+) -> VAE:
+    """The model under the cells' design, with levels that it has not seen."""
     # By name, not by place: the same cells in any order.
     rank = np.array([zlib.crc32(name.encode()) for name in adata.obs_names])
-    for code in range(len(fit.batches), len(matched.batches)):
-        rows = (codes == code).nonzero().squeeze(1)
+
+    def cells_of(number: int, level: int) -> Iterable[Batch]:
+        rows = (covariates.codes[:, number] == level).nonzero().squeeze(1)
         if len(rows) > _MOST_CELLS:
             order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:_MOST_CELLS]
             rows = rows[torch.as_tensor(order, device=rows.device)]
-        found = estimate_offset(
-            model,
-            cells.loader(rows, CHUNK),
-            covariance,
-            kl_weight=float(fit.params["kl_weight"]),
-        )
+        return cells.loader(rows, CHUNK)
+
+    model, found = estimate_levels(
+        model, covariates.design, cells_of, covariance, kl_weight=float(fit.params["kl_weight"])
+    )
+    for one, level, offset in found:
         logger.info(
-            "batch %r: its offset in the decoder raises the ELBO of %d cells from %.2f to %.2f "
-            "nats a cell, after %d turns",
-            matched.batches[code],
-            len(rows),
-            found.start,
-            found.end,
-            found.n_turns,
+            "%r of adata.obs[%r]: its offset in the decoder raises the ELBO of %d cells from %.2f "
+            "to %.2f nats a cell, after %d turns",
+            level,
+            one.key,
+            offset.n_cells,
+            offset.start,
+            offset.end,
+            offset.n_turns,
         )
-        columns.append(found.value.unsqueeze(1))
-    return with_offsets(model, torch.cat(columns, 1)).eval()
+    return model
 
 
-def _extended_params(params: dict[str, Any], fit: Fit, matched: Matched) -> dict[str, Any]:
-    new = matched.batches[len(fit.batches) :]
-    estimated = [*map(str, params.get("new_batches", ())), *new]
-    return {
-        "batches": np.array(matched.batches, dtype=object),
-        "new_batches": np.array(estimated, dtype=object),
-    }
+def _extended_params(params: dict[str, Any], known: Design, design: Design) -> dict[str, Any]:
+    """The parameters of a fit under a design with further levels."""
+    found = design.to_params()
+    batches, levels = [], []
+    for number, (old, new) in enumerate(zip(known.categorical, design.categorical, strict=True)):
+        names = new.levels[len(old.levels) :]
+        if design.has_batch and not number:
+            batches = list(names)
+        else:
+            levels += [f"{new.key}: {name}" for name in names]
+    for name, new_ones in (("new_batches", batches), ("new_levels", levels)):
+        if new_ones:
+            found[name] = np.array([*map(str, params.get(name, ())), *new_ones], dtype=object)
+    return found
 
 
-def _read(path: str | PathLike[str]) -> AnnData:
-    if not Path(path).exists():
+def _read(path: Path, name: str) -> AnnData:
+    if not path.exists():
         raise FileNotFoundError(
             f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
         )
-    if Path(path).is_dir():
+    if path.is_dir():
         return anndata.read_zarr(str(path))
-    return anndata.read_h5ad(path)
+    if path.suffix == ".h5ad" or is_hdf5(path):
+        return anndata.read_h5ad(path)
+    return read_as(path, name)

@@ -16,11 +16,11 @@ from scuvae.inference.evaluation.paired_elbo import elbo_gain
 from scuvae.inference.refinement.infer import POLISH, Polish, family_of
 from scuvae.inference.refinement.initialization import start
 from scuvae.inference.refinement.moments import match_moments
-from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, step_options
+from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.inference.refinement.refine import refine as refine_batch
 from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
-from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import (
     components_of,
@@ -108,8 +108,7 @@ def refine(
     if max_steps is not None:
         max_steps = whole("max_steps", max_steps)
     options = step_options(local_step, max_steps, fit.params)
-    if local_step == "natural":
-        options = THOROUGH | options
+    options = LOCAL_STEPS[local_step].thorough | options
     n_samples = whole("n_samples", n_samples)
     one_of("polish", polish, POLISH)
     family = family_of(polish, covariance)
@@ -142,11 +141,11 @@ def refine(
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"], len(fit.batches))
+        coordinates = placed(model, mean, entry["embed"])
     out = target(adata, copy)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     if split is not None:
         out.obs[keys.obs["split"]] = split
     write_posterior(out, key if key_added is None else key_added, found)

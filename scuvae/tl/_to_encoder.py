@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from scuvae import __version__
 from scuvae._checks import random_state_alias, real, whole
@@ -16,14 +15,15 @@ from scuvae.batches import Cells
 from scuvae.distributions.gaussian import moments
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.training.distillation import distil
+from scuvae.inference.training.fit import bar
 from scuvae.inference.training.settings import BATCH_SIZE, LEARNING_RATES, epochs_for
 from scuvae.io import inputs
-from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.runtime import CHUNK, isolated, logger, random_state, resolve_device, show_progress
+from scuvae.runtime import CHUNK, isolated, logger, random_state, resolve_device
 from scuvae.tl._gap import gap_columns
 
 
@@ -148,17 +148,18 @@ def to_encoder(
     with random_state(rng, where) as generator:
         model = _with_encoder(fit).to(where)
         order = torch.Generator().manual_seed(int(generator.integers(2**63)))
-        with tqdm(total=max_epochs, desc="distil", disable=not show_progress(progress)) as bar:
+        with bar("distil", max_epochs, progress) as on_epoch:
             history = distil(
                 model,
                 stored.to(where),
                 cells.loader(training.to(where), size, order),
+                n_obs=len(training),
                 held_out=cells.loader(held_out.to(where), CHUNK) if len(held_out) else None,
                 learning_rate=rate,
                 max_epochs=max_epochs,
                 kl_weight=float(fit.params["kl_weight"]),
                 totals=counts and fit.size_factor_key is None,
-                on_epoch=lambda row: bar.update() and None,
+                on_epoch=on_epoch,
             )
     with torch.no_grad():
         everyone = cells.loader(torch.arange(len(cells), device=where), CHUNK)
@@ -195,7 +196,7 @@ def to_encoder(
                 out.obsm[name] = kept[slot]
         for column, values in columns_kept.items():
             out.obs[keys.obs[column]] = values
-    out.uns[keys.uns] = entry
+    out.uns[keys.uns] = sealed(entry)
     out.obsm[keys.encoder], out.obsm[keys.encoder_scale] = q["mean"], q["scale"]
     for name, values in columns.items():
         out.obs[keys.obs[name]] = values
@@ -223,7 +224,7 @@ def _split(adata: AnnData, keys: Keys, cells: Cells, counts: bool) -> tuple[Tens
 def _with_encoder(fit: Fit) -> VAE:
     """The fit's model, with a new encoder from torch's random state."""
     encoder = build_model(fit.params | _params_of(fit), len(fit.var_names)).encoder
-    return VAE(fit.model.decoder, fit.model.likelihood, encoder, fit.model.prior).eval()
+    return VAE(fit.model.decoder, fit.model.likelihood, encoder, fit.model.prior, fit.design).eval()
 
 
 def _params_of(fit: Fit) -> dict[str, Any]:
@@ -231,5 +232,7 @@ def _params_of(fit: Fit) -> dict[str, Any]:
     found: dict[str, Any] = {"amortized": "distilled"}
     if "has_encoder" in fit.params:
         found["has_encoder"] = True
+    if fit.design.n_columns:
+        found["encoder_covariates"] = True
     entering = fit.model.likelihood.encoder_input()
     return found | ({} if entering == "values" else {"encoder_input": entering})

@@ -11,12 +11,12 @@ from anndata import AnnData
 from torch.nn import functional as F
 
 from scuvae._checks import random_state_alias, whole
-from scuvae._errors import near
 from scuvae._keys import Keys
 from scuvae.inference.mapping.label_transfer import votes
 from scuvae.inference.refinement.profile_likelihood import affinity
 from scuvae.io import inputs
-from scuvae.io.fit_state import read_fit, read_missing
+from scuvae.io.covariates import column_of
+from scuvae.io.fit_state import read_extended, read_fit, read_missing
 from scuvae.io.genes import match, warn_of_empty
 from scuvae.io.slots import read_posterior, target
 from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
@@ -62,7 +62,8 @@ def transfer_labels(
     ----------
     adata
         New cells, projected or not. Genes are matched by name; those that a projection did
-        without (``genes=`` of :func:`scuvae.tl.project`) are left out here too.
+        without (``genes=`` of :func:`scuvae.tl.project`) are left out here too, and batches that it
+        estimated are known.
     reference
         A fitted AnnData, or the path of one (``.h5ad`` or ``.zarr``).
     labels
@@ -119,8 +120,8 @@ def transfer_labels(
     keys = Keys.of(key_added)
     n_neighbors = whole("n_neighbors", n_neighbors)
     n_reference = whole("n_reference", n_reference)
-    reference = read_reference(reference)
-    fit = read_fit(reference, key)
+    reference = read_reference(reference, key, cells=True)
+    fit = read_extended(adata, key_added, read_fit(reference, key))
     kinds = _labels(reference, labels)
     where = resolve_device(device)
     genes = adata.var_names.difference(read_missing(adata, key_added))
@@ -155,11 +156,7 @@ def transfer_labels(
 
 def _labels(reference: AnnData, column: str) -> pd.Categorical:
     """The labels of the reference's cells, without categories that no cell has."""
-    if column not in reference.obs:
-        raise ValueError(
-            f"labels={column!r} is no column of reference.obs. {near(column, reference.obs)}"
-        )
-    values = reference.obs[column]
+    values = column_of(reference, "labels", column, owner="reference")
     if values.dtype.kind == "f":
         raise ValueError(
             f"reference.obs[{column!r}] is {values.dtype}, a measurement: pass labels= a column of "

@@ -19,18 +19,18 @@ COMPONENTS = 10, 15, 30, 50
 _DRAWS = 4
 
 
-def maps(adata, n_batches):
+def maps(adata):
     """Every candidate's coordinates, by name, and latent means."""
     model = scuvae.get.model(adata)
     q = scuvae.get.posterior(adata)
     mean, total = q.mean, float(adata.uns["scuvae"]["embed"]["total"])
-    basis = find_basis(model, mean, total, n_batches, max(COMPONENTS))
-    whole = place(model, mean, basis, n_batches).numpy()
+    basis = find_basis(model, mean, total, max(COMPONENTS))
+    whole = place(model, mean, basis).numpy()
     out = {"latent": mean.numpy()} | {f"map {k}": whole[:, :k] for k in COMPONENTS}
     out["map 30, white"] = whole[:, :30] / whole[:, :30].std(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        drawn = torch.stack([place(model, q.sample(), basis, n_batches) for _ in range(_DRAWS)])
+        drawn = torch.stack([place(model, q.sample(), basis) for _ in range(_DRAWS)])
     out["E_q map 30"] = drawn.mean(0).numpy()[:, :30]
     return out
 
@@ -72,8 +72,7 @@ def main():
         found: dict[str, list] = {}
         for seed in args.seeds:
             scuvae.tl.fit(adata, batch_key=args.batch_key, rng=seed)
-            n_batches = adata.obs[args.batch_key].nunique() if args.batch_key else 0
-            for name, points in maps(adata, n_batches).items():
+            for name, points in maps(adata).items():
                 near = nearest(points)
                 ari = [adjusted_rand_score(labels, c) for c in clusters(points, (0.2, 0.5, 1.0))]
                 purity = (labels[near] == labels[:, None]).mean()

@@ -1,10 +1,12 @@
 """The map: coordinates of posterior means in which Euclidean distance is the decoder's own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scuvae.model import VAE
 
@@ -19,35 +21,48 @@ class Basis:
     """Where a map's coordinates start and point to.
 
     ``centre`` is (genes,), ``components`` (genes, n_components) with orthonormal columns, ``total``
-    the common total of all cells; coordinates are averaged over the first ``n_batches`` batches.
+    the common total of all cells; coordinates are averaged over the covariates' first ``n_levels``
+    levels each: those that the fit had when the map was made.
     """
 
     centre: Tensor
     components: Tensor
     total: float
-    n_batches: int
+    n_levels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], device: torch.device) -> "Basis":
+        """From what a fit keeps of its map."""
+        centre, components = (
+            torch.as_tensor(np.array(entry[name]), device=device)
+            for name in ("centre", "components")
+        )
+        if "n_levels" in entry:
+            n_levels = tuple(map(int, entry["n_levels"]))
+        else:  # fits of earlier versions knew batches alone
+            n_levels = (int(entry["n_batches"]),) if entry["n_batches"] else ()
+        return cls(centre, components, float(entry["total"]), n_levels)
 
 
 @torch.no_grad()
 def stabilised(
-    model: VAE, z: Tensor, total: float, n_batches: int = 0, n_categories: int = 0
+    model: VAE, z: Tensor, total: float, n_levels: tuple[int, ...] | None = None
 ) -> Tensor:
     """Every gene's variance-stabilising coordinate at one total, (cells, genes).
 
-    With batches, the mean over the first ``n_batches`` of ``n_categories``.
+    With covariates, the mean over their :meth:`~scuvae.model.covariates.Design.settings`.
     """
     size = z.new_full((len(z),), total)
-    if not n_batches:
+    if not model.design.n_columns:
         return model.likelihood.stabilised(model.decoder(z), size)
+    rows, weights = model.design.settings(n_levels)
     out = z.new_zeros(len(z), model.n_vars)
-    for code in range(n_batches):
-        one_hot = F.one_hot(torch.tensor(code, device=z.device), n_categories).to(z)
-        covariates = one_hot.expand(len(z), -1)
-        out += model.likelihood.stabilised(model.decoder(z, covariates), size)
-    return out / n_batches
+    for row, weight in zip(rows.to(z), weights.tolist(), strict=True):
+        out += weight * model.likelihood.stabilised(model.decoder(z, row.expand(len(z), -1)), size)
+    return out / weights.sum().item()
 
 
-def find_basis(model: VAE, mean: Tensor, total: float, n_batches: int, n_components: int) -> Basis:
+def find_basis(model: VAE, mean: Tensor, total: float, n_components: int) -> Basis:
     """The principal components of cells at posterior means ``mean``, (cells, latent).
 
     From all cells, or evenly spaced ones where there are many, by subspace iteration; each
@@ -56,7 +71,7 @@ def find_basis(model: VAE, mean: Tensor, total: float, n_batches: int, n_compone
     most = max(1, min(_MOST_CELLS, _MOST_NUMBERS // model.n_vars))
     if len(mean) > most:
         mean = mean[torch.linspace(0, len(mean) - 1, most, dtype=torch.float64).long()]
-    parts = [stabilised(model, z, total, n_batches, n_batches) for z in mean.split(_CHUNK)]
+    parts = [stabilised(model, z, total) for z in mean.split(_CHUNK)]
     values = torch.cat(parts)
     centre = values.mean(0)
     values -= centre
@@ -70,13 +85,13 @@ def find_basis(model: VAE, mean: Tensor, total: float, n_batches: int, n_compone
     components = basis @ turn.mT[:, :n_components]
     largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)
-    return Basis(centre, components * signs, total, n_batches)
+    return Basis(centre, components * signs, total, model.design.n_levels)
 
 
-def place(model: VAE, mean: Tensor, basis: Basis, n_categories: int) -> Tensor:
+def place(model: VAE, mean: Tensor, basis: Basis) -> Tensor:
     """Coordinates of cells at ``mean`` in a map, (cells, n_components), some cells at a time."""
     out = mean.new_empty(len(mean), basis.components.shape[1])
     for z, found in zip(mean.split(_CHUNK), out.split(_CHUNK), strict=True):
-        values = stabilised(model, z, basis.total, basis.n_batches, n_categories) - basis.centre
+        values = stabilised(model, z, basis.total, basis.n_levels) - basis.centre
         torch.mm(values, basis.components, out=found)
     return out

@@ -6,7 +6,7 @@ through the leaves that the call made.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -89,3 +89,11 @@ class Posterior(nn.Module, ABC):
         Returned is that, summed over the batch, or None where there is nothing.
         """
         return None
+
+    def training_state(self) -> dict[str, Any]:
+        """What steps have left beside the tables of ``state_dict()``, to go on from: tensors, plain
+        values, and dicts of such; what parts that are posteriors have, these say themselves."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`training_state` gave."""

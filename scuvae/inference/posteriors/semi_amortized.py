@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from scuvae._random import permutation
-from scuvae.batches import Batch
-from scuvae.batches.sparse_rows import sparse
+from scuvae.batches import Batch, SparseRows
+from scuvae.batches.sparse_rows import dense, sparse
 from scuvae.batches.thinning import with_shallow
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.base import Posterior
@@ -110,3 +110,30 @@ class SemiAmortizedPosterior(Posterior):
     def store(self, rows: Tensor, q: Gaussian) -> None:
         """Put ``q`` into the table's rows."""
         self.table.store(rows, q)
+
+    def training_state(self) -> dict[str, Any]:
+        """The drawn cells that serve some steps, and how many they have served."""
+        drawn = self._drawn
+        if drawn is None:
+            return {}
+        given = {"index": drawn.index, "size_factor": drawn.size_factor}
+        if drawn.covariates is not None:
+            given["covariates"] = drawn.covariates
+        plain = {"sparse": isinstance(drawn.x, SparseRows), "size_of_all": drawn.size_of_all}
+        return {"x": dense(drawn.x), "age": self._age, **given, **plain}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._drawn, self._age = None, 0
+        if not state:
+            return
+        where = self.table.mean.device
+        x, index, size_factor = (state[name].to(where) for name in ("x", "index", "size_factor"))
+        covariates = state.get("covariates")
+        self._age = int(state["age"])
+        self._drawn = Batch(
+            sparse(x) if state["sparse"] else x,
+            index,
+            size_factor,
+            None if covariates is None else covariates.to(where),
+            size_of_all=bool(state["size_of_all"]),
+        )

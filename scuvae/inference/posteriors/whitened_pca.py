@@ -22,13 +22,19 @@ class WhitenedPCA:
         self.target = batch.size_factor.median()
         x = self._values(batch)
         n_cells, n_vars = x.shape
-        # With batches each one's own: what sets them apart is not theirs to span.
+        # What covariates say by least squares, of a batch its mean: it is not for z to span. The
+        # columns of one categorical covariate add up to one, which the intercept would be.
         member = batch.covariates
-        if member is None:
-            member = torch.ones(n_cells, 1, dtype=x.dtype, device=x.device)
-        self.centre = (x.mT @ member).mT / member.sum(0).clamp_min(1.0).unsqueeze(1)
+        self.intercept = member is None or not bool((member.sum(1) == 1).all())
+        told = self._told(batch)
+        sums, gram = (x.mT @ told).mT, told.mT @ told
+        own = gram.diagonal()
+        if gram.count_nonzero() == own.count_nonzero():
+            self.centre = sums / own.clamp_min(1.0).unsqueeze(1)
+        else:
+            self.centre = (torch.linalg.pinv(gram.double(), hermitian=True) @ sums.double()).to(x)
         rank = min(n_latent, n_cells, n_vars)
-        singular, right = _leading(x, member, self.centre, rank)
+        singular, right = _leading(x, told, self.centre, rank)
         scale = singular / n_cells**0.5
         # Components without variance start at zero rather than at noise blown up.
         inverse = torch.where(scale > 1e-6 * scale[0].clamp_min(1e-12), 1 / scale, 0.0)
@@ -37,10 +43,13 @@ class WhitenedPCA:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Whitened scores of the batch's cells, (cells, latent)."""
-        centre = self.centre @ self.basis
-        if batch.covariates is not None:
-            centre = batch.covariates @ centre
-        return self._values(batch) @ self.basis - centre
+        return self._values(batch) @ self.basis - self._told(batch) @ (self.centre @ self.basis)
+
+    def _told(self, batch: Batch) -> Tensor:
+        """The cells' covariates, and an intercept where these have none, (cells, columns)."""
+        one = torch.ones_like(batch.size_factor).unsqueeze(1)
+        told = [] if batch.covariates is None else [batch.covariates]
+        return torch.cat([*told, *[one] * self.intercept], 1)
 
     def _values(self, batch: Batch) -> Tensor:
         x = batch.x

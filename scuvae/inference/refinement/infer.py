@@ -6,7 +6,7 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.refinement.initialization import starts
 from scuvae.inference.refinement.moments import match_moments
-from scuvae.inference.refinement.refine import refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
 from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.model import VAE
 
@@ -14,9 +14,6 @@ Polish = bool | Literal["moments"]
 # What may follow the local steps: nothing, steps by the ELBO's own curvature, and after those the
 # moments of p(z | x).
 POLISH: tuple[Polish, ...] = (False, True, "moments")
-# The natural steps that polish follows, and their tolerance in nats: more would settle cells in
-# their precision's own optimum, at times out of the reach of the best q, and cost more.
-_FIRST: dict[str, Any] = {"max_steps": 5, "tolerance": 1.0}
 _STEPS = 20
 
 
@@ -39,8 +36,9 @@ def infer(
     family = family_of(polish, covariance)
     weight = options.get("kl_weight", 1.0)
     most = options.get("max_steps", _STEPS)
-    if polish and options.get("local_step", "natural") == "natural":
-        options = _FIRST | options | {"max_steps": min(most, _FIRST["max_steps"])}
+    first = LOCAL_STEPS[options.get("local_step", "natural")].before_polish
+    if polish and first:
+        options = first | options | {"max_steps": min(most, first["max_steps"])}
     q = refine(model, batch, starts(model, batch, family), **options)
     if polish:
         q = polish_batch(model, batch, q, max_steps=min(most, _STEPS), kl_weight=weight)

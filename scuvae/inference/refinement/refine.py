@@ -4,18 +4,20 @@ The one function behind validation, projection of new cells, repair of encoders,
 gap and bridges to models trained elsewhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scuvae._errors import near
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, select
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.posteriors.objectives import elbo
-from scuvae.inference.refinement.adam import refine_gradient
-from scuvae.inference.refinement.natural_gradient import refine_natural
+from scuvae.inference.refinement.adam import Gradient
+from scuvae.inference.refinement.local_step import LocalStep
+from scuvae.inference.refinement.natural_gradient import NaturalGradient
 from scuvae.model import VAE
 
 # A later start has to be better than the first by so many nats.
@@ -52,7 +54,7 @@ def refine(
     local_step, options
         A name from ``LOCAL_STEPS`` and what that step takes.
     """
-    step = LOCAL_STEPS[local_step]
+    step = LOCAL_STEPS[local_step].refine
     refined = [step(model, batch, start, **options) for start in starts]
     if len(refined) == 1:
         return refined[0]
@@ -62,23 +64,24 @@ def refine(
     return select(refined, values.argmax(0))
 
 
-# What a diagnosis asks of the steps, where some more of them do not matter.
-THOROUGH: dict[str, Any] = {"max_steps": 30, "n_samples": 8, "tolerance": 0.01}
+# What a diagnosis asks of natural steps, where some more of them do not matter.
+THOROUGH = NaturalGradient.thorough
 
 
-LOCAL_STEPS: dict[str, Callable[..., Gaussian]] = {
-    "natural": refine_natural,
-    "gradient": refine_gradient,
-}
+LOCAL_STEPS: dict[str, type[LocalStep]] = {"natural": NaturalGradient, "gradient": Gradient}
 
 
 def step_options(local_step: str, max_steps: int | None, params: dict[str, Any]) -> dict[str, Any]:
     """Options of :func:`scuvae.inference.refinement.refine.refine` for a fit's cells.
 
-    Natural steps end by themselves once a cell has converged; other rules cannot tell, and unless
-    told otherwise take as many as they need.
+    Natural steps end by themselves once a cell has converged; gradient steps cannot tell, and
+    unless told otherwise take as many as they need.
     """
-    if max_steps is None and local_step == "natural":
-        max_steps = 20
-    steps = {} if max_steps is None else {"max_steps": max_steps}
+    if local_step not in LOCAL_STEPS:
+        raise ValueError(
+            f"the fit's local_step={local_step!r} is not registered: set "
+            f"scuvae.inference.refinement.refine.LOCAL_STEPS[{local_step!r}] to its class first. "
+            f"{near(local_step, LOCAL_STEPS)}"
+        )
+    steps = LOCAL_STEPS[local_step].options if max_steps is None else {"max_steps": max_steps}
     return {"local_step": local_step, "kl_weight": float(params["kl_weight"]), **steps}

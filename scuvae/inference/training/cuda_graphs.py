@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,8 +38,11 @@ class Gathered(Protocol):
         """One of these batches, its arrays of a size that the number of cells alone sets."""
 
 
-def steps_over(cells: Iterable[Batch], step: Step) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """Epochs of steps: each call takes one, and yields every step's losses and cells."""
+def steps_over(
+    cells: Iterable[Batch], step: Step
+) -> tuple[Callable[[int], Iterator[tuple[Any, Tensor]]], Callable[[Any], Tensor]]:
+    """An epoch's batches but for so many first ones, each with the row numbers of its cells; and
+    what takes a step on such a batch and returns its losses, before the next is asked for."""
     if (
         isinstance(cells, Gathered)
         and cells.device.type == "cuda"
@@ -46,14 +50,15 @@ def steps_over(cells: Iterable[Batch], step: Step) -> Callable[[], Iterator[tupl
         and step.replayable
         and os.environ.get("SCUVAE_CUDA_GRAPHS") != "0"
     ):
-        return _Replays(cells, step).epoch
+        replays = _Replays(cells, step)
+        return replays.visits, replays.take
 
-    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in cells:
+    def visits(n_done: int) -> Iterator[tuple[Batch, Tensor]]:
+        for batch in islice(cells, n_done, None):
             step.posterior.visit(batch.host_index)
-            yield step(batch), batch.index
+            yield batch, batch.index
 
-    return epoch
+    return visits, step
 
 
 def capture(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
@@ -68,6 +73,10 @@ def capture(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Non
             "variable SCUVAE_CUDA_GRAPHS=0 and start anew, to take steps one by one"
         ) from error
     return graph.replay, result, graph.pool()
+
+
+# The kind of a step, and its cells on the device and on the host.
+_Visit = tuple[str | None, Tensor, Tensor]
 
 
 @dataclass
@@ -85,12 +94,12 @@ class _Replays:
         # Recordings are replayed one after another, and may share their memory.
         self.pool: Any = None
 
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, on_host in self.cells.parts():
-            kind = self.step.posterior.visit(on_host)
-            yield self._take(kind, index, on_host), on_host
+    def visits(self, n_done: int) -> Iterator[tuple[_Visit, Tensor]]:
+        for index, on_host in islice(self.cells.parts(), n_done, None):
+            yield (self.step.posterior.visit(on_host), index, on_host), on_host
 
-    def _take(self, kind: str | None, index: Tensor, on_host: Tensor) -> Tensor:
+    def take(self, visit: _Visit) -> Tensor:
+        kind, index, on_host = visit
         key = kind, len(index)
         if key not in self.recorded:
             self.seen[key] += 1

@@ -5,24 +5,26 @@ besides the training cells it learns from cells drawn from the decoder at their 
 ones at every step, which no encoder can overfit, and from some of both thinned to fewer counts.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from scuvae._random import uniform_like
 from scuvae.batches import Batch
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.thinning import with_shallow
 from scuvae.distributions.gaussian import Gaussian
-from scuvae.inference.posteriors.objectives import elbo
+from scuvae.inference.posteriors import Posterior
 from scuvae.inference.posteriors.simulated import simulated
 from scuvae.inference.refinement.refine import fixed_elbo
 from scuvae.inference.training.early_stopping import EarlyStopping
-from scuvae.inference.training.loop import TrainingError
+from scuvae.inference.training.loop import train
+from scuvae.inference.training.optimizers import cosine
 from scuvae.model import VAE
+from scuvae.model.vae import frozen
 
 # Share of the steps whose cells are drawn from the decoder: with none of them the gap of held-out
 # cells was measured twice as wide.
@@ -36,6 +38,7 @@ def distil(
     stored: Gaussian,
     cells: Iterable[Batch],
     *,
+    n_obs: int | None = None,
     held_out: Iterable[Batch] | None,
     learning_rate: float,
     max_epochs: int,
@@ -45,7 +48,7 @@ def distil(
     weight_decay: float = WEIGHT_DECAY,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:
-    """Train ``model.encoder``; decoder and likelihood are in evaluation mode and not moved.
+    """Train ``model.encoder``; all else of the model is in evaluation mode and not moved.
 
     Parameters
     ----------
@@ -55,6 +58,8 @@ def distil(
         Every cell's own q, by ``Batch.index``.
     cells
         Its iteration is an epoch over the training cells.
+    n_obs
+        How many these are; None: they are counted.
     held_out
         Cells that decide when to stop by the ELBO of the encoder's q; None: no early stopping.
     learning_rate
@@ -68,79 +73,93 @@ def distil(
 
     Returns
     -------
-    One row an epoch: ``loss`` and ``validation_elbo``, nats a cell. The encoder is in evaluation
-    mode, its batch norms settled on the training cells.
+    One row an epoch, as of :func:`scuvae.inference.training.loop.train`: ``validation_elbo`` is of
+    the encoder's q, or −inf where that is no number. The encoder is in evaluation mode, its batch
+    norms settled on the training cells.
     """
     encoder = model.encoder
     if encoder is None:
         raise ValueError("model.encoder is None: give the model an encoder to train")
-    model.eval()
-    counts = model.likelihood.support == "counts"
-    frozen = [p for part in (model.decoder, model.likelihood) for p in part.parameters()]
-    asked = [p.requires_grad for p in frozen]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
-    )
+    judge = None if held_out is None else _EncoderJudge(cells, held_out, kl_weight)
     every = max(1, max_epochs // 20)
-    stopping = None if held_out is None else EarlyStopping(patience=6 * every)
-    history: list[dict[str, float]] = []
-
-    for epoch in range(max_epochs):
-        rate = 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
-        encoder.train()
-        losses: list[Tensor] = []
-        visited: list[Tensor] = []
-        for batch in cells:
-            index = batch.index
-            if float(uniform_like(torch.empty(()))) < share_simulated:
-                batch = simulated(model, batch, stored[index], totals)
-            seen = with_shallow(batch) if counts else batch
-            terms = elbo(model, seen, model.encode(seen))
-            loss = kl_weight * terms.kl - terms.reconstruction
-            optimizer.zero_grad(set_to_none=True)
-            loss.mean().backward()
-            optimizer.step()
-            losses.append(loss.detach()[: len(batch)].mean())
-            visited.append(index)
-        values = torch.stack(losses).cpu()
-        if not values.isfinite().all():
-            first = int((~values.isfinite()).nonzero()[0])
-            raise TrainingError(values[first].item(), epoch, first, visited[first].tolist())
-        row = {"loss": values.double().mean().item(), "validation_elbo": math.nan}
-        stop = epoch == max_epochs - 1
-        if stop or (stopping is not None and (epoch + 1) % every == 0):
-            settling = map(with_shallow, cells) if counts else cells
-            encoder.settle(dense(batch.x) for batch in settling)
-            encoder.eval()
-            if held_out is not None and stopping is not None:
-                row["validation_elbo"] = value = _mean_elbo(model, held_out, kl_weight)
-                # An encoder whose q is still too wide for the decoder may yet recover.
-                value = value if math.isfinite(value) else -math.inf
-                stop |= stopping.update(epoch, value, lambda: copy.deepcopy(encoder.state_dict()))
-        history.append(row)
-        on_epoch(row)
-        if stop:
-            break
-
-    if stopping is not None:
-        encoder.load_state_dict(stopping.state)
-    encoder.eval()
-    for parameter, wanted in zip(frozen, asked, strict=True):
-        parameter.requires_grad_(wanted)
+    with ExitStack() as stack:
+        for part in model.children():
+            if part is not encoder:
+                stack.enter_context(frozen(part))
+        history = train(
+            model,
+            _Teacher(stored, totals, share_simulated),
+            cells,
+            n_obs=sum(map(len, cells)) if n_obs is None else n_obs,
+            optimizer=torch.optim.AdamW(
+                encoder.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
+            ),
+            max_epochs=max_epochs,
+            kl_weight=kl_weight,
+            learning_rate_at=cosine,
+            held_out=judge,
+            evaluate_every=every,
+            early_stopping=None if judge is None else EarlyStopping(patience=6 * every),
+            on_epoch=on_epoch,
+        )
+    if judge is None:
+        _settle(model, cells)
     return history
 
 
-@torch.no_grad()
-def _mean_elbo(model: VAE, cells: Iterable[Batch], kl_weight: float) -> float:
-    """Of the encoder's q, the same draws at every call, in nats a cell."""
-    total, n_cells = 0.0, 0
-    for batch in cells:
-        q = model.encode(batch)
-        values = fixed_elbo(model, batch, q) + (1 - kl_weight) * model.prior.kl(q)
-        total += values.sum().item()
-        n_cells += len(batch)
-    return total / n_cells
+class _Teacher(Posterior):
+    """The encoder's q, of the batch's cells or of ones drawn at these cells' own q."""
+
+    has_encoder = True
+    refined = False
+
+    def __init__(self, stored: Gaussian, totals: bool, share_simulated: float) -> None:
+        super().__init__()
+        self.stored, self.totals, self.share_simulated = stored, totals, share_simulated
+
+    def seen(self, model: VAE, batch: Batch) -> Batch:
+        if float(uniform_like(torch.empty(()))) < self.share_simulated:
+            batch = simulated(model, batch, self.stored[batch.index], self.totals)
+        return _deep_and_shallow(model, batch)
+
+    def forward(self, model: VAE, batch: Batch, kl_weight: float = 1.0) -> Gaussian:
+        return model.encode(batch)
+
+
+class _EncoderJudge:
+    """Held-out cells that judge the encoder by the ELBO of its q, batch norms settled before."""
+
+    def __init__(self, cells: Iterable[Batch], held_out: Iterable[Batch], kl_weight: float) -> None:
+        self.cells, self.held_out, self.kl_weight = cells, held_out, kl_weight
+
+    def elbo(self, model: VAE) -> float:
+        """In nats a cell, the same draws at every call.
+
+        Never NaN: an encoder whose q is still too wide for the decoder may yet recover.
+        """
+        _settle(model, self.cells)
+        total, n_cells = 0.0, 0
+        for batch in self.held_out:
+            with torch.no_grad():
+                q = model.encode(batch)
+            values = fixed_elbo(model, batch, q) + (1 - self.kl_weight) * model.prior.kl(q)
+            total += values.sum().item()
+            n_cells += len(batch)
+        return total / n_cells if math.isfinite(total) else -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the model has it all
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _settle(model: VAE, cells: Iterable[Batch]) -> None:
+    """The encoder in evaluation mode, its batch norms' moments those of the training cells."""
+    assert model.encoder is not None
+    seen = (_deep_and_shallow(model, batch) for batch in cells)
+    model.encoder.settle((dense(batch.x), batch.covariates) for batch in seen)
+    model.encoder.eval()
+
+
+def _deep_and_shallow(model: VAE, batch: Batch) -> Batch:
+    return with_shallow(batch) if model.likelihood.support == "counts" else batch

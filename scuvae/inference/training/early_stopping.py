@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass
 class EarlyStopping:
@@ -20,3 +22,13 @@ class EarlyStopping:
         if value > self.best + self.min_delta or self.best_epoch < 0:
             self.best, self.best_epoch, self.state = value, epoch, state()
         return epoch - self.best_epoch >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, by reference."""
+        best = torch.tensor(self.best, dtype=torch.float64)
+        return {"best": best, "best_epoch": self.best_epoch, "state": self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.best, self.best_epoch = float(state["best"]), int(state["best_epoch"])
+        self.state = state["state"]

@@ -1,8 +1,11 @@
-"""A fit between tensors: start, train, and a posterior for every cell."""
+"""A fit between tensors: start, train, finish with a posterior for every cell."""
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +20,19 @@ from scuvae.distributions.gaussian import Gaussian, concatenate, moments, n_scal
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
+from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
 from scuvae.inference.training.linear_start import start_decoder
 from scuvae.inference.training.loop import train
-from scuvae.inference.training.optimizers import OPTIMIZERS
+from scuvae.inference.training.optimizers import OPTIMIZERS, cosine
 from scuvae.inference.training.settings import Settings, scheme_of
 from scuvae.model import VAE
 from scuvae.runtime import chunk_on, show_progress
+
+__all__ = ["Start", "bar", "final_posterior", "finish", "start", "train"]
 
 logger = logging.getLogger("scuvae")
 
@@ -41,25 +47,61 @@ _LOOK_EVERY = 64
 _AT_ONCE = 8192
 
 
-def run(
+@dataclass(frozen=True)
+class Start:
+    """What training begins with.
+
+    Attributes
+    ----------
+    arguments
+        Those of :func:`scuvae.inference.training.loop.train`.
+    """
+
+    model: VAE
+    posterior: Posterior
+    cells: Cells
+    training: torch.Tensor
+    """Row numbers of training cells; those of held-out ones."""
+    validation: torch.Tensor
+    settings: Settings
+    arguments: dict[str, Any]
+
+    @property
+    def n_done(self) -> int:
+        """Epochs that an earlier call has done."""
+        state = self.arguments.get("state")
+        return 0 if state is None else int(state["epoch"])
+
+    @property
+    def held_out(self) -> HeldOutCells | None:
+        found: HeldOutCells | None = self.arguments["held_out"]
+        return found
+
+
+def start(
     model: VAE,
     cells: Cells,
     held_out: np.ndarray,
     settings: Settings,
     *,
     early_stopping: bool,
-    progress: bool | None,
     seed: int,
-) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
-    """Train, then give every cell its posterior: its moments, and the history."""
+    checkpoint: Checkpoint | None = None,
+) -> Start:
+    """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool.
+
+    What a checkpoint holds already takes the place of all this when training begins.
+    """
+    state = None if checkpoint is None else checkpoint.read()
+    if checkpoint is not None and state is not None:
+        logger.info("going on after %d epochs of %s", state["epoch"], checkpoint.folder)
     where = next(model.parameters()).device
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     posterior = _posterior(model, cells, training, settings).to(where)
     table = posterior.rows()
-    counts = model.likelihood.support == "counts"
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
-    measured = settings.optimizer == "adam" and settings.local_step == "natural"
+    measured = settings.measured
     if measured and table is not None:
         some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
         start_decoder(model, cells.batch(some), table.mean[some])
@@ -73,49 +115,64 @@ def run(
             covariance=settings.covariance,
             local_step=settings.local_step,
         )
-    some_cells = cells.loader(
-        training[permutation(len(training))[:_MOST_TO_START].sort().values]
-        if model.prior.learns
-        else training[:0],
-        chunk_on(where, model.n_vars),
-    )
     every = max(1, settings.max_epochs // 20)
-    stopping = EarlyStopping(patience=6 * every) if early_stopping and judge else None
-    cosine = settings.optimizer == "adam"
-    with tqdm(total=settings.max_epochs, desc="fit", disable=not show_progress(progress)) as bar:
+    order = torch.Generator().manual_seed(seed)
+    refit = None
+    if model.prior.learns:
+        some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
+        few = cells.loader(some, chunk_on(where, model.n_vars))
+        refit = partial(_refit_prior, model, posterior, few, settings)
+    arguments = {
+        "model": model,
+        "posterior": posterior,
+        "cells": cells.loader(training, settings.batch_size, order),
+        "n_obs": len(training),
+        "optimizer": OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
+        "max_epochs": settings.max_epochs,
+        "n_samples": settings.n_samples,
+        "kl_weight": settings.kl_weight,
+        "output_precision": precision,
+        "learning_rate_at": cosine if settings.optimizer == "adam" else lambda progress: 1.0,
+        "held_out": judge,
+        "evaluate_every": every,
+        "early_stopping": EarlyStopping(6 * every) if early_stopping and judge else None,
+        "after_epoch": refit,
+        "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
+    }
+    if checkpoint is not None:
+        arguments |= {"state": state, "on_step": checkpoint}
+    return Start(model, posterior, cells, training, validation, settings, arguments)
+
+
+@contextmanager
+def bar(
+    name: str, max_epochs: int, progress: bool | None, n_done: int = 0
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar over the epochs, and what to call with the row of each."""
+    hidden = not show_progress(progress)
+    with tqdm(total=max_epochs, initial=n_done, desc=name, disable=hidden) as shown:
 
         def on_epoch(row: dict[str, float]) -> None:
-            if model.prior.learns:
-                model.prior.refit(_some_posteriors(model, posterior, some_cells, settings))
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.1f}")
+            shown.update()
+            shown.set_postfix(loss=f"{row['loss']:.1f}")
 
-        history = train(
-            model,
-            posterior,
-            cells.loader(training, settings.batch_size, torch.Generator().manual_seed(seed)),
-            n_obs=len(training),
-            optimizer=OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
-            max_epochs=settings.max_epochs,
-            n_samples=settings.n_samples,
-            kl_weight=settings.kl_weight,
-            output_precision=precision,
-            learning_rate_at=_cosine if cosine else lambda progress: 1.0,
-            held_out=judge,
-            evaluate_every=every,
-            early_stopping=stopping,
-            look_every=1 if where.type == "cpu" else _LOOK_EVERY,
-            on_epoch=on_epoch,
-        )
+        yield on_epoch
+
+
+def finish(begun: Start) -> dict[str, np.ndarray]:
+    """After training every cell's posterior under the final decoder: its moments."""
+    model, posterior, cells, settings = begun.model, begun.posterior, begun.cells, begun.settings
+    judge, table = begun.held_out, posterior.rows()
+    counts = model.likelihood.support == "counts"
     if model.encoder is not None:
-        settling = cells.loader(training, settings.batch_size)
+        settling = cells.loader(begun.training, settings.batch_size)
         seen = with_shallow if counts else lambda batch: batch
-        model.encoder.settle(dense(seen(batch).x) for batch in settling)
+        model.encoder.settle((dense(batch.x), batch.covariates) for batch in map(seen, settling))
     if judge is not None and table is not None:
-        table.store(validation, judge.q())
+        table.store(begun.validation, judge.q())
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
-        return _moments(parts, cells, settings), history
+        return _moments(parts, cells, settings)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(model, posterior, cells, settings, 2)
@@ -133,7 +190,7 @@ def run(
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
             100 * off,
         )
-    return found, history
+    return found
 
 
 def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dict[str, np.ndarray]:
@@ -158,10 +215,6 @@ def _totals(
     for batch in _everyone(model, cells):
         totals.add(batch, _present(model, posterior, batch, settings)[0])
     return totals
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def final_posterior(
@@ -205,14 +258,13 @@ def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings)
     return found
 
 
-def _some_posteriors(
+def _refit_prior(
     model: VAE, posterior: Posterior, cells: Iterable[Batch], settings: Settings
-) -> Gaussian:
-    training = model.training
+) -> None:
+    """Let a prior that learns see some cells' posteriors."""
     model.eval()
-    found = concatenate([_present(model, posterior, batch, settings)[0] for batch in cells])
-    model.train(training)
-    return found
+    found = [_present(model, posterior, batch, settings)[0] for batch in cells]
+    model.prior.refit(concatenate(found))
 
 
 def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
@@ -228,7 +280,7 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     mean = torch.from_numpy(cells.room(settings.n_latent)).to(like.device)
     n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
     raw_of_each = like.new_zeros(1, n_raw)
-    if settings.local_step == "natural":
+    if LOCAL_STEPS[settings.local_step].pca_start:
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = training[permutation(len(training))[:MOST_CELLS].sort().values]
         pca = WhitenedPCA(cells.batch(some), settings.n_latent, inputs=model.likelihood.pca_input())

@@ -1,6 +1,8 @@
 """Held-out cells: they judge the decoder by the ELBO of an optimised q."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -8,13 +10,8 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import start
-from scuvae.inference.refinement.refine import refine
+from scuvae.inference.refinement.refine import LOCAL_STEPS
 from scuvae.model import VAE
-
-# Local steps of the first evaluation, from the encoder or the prior, and of later ones, from the
-# last q: it moves little between evaluations.
-_STEPS = {"natural": (8, 1), "gradient": (100, 20)}
-
 
 # Draws that an evaluation takes of each q.
 _DRAWS = 8
@@ -38,29 +35,33 @@ class HeldOutCells:
         self.posterior: list[Gaussian] = []
 
     def elbo(self, model: VAE) -> float:
-        """Mean ELBO in nats a cell, after a few local steps on every q."""
-        first, later = _STEPS[self.local_step]
-        steps = later if self.posterior else first
+        """Mean ELBO in nats a cell, after a few local steps on every q; NaN if it is not finite."""
+        local_step = LOCAL_STEPS[self.local_step]
+        steps = local_step.held_out[bool(self.posterior)]
         total, n_cells = 0.0, 0
         renewed = []
         # The same draws at every evaluation, so that evaluations differ by the decoder alone.
         noise = torch.Generator().manual_seed(0)
         for i, batch in enumerate(self.cells):
-            q = refine(
-                model,
-                batch,
-                [self.posterior[i] if self.posterior else start(model, batch, self.covariance)],
-                local_step=self.local_step,
-                max_steps=steps,
-            )
+            q = self.posterior[i] if self.posterior else start(model, batch, self.covariance)
+            q = local_step.refine(model, batch, q, max_steps=steps)
             renewed.append(q)
             points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)
             with torch.no_grad():
                 total += elbo(model, batch, q, points).elbo.sum().item()
             n_cells += len(batch)
         self.posterior = renewed
-        return total / n_cells
+        return total / n_cells if math.isfinite(total) else math.nan
 
     def q(self) -> Gaussian:
         """q of all held-out cells, in order."""
         return concatenate(self.posterior)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each batch's q, to the last digit."""
+        named = enumerate(self.posterior)
+        return {str(i): {"mean": q.mean, "factor": q.factor} for i, q in named}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.posterior = [Gaussian(**state[str(i)]) for i in range(len(state))]

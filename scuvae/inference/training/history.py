@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Steps whose losses lie together: small blocks that outlive a step, one by one between its large
 # ones, keep these from being used again, and a long epoch would grow by gigabytes.
@@ -87,6 +89,24 @@ class Losses:
         self.n_epochs += len(rows)
         self._blocks, self._cells, self._ends = [], [], []
         return rows, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was not read yet, on the host."""
+        state: dict[str, Any] = {"n_epochs": self.n_epochs, "ends": list(self._ends)}
+        if self.n_steps:
+            state["losses"] = torch.cat(self._blocks, 1)[:, : self.n_steps].cpu()
+            state["cells"] = torch.cat(self._cells).cpu()
+            state["sizes"] = [len(cells) for cells in self._cells]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.n_epochs, self._ends = int(state["n_epochs"]), list(state["ends"])
+        self._blocks, self._cells = [], []
+        if "losses" in state:
+            losses = state["losses"].to(device)
+            self._blocks = list(F.pad(losses, (0, -losses.shape[1] % _ROWS)).split(_ROWS, 1))
+            self._cells = list(state["cells"].split(state["sizes"]))
 
     def _bad(self, step: int, values: Tensor) -> Bad:
         epoch = sum(end <= step for end in self._ends)

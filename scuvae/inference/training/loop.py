@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from scuvae.batches import Batch
 from scuvae.batches.spill import release
 from scuvae.inference.posteriors import Posterior
+from scuvae.inference.training.checkpoint import HeldOut, Progress
 from scuvae.inference.training.cuda_graphs import steps_over
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.history import Losses
 from scuvae.inference.training.optimizers import Optimizer
-from scuvae.inference.training.step import Step
+from scuvae.inference.training.step import ReduceGradients, Step
 from scuvae.kernels.malloc import keep_freed_memory
 from scuvae.model import VAE
 
@@ -46,13 +47,6 @@ class TrainingError(FloatingPointError):
         )
 
 
-class HeldOut(Protocol):
-    """Cells to judge the decoder by."""
-
-    def elbo(self, model: VAE) -> float:
-        """Mean ELBO in nats a cell, q optimised with the decoder frozen."""
-
-
 def train(
     model: VAE,
     posterior: Posterior,
@@ -68,10 +62,16 @@ def train(
     held_out: HeldOut | None = None,
     evaluate_every: int = 1,
     early_stopping: EarlyStopping | None = None,
+    after_epoch: Callable[[], None] | None = None,
     look_every: int = 1,
+    reduce_gradients: ReduceGradients | None = None,
+    state: dict[str, Any] | None = None,
+    on_step: Callable[[Callable[[], dict[str, Any]], bool], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:
     """Fit ``model`` and ``posterior`` to the cells, full batch or in minibatches.
+
+    Parts of the model of which nothing is trained are as in evaluation.
 
     Parameters
     ----------
@@ -81,8 +81,9 @@ def train(
         Number of training cells n: the loss of a batch of B cells weighs n/B, so that its
         gradient estimates that of all cells; a cell's own parameters are moved by its own loss.
     optimizer
-        Over the model's parameters; a posterior's rows have their own. On a GPU steps are recorded
-        and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD can.
+        Over the model's parameters, or some; a posterior's rows have their own. On a GPU steps are
+        recorded and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD
+        can.
     output_precision
         Precisions of a normal prior of the decoder's last weights, broadcast to these: the loss of
         all cells has its −log density beside it. It is no part of the losses that are reported.
@@ -91,9 +92,22 @@ def train(
     held_out, evaluate_every, early_stopping
         Cells to judge the decoder by, every so many epochs, and when to stop; the best state
         is restored.
+    after_epoch
+        Moves what has no gradient, at ends of epochs, after the losses were looked at.
     look_every
         Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
         ``on_epoch`` is called for every epoch, when it is looked at.
+    reduce_gradients
+        Called once a step, after the backward pass and before the optimiser, with the gradients of
+        all parameters that the optimiser has: the one place where those of several processes can be
+        summed, in place. Each process gives the ``n_obs`` of its own cells. Steps are then not
+        recorded.
+    state
+        What an earlier call gave, with the same arguments: training goes on from there.
+    on_step
+        Called after each step with a function that gives the state of everything that the next
+        steps depend on, nested dicts of tensors, by reference, and plain values, and with False;
+        and once more at the end, with True.
 
     Returns
     -------
@@ -109,23 +123,30 @@ def train(
         n_samples=n_samples,
         kl_weight=kl_weight,
         output_precision=output_precision,
+        reduce_gradients=reduce_gradients,
     )
-    epoch_of_steps = steps_over(cells, step)
+    visits, take = steps_over(cells, step)
     losses = Losses(n_obs, kl_weight)
-    history: list[dict[str, float]] = []
+    progress = Progress(step, cells, losses, held_out, early_stopping)
+    if state is not None:
+        progress.load_state_dict(state)
     last_good: dict[str, Any] = {}
     before: dict[str, Any] = {}
 
-    for epoch in range(max_epochs):
-        if not losses.n_steps:  # all that was lost has been looked at
+    while progress.epoch < max_epochs and not progress.stopped:
+        epoch, last_epoch = progress.epoch, progress.epoch == max_epochs - 1
+        if not losses.n_steps or not before:  # all that was lost has been looked at
             before = _snapshot(model, posterior)
         step.set_rate(learning_rate_at(epoch / max_epochs))
-        model.train()
-        for sums, index in epoch_of_steps():
-            losses.add(sums, index)
+        _to_training(model)
+        for batch, index in visits(progress.begin()):
+            losses.add(take(batch), index)
+            progress.batch += 1
+            if on_step is not None:
+                on_step(progress.state_dict, False)
         losses.end_epoch()
+        progress.end_epoch()
 
-        last_epoch = epoch == max_epochs - 1
         judge = held_out if (epoch + 1) % evaluate_every == 0 or last_epoch else None
         if losses.n_steps < look_every and judge is None and not last_epoch:
             continue
@@ -141,26 +162,35 @@ def train(
         if not _all_finite(model, posterior):
             _restore(last_good, model, posterior)
             raise TrainingError(math.nan, *last_step)
-        stop = False
         if judge is not None:
             model.eval()
             value = judge.elbo(model)
-            if not math.isfinite(value):
+            if math.isnan(value):
                 _restore(last_good, model, posterior)
                 raise TrainingError(value, *last_step)
             rows[-1]["validation_elbo"] = value
             if early_stopping is not None:
-                stop = early_stopping.update(epoch, value, lambda: _snapshot(model, posterior))
-        history += rows
+                progress.stopped = early_stopping.update(
+                    epoch, value, lambda: _snapshot(model, posterior)
+                )
+        if after_epoch is not None:
+            after_epoch()
+        progress.history += rows
         for row in rows:
             on_epoch(row)
-        if stop:
-            break
 
     if early_stopping is not None and early_stopping.state:
         _restore(early_stopping.state, model, posterior)
     model.eval()
-    return history
+    if on_step is not None:
+        on_step(progress.state_dict, True)
+    return progress.history
+
+
+def _to_training(model: VAE) -> None:
+    model.train()
+    for part in model.children():
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
 
 
 def _all_finite(model: VAE, posterior: Posterior) -> bool:
@@ -176,9 +206,9 @@ def _all_finite(model: VAE, posterior: Posterior) -> bool:
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
-    own = posterior.state_dict()
-    kept = {name: tensor for name, tensor in own.items() if tensor.numel() <= _MOST_KEPT}
-    return copy.deepcopy({"model": model.state_dict(), "posterior": kept})
+    own = posterior.state_dict().items()
+    kept = {name: tensor for name, tensor in own if tensor.numel() <= _MOST_KEPT}
+    return copy.deepcopy({"model": dict(model.state_dict()), "posterior": kept})
 
 
 def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:

@@ -1,5 +1,6 @@
-"""Optimisers: Adam, compiled where parameters are float32 on a CPU, and torch's own."""
+"""Optimisers: Adam, compiled where parameters are float32 on a CPU, and torch's own; schedules."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -21,6 +22,11 @@ class Optimizer(Protocol):
 
     def step(self) -> Any:
         """Move every parameter that has a gradient."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: ``state`` by number of the parameter, and ``param_groups``."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def adam(parameters: Iterable[Tensor], lr: float = 1e-3) -> Optimizer:
@@ -72,6 +78,58 @@ class CompiledAdam:
                 state["step"] += 1
                 arrays = state["own"], state["first"], state["second"]
                 step(gradient, *arrays, state["step"], group["lr"], _BETAS, _EPS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of :class:`torch.optim.Adam`: each may go on from the other's ``state``."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        states = {}
+        for number, parameter in enumerate(parameters):
+            if state := self.state.get(parameter):
+                states[number] = {
+                    "step": torch.tensor(float(state["step"])),
+                    "exp_avg": torch.from_numpy(state["first"]).view(parameter.shape),
+                    "exp_avg_sq": torch.from_numpy(state["second"]).view(parameter.shape),
+                }
+        groups = [{**group, "params": list(range(len(parameters)))} for group in self.param_groups]
+        return {"state": states, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state as above; rates stay as they are."""
+        from scuvae.kernels.adam import flat
+
+        self.state.clear()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, state in state_dict["state"].items():
+            parameter = parameters[number]
+            first, second = (
+                flat(state[name].to(parameter).clone(memory_format=torch.contiguous_format))
+                for name in ("exp_avg", "exp_avg_sq")
+            )
+            self.state[parameter].update(
+                step=int(state["step"]), own=flat(parameter), first=first, second=second
+            )
+
+
+def state_of(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimiser knows of each parameter: its rates are the schedule's."""
+    states = optimizer.state_dict()["state"].items()
+    # What is None, as SGD's momentum may be, is as good as not there.
+    return {
+        str(number): {name: value for name, value in state.items() if value is not None}
+        for number, state in states
+    }
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Let an optimiser of the same parameters go on from what :func:`state_of` gave."""
+    whole = optimizer.state_dict()
+    whole["state"] = {int(number): dict(own) for number, own in state.items()}
+    optimizer.load_state_dict(whole)
+
+
+def cosine(progress: float) -> float:
+    """A factor on learning rates that falls from one to zero along a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

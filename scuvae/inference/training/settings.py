@@ -51,10 +51,16 @@ class Settings:
     dropout: float
     linear_path: bool
 
+    @property
+    def measured(self) -> bool:
+        """Whether it is the recipe that was measured; others fit plain networks."""
+        return _measured(self.optimizer, self.local_step)
+
     @classmethod
     def resolve(
         cls,
         n_obs: int,
+        *,
         amortized: bool | str,
         likelihood: object,
         n_latent: int,
@@ -71,6 +77,7 @@ class Settings:
         kl_weight: float,
         dropout: float | None,
     ) -> "Settings":
+        """What ``tl.fit`` was asked, checked; what was left to it, decided for so many cells."""
         one_of(
             "amortized",
             amortized,
@@ -84,11 +91,9 @@ class Settings:
         one_of("optimizer", optimizer, OPTIMIZERS)
         one_of("local_step", local_step, LOCAL_STEPS)
         if covariance is None:
-            natural = kind.has_rows and local_step == "natural"
-            covariance = "full" if natural else "diagonal"
+            covariance = LOCAL_STEPS[local_step].covariance if kind.has_rows else "diagonal"
         one_of("covariance", covariance, COVARIANCES)
-        # Adam with natural steps is the recipe that was measured; others stay plain networks.
-        plain = optimizer != "adam" or local_step != "natural"
+        plain = not _measured(optimizer, local_step)
         fraction = real("validation_fraction", validation_fraction, low=0.0, below=1.0)
         size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
         if max_epochs is None:
@@ -97,7 +102,7 @@ class Settings:
             dropout = 0.0 if plain else min(0.5, DROPOUT_CELLS / (DROPOUT_CELLS + n_obs))
         if learning_rate is None:
             learning_rate = LEARNING_RATES[optimizer]
-            if kind.has_rows and optimizer == "adam" and local_step == "natural":
+            if kind.has_rows and not plain:
                 # The decoder does not wait for an encoder: it can take longer steps.
                 learning_rate *= 2
         return cls(
@@ -117,3 +122,7 @@ class Settings:
             dropout=real("dropout", dropout, low=0.0, below=1.0),
             linear_path=not plain and n_layers > 0,
         )
+
+
+def _measured(optimizer: str, local_step: str) -> bool:
+    return optimizer == "adam" and LOCAL_STEPS[local_step].measured

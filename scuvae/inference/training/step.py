@@ -1,5 +1,8 @@
 """One training step: the backward pass of a batch's loss, then all that it moves."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,8 +10,11 @@ from torch.nn import functional as F
 from scuvae.batches import Batch
 from scuvae.inference.posteriors import Posterior
 from scuvae.inference.posteriors.objectives import descend
-from scuvae.inference.training.optimizers import Optimizer
+from scuvae.inference.training.optimizers import Optimizer, load_state, state_of
 from scuvae.model import VAE
+
+# Takes the gradients of all that processes share, once a step, and may put their sum in place.
+ReduceGradients = Callable[[list[Tensor]], None]
 
 
 class Step:
@@ -17,10 +23,10 @@ class Step:
     Parameters
     ----------
     optimizer
-        Over the model's parameters.
+        Over the parameters that all cells share.
     n_obs
         Number of training cells: the loss of a batch of B cells weighs n/B.
-    n_samples, kl_weight, output_precision
+    n_samples, kl_weight, output_precision, reduce_gradients
         As in :func:`scuvae.inference.training.loop.train`.
     """
 
@@ -34,10 +40,12 @@ class Step:
         n_samples: int,
         kl_weight: float,
         output_precision: Tensor | None = None,
+        reduce_gradients: ReduceGradients | None = None,
     ) -> None:
         self.model, self.posterior, self.optimizer = model, posterior, optimizer
         self.n_obs, self.n_samples, self.kl_weight = n_obs, n_samples, kl_weight
         self.output_precision = output_precision
+        self.reduce_gradients = reduce_gradients
         groups = optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._base_rates = [float(group["lr"]) for group in groups]
@@ -49,9 +57,12 @@ class Step:
 
     @property
     def replayable(self) -> bool:
-        """Whether nothing of the optimiser's part is done by the host."""
+        """Whether the host has no part in what is done with gradients."""
         groups = self.optimizer.param_groups
-        return all(group.get("capturable") and isinstance(group["lr"], Tensor) for group in groups)
+        on_device = (
+            group.get("capturable") and isinstance(group["lr"], Tensor) for group in groups
+        )
+        return self.reduce_gradients is None and all(on_device)
 
     def set_rate(self, rate: float) -> None:
         """The schedule's factor on all step sizes."""
@@ -77,12 +88,45 @@ class Step:
         if extra is not None:
             losses[2] = extra
         posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=self._rate)
+        if self.reduce_gradients is not None:
+            self.reduce_gradients(self._gradients())
+        # Of the weights, not of cells: however many processes see these, it counts once.
         if self.output_precision is not None:
             output = model.decoder.output.weight
             if output.grad is not None:
                 output.grad.addcmul_(output.detach(), self.output_precision)
         self.optimizer.step()
         return losses
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all shared parameters, in one order in every process: zero where a loss has none."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that steps move, by reference as torch has it, in nested dicts of tensors and plain
+        values: what safetensors and JSON hold."""
+        return {
+            "model": dict(self.model.state_dict()),
+            "posterior": dict(self.posterior.state_dict()),
+            "beside the tables": {name: part.training_state() for name, part in self._parts()},
+            "optimizer": state_of(self.optimizer),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, in the memory that there is."""
+        self.model.load_state_dict(state["model"])
+        self.posterior.load_state_dict(state["posterior"])
+        for name, part in self._parts():
+            part.load_training_state(state["beside the tables"][name])
+        load_state(self.optimizer, state["optimizer"])
+
+    def _parts(self) -> list[tuple[str, Posterior]]:
+        """The posterior, and those that it is made of."""
+        modules = self.posterior.named_modules()
+        return [(name, part) for name, part in modules if isinstance(part, Posterior)]
 
 
 def _set(old: float | Tensor, new: float) -> float | Tensor:

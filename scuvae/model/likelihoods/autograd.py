@@ -70,14 +70,15 @@ def reverse(
     """
     hidden, weight, bias = layer
     eta = F.linear(hidden, weight, bias)
-    wanted = [True] * (1 + len(parameters))
+    wanted = [parameter.requires_grad for parameter in (bias, *parameters)]
     out, slopes = passes(eta, x, size, None, *parameters, keep=True, spare=True, wanted=wanted)
     assert slopes is not None
     rows = slopes.eta.flatten(0, -2)
-    accumulate(weight, rows.T @ (hidden.flatten(0, -2) * factor))
+    if weight.requires_grad:
+        accumulate(weight, rows.T @ (hidden.flatten(0, -2) * factor))
     of_bias = rows if slopes.eta_sum is None else slopes.eta_sum
     for parameter, part in zip((bias, *parameters), (of_bias, *slopes.parameters), strict=True):
-        if part is not None:
+        if part is not None and parameter.requires_grad:
             accumulate(parameter, (part if _is_sum(part) else part.flatten(0, -2).sum(0)) * factor)
     return out, (slopes.eta @ weight).mul_(factor)
 

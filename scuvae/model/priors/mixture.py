@@ -43,7 +43,6 @@ class Mixture(Prior):
 
     def __init__(self, n_latent: int, n_components: int = 20) -> None:
         super().__init__(n_latent)
-        self.n_components = n_components
         # One standard normal, until there are posteriors.
         weight = torch.zeros(n_components)
         weight[0] = 1.0
@@ -53,6 +52,10 @@ class Mixture(Prior):
         self.weight: Tensor
         self.mean: Tensor
         self.factor: Tensor
+
+    @property
+    def n_components(self) -> int:
+        return len(self.weight)
 
     @property
     def log_weight(self) -> Tensor:

@@ -31,6 +31,15 @@ class RowOptimizer(ABC):
         for name, values in own.items():
             self.state[name][rows] = values
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments and step counts of all rows, by reference."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        for name, values in self.state.items():
+            values.copy_(state[name])
+
     @abstractmethod
     def _direction(self, gradient: Tensor, own: dict[str, Tensor]) -> Tensor:
         """The step per learning rate; renews the moments in ``own``."""

@@ -1,0 +1,134 @@
+"""The files that commands read and write. Nothing heavy is imported before they are known."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scuvae._files import checked_target, free_bytes, replacing, temporary
+from scuvae.cli.messages import one_line
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def checked_output(output: Path, *inputs: Path) -> Path:
+    """The file that ``output`` names, links followed, or an error before any work."""
+    for path in inputs:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file")
+    target = Path(os.path.realpath(output))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        # A .zarr store is a folder: writing into it, or replacing one that holds the input, counts.
+        within = target.is_relative_to(source) or source.is_relative_to(target)
+        if within or (target.exists() and target.samefile(source)):
+            raise ValueError(f"{output} would overwrite {path}, which is read: name another output")
+    zarr = target.suffix == ".zarr"
+    store = any((target / name).is_file() for name in (".zgroup", "zarr.json"))
+    if zarr and target.exists() and not store:
+        raise ValueError(f"{output} exists and is no zarr store: name another output")
+    return checked_target(output, folder=zarr)
+
+
+def opened(
+    args: argparse.Namespace, output: Path
+) -> tuple["AnnData", Callable[["AnnData", Path], None]]:
+    """The input, and what writes it with the results: a large one's matrices stay on disk."""
+    path, like = args.input, args.input.suffix == output.suffix
+    if args.backed and not like:
+        raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
+    from scuvae.io.backed_files import bytes_of, is_large, open_backed, write_backed
+
+    if not (args.backed or (like and is_large(path))):
+        adata = read(path)
+        check_writing(adata, output)
+        return adata, write
+    needed, free = bytes_of(path), free_bytes(output.parent)
+    if needed > free:
+        raise OSError(
+            f"no space for {output}: it needs more than {needed:,} bytes, and {free:,} are free on "
+            f"{output.parent}. Make room there, or name another output"
+        )
+
+    def copy(adata: "AnnData", target: Path) -> None:
+        with replacing(target) as new:
+            write_backed(adata, path, new, getattr(args, "key_added", None))
+
+    return _reading(open_backed, path), copy
+
+
+def read(path: Path) -> "AnnData":
+    import anndata
+
+    return _reading(anndata.read_zarr if path.suffix == ".zarr" else anndata.read_h5ad, path)
+
+
+def _reading(how: Callable[[Path], "AnnData"], path: Path) -> "AnnData":
+    try:
+        return how(path)
+    except Exception as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def check_writing(adata: "AnnData", target: Path) -> None:
+    """Raise before any work if the file system has no room, or ``adata`` has what no file takes."""
+    from scuvae.io.file_sizes import without_values
+
+    _check_space(adata, target)
+    with temporary(target) as folder:
+        for slot, part in without_values(adata):
+            try:
+                _write(part, folder / f"{slot.replace('/', '_')}{target.suffix}")
+            except Exception as error:
+                notes = " ".join(getattr(error, "__notes__", ()))
+                raise ValueError(
+                    f"adata.{slot} cannot be written to {target.name}: {one_line(error)} {notes}"
+                ) from error
+
+
+def _check_space(adata: "AnnData", target: Path) -> None:
+    from scuvae.io.file_sizes import bytes_written
+
+    needed, free = bytes_written(adata, target.suffix), free_bytes(target.parent)
+    if needed > free:
+        raise OSError(
+            f"no space for {target}: it needs at least {needed:,} bytes, and {free:,} are free on "
+            f"{target.parent}. Make room there, or name another output"
+        )
+
+
+def write(adata: "AnnData", target: Path) -> None:
+    """Write beside ``target`` and rename, so that it is the old file or the new, never a part."""
+    try:
+        _check_space(adata, target)  # HDF5 does not bear to run out of it
+        with replacing(target) as new:
+            _write(adata, new)
+    except (OSError, RuntimeError) as error:  # HDF5's are of both kinds
+        from scuvae.io.file_sizes import bytes_written
+
+        needed, free = bytes_written(adata, target.suffix), free_bytes(target.parent)
+        kept = "; the old file is as it was" if target.exists() else ""
+        raise OSError(
+            f"cannot write {target}: {one_line(error)}. It needs about {needed:,} bytes, and "
+            f"{free:,} are free on {target.parent}{kept}"
+        ) from error
+
+
+def _write(adata: "AnnData", path: Path) -> None:
+    adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+
+
+def described(model: "AnnData") -> str:
+    """What a model file holds, some lines."""
+    from scuvae._keys import DEFAULT
+
+    entry = model.uns[DEFAULT]
+    params, history = entry["params"], entry["history"]
+    width = max(len(name) for name in params)
+    lines = [f"{name:<{width}}  {value}" for name, value in sorted(params.items())]
+    numbers = sum(a.size for part in entry["state"].values() for a in part.values())
+    genes = ", ".join([*model.var_names[:5], *(["..."] if model.n_vars > 5 else [])])
+    lines += [f"{'parameters':<{width}}  {numbers:,}", f"{'epochs':<{width}}  {len(history)}"]
+    return "\n".join([*lines, f"{'genes':<{width}}  {model.n_vars:,}: {genes}"])

@@ -1,0 +1,73 @@
+"""What the command line says, and how it ends."""
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Errors that speak to the user; any other is a fault of the package, and named as one.
+EXPECTED = (ValueError, TypeError, LookupError, OSError, ArithmeticError)
+
+
+class Terminated(BaseException):
+    """SIGTERM. Raised like Ctrl-C's, so that temporary folders are removed on the way out."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def messages(verbose: int) -> Iterator[None]:
+    """scuvae's log and Python's warnings as plain lines on stderr."""
+    logger = logging.getLogger("scuvae")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("scuvae: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        say(f"warning: {' '.join(str(message).split())}")
+
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions and not verbose:
+                # These speak to the authors of scuvae and of its dependencies.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.filterwarnings("ignore", message="Writing zarr v2 data")
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def say(text: str, status: int = 0) -> int:
+    print(f"scuvae: {text}", file=sys.stderr)
+    return status
+
+
+def one_line(error: Exception) -> str:
+    # str() of a KeyError is the repr of its message.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    if text and isinstance(error, EXPECTED):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)" if text else type(error).__name__

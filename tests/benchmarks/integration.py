@@ -1,0 +1,180 @@
+"""Integration on both axes: do batches mix, and do types stay apart?
+
+    python tests/benchmarks/integration.py DATA.h5ad ... --batch-key batch --cache DIR
+
+PCA, Harmony, ComBat, SCVI (default), ours: latent means and the map; ``--variants`` ways in which
+covariates enter our decoder. Figures are 0 to 1, 1 best, but for ``told``: by how many points
+neighbours within a type say a cell's batch better than chance. ``batch`` is the mean of iLISI,
+kBET, connectivity and BRAS, ``bio`` of NMI, ARI, cLISI and labels across batches, ``total``
+.4 batch + .6 bio, as scib-metrics weighs them; the figures themselves are plain numpy kin of its.
+"""
+
+from contextlib import contextmanager
+
+import _methods as methods
+import _mixing as mixing
+import _views as views
+import numpy as np
+import torch
+from _common import Clock, medians, print_table, write_json
+from _methods import Data
+
+from scuvae.model.decoder import Decoder
+
+RESOLUTIONS = tuple(np.round(np.arange(0.1, 2.01, 0.1), 1))
+COLUMNS = {
+    "model": ("representation", ""),
+    "cpu_s": ("CPU s", ".1f"),
+    "total": ("total", ".3f"),
+    "batch": ("batch", ".3f"),
+    "bio": ("bio", ".3f"),
+    "ilisi": ("iLISI", ".3f"),
+    "kbet": ("kBET", ".3f"),
+    "graph": ("graph", ".3f"),
+    "bras": ("BRAS", ".3f"),
+    "told": ("told", ".3f"),
+    "nmi": ("NMI", ".3f"),
+    "ari": ("ARI", ".3f"),
+    "clisi": ("cLISI", ".3f"),
+    "across": ("across", ".3f"),
+}
+
+
+def judged(data, points):
+    """All figures of one representation."""
+    near = views.neighbours(points, 30)
+    code = np.unique(data.batches, return_inverse=True)[1]
+    others = views.neighbours(points, 15, among=code)
+    n_types = len(np.unique(data.labels))
+    row = {
+        "ilisi": views.mixing(near, data.batches),
+        "kbet": mixing.kbet(points, data.labels, data.batches),
+        "graph": mixing.connectivity(near[:, :15], data.labels),
+        "bras": mixing.bras(points, data.labels, data.batches),
+        "clisi": (n_types - views.clisi(near, data.labels)) / (n_types - 1),
+        "across": float((views.vote(others, data.labels) == data.labels).mean()),
+        **views.best_agreement(views.leiden(points, RESOLUTIONS), data.labels),
+        "told": mixing.told_apart(points, data.labels, data.batches),
+    }
+    row["batch"] = float(np.mean([row[name] for name in ("ilisi", "kbet", "graph", "bras")]))
+    row["bio"] = float(np.mean([row[name] for name in ("nmi", "ari", "clisi", "across")]))
+    row["total"] = 0.4 * row["batch"] + 0.6 * row["bio"]
+    return row
+
+
+# --- ways in which covariates enter --------------------------------------------------------------
+
+
+@contextmanager
+def variant(name):
+    """Inside, decoders are told of covariates in another way.
+
+    ``as it is``: in the first layer and at the output; ``output``: at the output alone;
+    ``first``: in the first layer alone; ``free``, ``shrunk``: at the output under a prior a tenth
+    or ten times as tight.
+    """
+    precision, beside, shift = Decoder.output_precision, Decoder._beside, Decoder._shift
+
+    def other_precision(by):
+        def changed(self, n_obs):
+            found = precision(self, n_obs)
+            if self.n_covariates and self.linear_path:
+                found[:, -self.n_covariates :] *= by
+            return found
+
+        return changed
+
+    def without_output(self, hidden, z, covariates):
+        return beside(self, hidden, z, None if covariates is None else 0 * covariates)
+
+    def without_first(self, values, covariates):
+        return values if len(self.layers) > 1 else shift(self, values, covariates)
+
+    if name == "output":
+        Decoder._shift = without_first
+    elif name in ("free", "shrunk"):
+        Decoder.output_precision = other_precision(0.1 if name == "free" else 10.0)
+    elif name == "first":
+        Decoder._beside = without_output
+    try:
+        yield
+    finally:
+        Decoder.output_precision, Decoder._beside, Decoder._shift = precision, beside, shift
+
+
+def ours(data, seed, label, arguments, way):
+    with variant(way):
+        adata, seconds = methods.fit(data, data.adata.X, seed, arguments)
+    name = label if way == "as it is" else f"{label}, {way}"
+    for what, points in (("latent", adata.obsm["X_scuvae"]), ("map", methods.our_map(adata))):
+        row = {"model": f"{name}: {what}", "seed": seed, "cpu_s": seconds}
+        yield row | judged(data, np.asarray(points))
+
+
+def others(data, args, seed):
+    def row(what, label, make):
+        def made():
+            points, seconds = make()
+            return {"cpu_s": seconds, **judged(data, points)}
+
+        return {"model": label, "seed": seed, **data.remember(f"integration_{what}", made)}
+
+    def pca():
+        clock = Clock()
+        return views.pca(views.log_normalised(data.adata.X), 50), clock.seconds()
+
+    def harmony():
+        clock = Clock()
+        return methods.harmony(pca()[0], data, seed), clock.seconds()
+
+    def combat():
+        import scanpy as sc
+
+        clock = Clock()
+        adata = data.with_counts(data.adata.X)
+        adata.X = views.log_normalised(data.adata.X)
+        sc.pp.combat(adata, key=data.batch_key)
+        return views.pca(np.asarray(adata.X), 50), clock.seconds()
+
+    def scvi():
+        found = methods.scvi(data, seed)
+        return found["latent"], float(found["cpu_s"])
+
+    if "pca" in args.models:
+        yield row("pca", "PCA 50", pca)
+    if "combat" in args.models:
+        yield row("combat", "ComBat, PCA 50", combat)
+    if "harmony" in args.models:
+        yield row(f"harmony_seed{seed}", "Harmony, PCA 50", harmony)
+    if "scvi" in args.models:
+        yield row(f"{methods.row_name('scvi', args)}_seed{seed}", "SCVI", scvi)
+
+
+def main():
+    models = [*methods.OURS, "pca", "combat", "harmony", "scvi"]
+    parser = methods.parser(__doc__, models, ["unamortized", "pca", "combat", "harmony", "scvi"])
+    parser.add_argument("--variants", nargs="+", default=["as it is"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    methods.warm_up()
+    results = []
+    for path in args.data:
+        data = Data(path, args)
+        print(f"\n## {data}\n", flush=True)
+        rows = []
+        for seed in args.seeds:
+            for label, arguments in methods.fits_of(args):
+                for way in args.variants:
+                    for row in ours(data, seed, label, arguments, way):
+                        methods.say(row)
+                        rows.append(row)
+            rows += others(data, args, seed)
+        table = medians(rows, "model")
+        print_table(table, COLUMNS)
+        results.append({"data": data.name, "table": table, "rows": rows})
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
