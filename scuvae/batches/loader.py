@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scuvae.batches.batch import Batch
 from scuvae.batches.sources.base import Source
+from scuvae.batches.sparse_rows import SparseRows
+from scuvae.batches.spill import room
 
 
 class Told(Protocol):
@@ -50,9 +53,16 @@ class Cells:
     def __len__(self) -> int:
         return self.source.shape[0]
 
-    def batch(self, index: Tensor, on_host: Tensor | None = None, size: int | None = None) -> Batch:
+    def batch(
+        self,
+        index: Tensor,
+        on_host: Tensor | None = None,
+        size: int | None = None,
+        values: Tensor | SparseRows | None = None,
+    ) -> Batch:
+        """Some cells, by row number; ``values`` are theirs where they are at hand."""
         return Batch(
-            self.source.rows(index, on_host, size),
+            self.source.rows(index, on_host, size) if values is None else values,
             index,
             self.size_factor.index_select(0, index),
             None if self.covariates is None else self.covariates.rows(index),
@@ -60,6 +70,12 @@ class Cells:
             on_host,
             self.size_of_all,
         )
+
+    def room(self, width: int) -> np.ndarray:
+        """Zeros on the host, a row a cell; beside cells on disk they are on disk as well."""
+        if self.source.streamed:
+            return room(len(self), width)
+        return torch.zeros(len(self), width).numpy()
 
     def loader(
         self, rows: Tensor, batch_size: int, generator: torch.Generator | None = None
@@ -94,7 +110,7 @@ class Loader:
         """The row numbers of an epoch's batches, on the device and on the host."""
         index, on_host = self.index, self.on_host
         if self.generator is not None and self.batch_size < len(index):
-            on_host = on_host[torch.randperm(len(index), generator=self.generator)]
+            on_host = self.cells.source.order(on_host, self.batch_size, self.generator)
             index = on_host.to(index.device)
         return zip(index.split(self.batch_size), on_host.split(self.batch_size), strict=True)
 
@@ -104,4 +120,8 @@ class Loader:
         return self.cells.batch(index, on_host, size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.gather(*part) for part in self.parts())
+        if not self.cells.source.streamed:
+            return (self.gather(*part) for part in self.parts())
+        parts = list(self.parts())
+        values = self.cells.source.visit([on_host for _, on_host in parts])
+        return (self.cells.batch(*part, values=x) for part, x in zip(parts, values, strict=True))

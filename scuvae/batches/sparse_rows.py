@@ -73,23 +73,20 @@ class SparseRows:
 
     def padded(self, rows: Tensor, size: int | None) -> "SparseRows":
         """Some rows, by torch's operators, and entries of 0 in the last of them up to ``size``."""
-        first = self.starts.index_select(0, rows)
-        length = self.starts.index_select(0, rows + 1) - first
-        starts = _starts(length)
-        if size is None:
-            size = int(starts[-1])
-        position = torch.arange(size, device=rows.device)
-        beyond = position >= starts[-1]
-        # The row of each entry, by the number of rows that end before it.
-        row = torch.searchsorted(starts[1:], position, right=True).clamp_max_(len(rows) - 1)
-        # Where a row's entries lie in the matrix, less where they lie in the new block.
-        at = (first - starts[:-1]).index_select(0, row).add_(position)
+        ends, row, at, beyond = entries(self.starts, rows, size)
         at.clamp_max_(len(self.value) - 1)
-        ends = torch.cat([starts[:-1], starts.new_full((1,), size)])
         value = self.value.index_select(0, at).masked_fill_(beyond, 0.0)
         block = SparseRows(ends, self.col.index_select(0, at), value, self.n_vars)
         block.__dict__["row"] = row  # what the property would find again
         return block
+
+    def to(self, device: torch.device) -> "SparseRows":
+        """The same on a GPU, by way of pinned memory."""
+        starts, col, value = (
+            part.pin_memory().to(device, non_blocking=True)
+            for part in (self.starts, self.col, self.value)
+        )
+        return SparseRows(starts, col, value, self.n_vars)
 
     def first(self, n: int) -> "SparseRows":
         """The first n > 0 rows. On a GPU the last of them ends with entries of 0 for all others."""
@@ -118,6 +115,27 @@ class SparseRows:
         """The entries where the mask ``kept`` is true, with values of theirs, (nonzeros,)."""
         starts = F.pad(kept.cumsum(0), (1, 0))[self.starts]
         return SparseRows(starts, self.col[kept], value[kept], self.n_vars)
+
+
+def entries(
+    starts: Tensor, rows: Tensor, size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some rows of a CSR matrix, by torch's operators: their starts in a block of ``size``
+    entries, and of each entry its row, its place in the matrix, and whether it is beyond the last.
+    """
+    first = starts.index_select(0, rows)
+    length = starts.index_select(0, rows + 1) - first
+    new_starts = _starts(length)
+    if size is None:
+        size = int(new_starts[-1])
+    position = torch.arange(size, device=rows.device)
+    beyond = position >= new_starts[-1]
+    # The row of each entry, by the number of rows that end before it.
+    row = torch.searchsorted(new_starts[1:], position, right=True).clamp_max_(len(rows) - 1)
+    # Where a row's entries lie in the matrix, less where they lie in the new block.
+    at = (first - new_starts[:-1]).index_select(0, row).add_(position)
+    ends = torch.cat([new_starts[:-1], new_starts.new_full((1,), size)])
+    return ends, row, at, beyond
 
 
 def at_hand(values: Tensor) -> bool:

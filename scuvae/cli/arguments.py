@@ -16,7 +16,7 @@ KEY: Flag = ("--key", str, "KEY", "the fit to use, where there are several")
 KEY_ADDED: Flag = ("--key-added", str, "KEY", "name of the slots written (default: X_scuvae, ...)")
 
 # What the command line keeps for itself; every other argument goes to tl under its own name.
-OWN = {"run", "input", "output", "reference", "verbose", "debug"}
+OWN = {"run", "input", "output", "reference", "backed", "verbose", "debug"}
 
 
 def subcommand(
@@ -53,6 +53,8 @@ def input_and_output(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("input", type=data_path, help=".h5ad or .zarr; never written to")
     text = ".h5ad or .zarr; if it exists, replaced once the new one is complete"
     sub.add_argument("-o", "--output", type=data_path, required=True, metavar="FILE", help=text)
+    text = "leave matrices on disk and read them as needed; inputs of 1 GB and more are by default"
+    sub.add_argument("--backed", action="store_true", default=False, help=text)
 
 
 # Any: the class of an argument group is private to argparse.

@@ -1,6 +1,8 @@
 """The files that commands read and write. Nothing heavy is imported before they are known."""
 
+import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +32,42 @@ def checked_output(output: Path, *inputs: Path) -> Path:
     return checked_target(output, folder=zarr)
 
 
+def opened(
+    args: argparse.Namespace, output: Path
+) -> tuple["AnnData", Callable[["AnnData", Path], None]]:
+    """The input, and what writes it with the results: a large one's matrices stay on disk."""
+    path, like = args.input, args.input.suffix == output.suffix
+    if args.backed and not like:
+        raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
+    from scuvae.io.backed_files import bytes_of, is_large, open_backed, write_backed
+
+    if not (args.backed or (like and is_large(path))):
+        adata = read(path)
+        check_writing(adata, output)
+        return adata, write
+    needed, free = bytes_of(path), free_bytes(output.parent)
+    if needed > free:
+        raise OSError(
+            f"no space for {output}: it needs more than {needed:,} bytes, and {free:,} are free on "
+            f"{output.parent}. Make room there, or name another output"
+        )
+
+    def copy(adata: "AnnData", target: Path) -> None:
+        with replacing(target) as new:
+            write_backed(adata, path, new, getattr(args, "key_added", None))
+
+    return _reading(open_backed, path), copy
+
+
 def read(path: Path) -> "AnnData":
     import anndata
 
+    return _reading(anndata.read_zarr if path.suffix == ".zarr" else anndata.read_h5ad, path)
+
+
+def _reading(how: Callable[[Path], "AnnData"], path: Path) -> "AnnData":
     try:
-        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+        return how(path)
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 

@@ -13,7 +13,7 @@ from scuvae.cli.arguments import (
     progress,
     switch,
 )
-from scuvae.cli.files import check_writing, checked_output, read, write
+from scuvae.cli.files import checked_output, opened
 
 TEXT = "fit the model to the counts of a file"
 INFERENCE: dict[str, bool | str] = {"unamortized": False, "amortized": True, "semi": "semi"}
@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> None:
     output = checked_output(args.output, args.input)
     from scuvae import tl
 
-    adata = read(args.input)
-    check_writing(adata, output)
+    adata, save = opened(args, output)
     tl.fit(adata, **passed_on(args))
-    write(adata, output)
+    save(adata, output)

@@ -13,7 +13,7 @@ from scuvae.cli.arguments import (
     passed_on,
     reference_path,
 )
-from scuvae.cli.files import check_writing, checked_output, read, write
+from scuvae.cli.files import checked_output, opened, read
 
 TEXT = "find the posterior of new cells under a fitted model"
 PROJECT = [
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
     # A model file is read by tl, under the name of --key.
     model = args.reference.suffix == ".scuvae"
     reference = args.reference if model else read(args.reference)
-    adata = read(args.input)
-    check_writing(adata, output)
+    adata, save = opened(args, output)
     tl.project(adata, reference, **passed_on(args))
-    write(adata, output)
+    save(adata, output)

@@ -11,6 +11,7 @@ import torch
 from anndata import AnnData
 
 from scuvae._errors import near
+from scuvae.io.inputs import obs_column
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
 
 logger = logging.getLogger("scuvae")
@@ -171,7 +172,7 @@ def column_of(adata: AnnData, argument: str, key: object, owner: str = "adata") 
         )
     if key not in adata.obs:
         raise ValueError(f"{argument}={key!r} is no column of {owner}.obs. {near(key, adata.obs)}")
-    column = adata.obs[key]
+    column = obs_column(adata, key)
     if isinstance(column, pd.DataFrame):
         raise ValueError(
             f"{owner}.obs has {column.shape[1]} columns named {key!r}, which {argument} names: "

@@ -12,6 +12,7 @@ from anndata import AnnData
 
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
+from scuvae.batches.stored.matrix import StoredMatrix
 from scuvae.io import inputs
 from scuvae.io.covariates import match_covariates, size_factors
 from scuvae.io.fit_state import Fit
@@ -86,7 +87,7 @@ def match(
     if chosen_out:
         logger.info("%d genes that the fit knows are not used by choice", chosen_out)
 
-    matrix = inputs.read_matrix(adata, layer, columns)
+    matrix = inputs.read_matrix(adata, layer, columns, in_memory=False)
     likelihood = fit.model.likelihood
     inputs.check_values(
         matrix,
@@ -146,6 +147,8 @@ def some(names: pd.Index) -> str:
 
 def spread(matrix: Any, columns: np.ndarray, n_vars: int) -> Any:
     """``matrix`` with its columns at the places ``columns`` among ``n_vars``; the others unused."""
+    if isinstance(matrix, StoredMatrix):
+        return matrix.spread(columns, n_vars)
     if isinstance(matrix, np.ndarray):
         wide = np.zeros((matrix.shape[0], n_vars), np.float32)
         wide[:, columns] = matrix

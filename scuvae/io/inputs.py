@@ -6,11 +6,14 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse as sp
 
 from scuvae._errors import near
-from scuvae.model.likelihoods.support import SUPPORTS, fractional
+from scuvae.batches.stored.matrix import Place, StoredMatrix
+from scuvae.batches.stored.registry import kind_of
+from scuvae.model.likelihoods.support import SUPPORTS, fractional, negative
 
 _LARGEST = np.finfo(np.float32).max
 # Values may be counts for the most part: when so small a share is not whole.
@@ -59,6 +62,12 @@ def slot_name(layer: str | None) -> str:
     return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
 
 
+def obs_column(adata: AnnData, key: str) -> pd.Series:
+    """A column of obs, in memory also where ``anndata.experimental.read_lazy`` left it on disk."""
+    column = adata.obs[key]
+    return column if isinstance(column, pd.Series | pd.DataFrame) else column.to_pandas()
+
+
 def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
     """``mask_var``, a boolean column of var or a boolean array, as an array; None for all genes."""
     if mask_var is None:
@@ -68,7 +77,7 @@ def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
             raise ValueError(
                 f"mask_var={mask_var!r} is no column of adata.var. {near(mask_var, adata.var)}"
             )
-        name, mask = f"adata.var[{mask_var!r}]", adata.var[mask_var].to_numpy()
+        name, mask = f"adata.var[{mask_var!r}]", np.asarray(adata.var[mask_var])
     else:
         name, mask = "mask_var", np.asarray(mask_var)
     if mask.dtype != bool or mask.shape != (adata.n_vars,):
@@ -81,10 +90,14 @@ def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
     return mask
 
 
-def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
+def read_matrix(
+    adata: AnnData, layer: str | None, genes: Any = None, *, in_memory: bool = True
+) -> Any:
     """The matrix of ``layer`` restricted to ``genes``: a CSR array or an ndarray, in memory.
 
-    A sparse matrix stays sparse; nothing is copied that need not be.
+    A sparse matrix stays sparse; nothing is copied that need not be. Unless ``in_memory`` one that
+    is not in memory stays there, a :class:`StoredMatrix`; CSC matrices on disk, which cannot be
+    read by cells, are loaded all the same.
     """
     name = slot_name(layer)
     if layer is not None and layer not in adata.layers:
@@ -95,6 +108,11 @@ def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
             f"adata.X is None: pass layer= with the values to fit. {near('counts', adata.layers)}"
         )
     kind = f"{type(x).__module__}.{type(x).__name__}"
+    stored = None if in_memory else kind_of(x)
+    if stored is not None:
+        _check_dtype(x, name)
+        columns = genes if genes is None else np.arange(adata.n_vars)[genes]
+        return StoredMatrix(stored(x), columns)
     if kind.startswith("dask"):
         raise TypeError(f"{name} is a dask array: load it first, adata = adata.to_memory()")
     if hasattr(x, "to_memory"):
@@ -108,11 +126,7 @@ def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
             raise TypeError(f"{name} is a sparse {x.format.upper()} matrix: convert it, x.tocsr()")
     elif not isinstance(x, np.ndarray):
         raise TypeError(f"{name} is a {kind}: pass a numpy array or a scipy CSR or CSC matrix")
-    if x.dtype.kind not in "biuf":
-        raise TypeError(
-            f"{name} has dtype {x.dtype}, but values must be real numbers: convert it, "
-            "x.astype('float32')"
-        )
+    _check_dtype(x, name)
     if genes is not None:
         x = x[:, genes]
     if not sp.issparse(x):
@@ -124,8 +138,18 @@ def read_matrix(adata: AnnData, layer: str | None, genes: Any = None) -> Any:
     return x
 
 
+def _check_dtype(x: Any, name: str) -> None:
+    if x.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, but values must be real numbers: convert it, "
+            "x.astype('float32')"
+        )
+
+
 def is_whole(x: Any) -> bool:
     """Whether all values are finite, non-negative and whole."""
+    if isinstance(x, StoredMatrix):
+        return _find(x, _not_whole)[0] == 0
     values = x.data if sp.issparse(x) else x
     if values.dtype.kind in "bu":
         return True
@@ -137,11 +161,8 @@ def is_whole(x: Any) -> bool:
 
 def not_whole(x: Any, adata: AnnData, layer: str | None) -> str:
     """The first value that is no whole count, with its cell and gene, and how many; or ""."""
-    values = x.data if sp.issparse(x) else x
-    count, first = _find(
-        values, lambda v: ~((v >= 0) & (v == np.rint(v)) & (v <= _LARGEST)), kinds="if"
-    )
-    return _place(x, first, adata, layer, None, count) if count else ""
+    count, place = _find(x, _not_whole)
+    return _shown(place, adata, layer, None, count) if place else ""
 
 
 def check_values(
@@ -161,51 +182,101 @@ def check_values(
     and a matrix of zeros is as good as another. ``support``: a key of
     :data:`scuvae.model.likelihoods.support.SUPPORTS`; ``fractions`` lets counts be no whole ones.
     """
-    values = x.data if sp.issparse(x) else x
-    count, first = _find(values, lambda v: ~(np.abs(v) <= _LARGEST), kinds="f")
-    if count:
-        place = _place(x, first, adata, layer, genes, count)
-        raise ValueError(f"{place}, which is no finite number in float32. Impute it, or drop it")
+    count, place = _find(x, _not_finite)
+    if place:
+        shown = _shown(place, adata, layer, genes, count)
+        raise ValueError(f"{shown}, which is no finite number in float32. Impute it, or drop it")
     for outside in SUPPORTS[support].outside:
         tolerable = outside is fractional
         if fractions and tolerable:
             continue
-        count, first = _find(values, outside, kinds="uif")
-        if count:
+        count, place = _find(x, outside)
+        if place:
             raise ValueError(
-                f"{_place(x, first, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
+                f"{_shown(place, adata, layer, genes, count)}: likelihood={likelihood!r} needs "
                 f"{SUPPORTS[support].needs}. {_remedy(adata, layer, fitting, support)}"
                 + (". check_values=False fits it all the same" if tolerable and fitting else "")
             )
-    if fitting and not any(part.any() for part in _blocks(values)):
+    if fitting and not _any(x):
         raise ValueError(
             f"{slot_name(layer)} is zero everywhere: there is nothing to fit. Pass layer= with "
             "the values to fit"
         )
 
 
-def _find(values: np.ndarray, bad: Callable[[Any], Any], kinds: str) -> tuple[int, int]:
-    """How many ``values`` are bad and where the first is; only ``kinds`` of dtype can be."""
+def empty_cells(x: Any) -> int:
+    """How many cells have a total of 0."""
+    if isinstance(x, StoredMatrix):
+        return int((x.survey().totals == 0).sum())
+    return int((np.asarray(x.sum(axis=1)).ravel() == 0).sum())
+
+
+def _not_finite(values: Any) -> Any:
+    return ~(np.abs(values) <= _LARGEST)
+
+
+def _not_whole(values: Any) -> Any:
+    return ~((values >= 0) & (values == np.rint(values)) & (values <= _LARGEST))
+
+
+def _nonzero(values: Any) -> Any:
+    return values != 0
+
+
+def _positive(values: Any) -> Any:
+    return values > 0
+
+
+def _fraction(values: Any) -> Any:
+    return np.abs(values - np.rint(values)) > 1e-3
+
+
+def _find(x: Any, bad: Callable[[Any], Any]) -> tuple[int, Place | None]:
+    """How many values of a matrix are bad, and where the first is."""
+    if isinstance(x, StoredMatrix):
+        # All that may be asked, in one pass.
+        return x.survey([*_KINDS, bad]).found[bad]
+    values = x.data if sp.issparse(x) else x
     count, first, start = 0, -1, 0
-    if values.dtype.kind not in kinds:
-        return count, first
+    if values.dtype.kind not in _KINDS.get(bad, "uif"):
+        return 0, None
     for part in _blocks(values):
         hits = np.flatnonzero(bad(part))
         if len(hits) and first < 0:
             first = start + int(hits[0])
         count += len(hits)
         start += part.size
-    return count, first
-
-
-def _place(x: Any, first: int, adata: AnnData, layer: str | None, genes: Any, count: int) -> str:
-    """The value at position ``first`` of the stored ones, with its cell and gene."""
+    if not count:
+        return 0, None
     if sp.issparse(x):
-        row, column = int(np.searchsorted(x.indptr, first, side="right")) - 1, int(x.indices[first])
-        value = x.data[first]
-    else:
-        row, column = divmod(first, x.shape[1])
-        value = x[row, column]
+        row = int(np.searchsorted(x.indptr, first, side="right")) - 1
+        return count, (row, int(x.indices[first]), x.data[first])
+    row, column = divmod(first, x.shape[1])
+    return count, (row, column, x[row, column])
+
+
+# The kinds of dtype that each may hold for; other predicates for all but booleans.
+_KINDS: dict[Callable[[Any], Any], str] = {
+    _not_finite: "f",
+    fractional: "f",
+    _fraction: "f",
+    negative: "if",
+    _not_whole: "if",
+    _positive: "uif",
+    _nonzero: "buif",
+}
+
+
+def _any(x: Any) -> bool:
+    """Whether any value is not 0."""
+    if isinstance(x, StoredMatrix):
+        return _find(x, _nonzero)[0] > 0
+    return any(bool(part.any()) for part in _blocks(x.data if sp.issparse(x) else x))
+
+
+def _shown(place: Place, adata: AnnData, layer: str | None, genes: Any, count: int) -> str:
+    """A value with its cell and gene, and how many there are such."""
+    row, column, value = place
     gene = adata.var_names[column if genes is None else np.arange(adata.n_vars)[genes][column]]
     others = f" ({count} such values in all)" if count > 1 else ""
     return (
@@ -271,15 +342,15 @@ def warn_of_counts_meant(x: Any, adata: AnnData, layer: str | None, genes: Any) 
     elsewhere, or nearly all of them are whole, or each cell's are multiples of one (normalised
     counts) or the logarithm of that, a Gaussian is hardly what was meant.
     """
-    values = x.data if sp.issparse(x) else x
-    if _find(values, lambda v: v < 0, kinds="if")[0]:
+    if _find(x, negative)[0]:
         return
     where, how = counts_elsewhere(adata, layer)
-    present = _find(values, lambda v: v > 0, kinds="f")[0]
-    count, first = _find(values, lambda v: v != np.rint(v), kinds="f")
-    rounded = _find(values, lambda v: np.abs(v - np.rint(v)) > 1e-3, kinds="f")[0]
-    if rounded < _FEW_FRACTIONS * present:
-        found = f"{_place(x, first, adata, layer, genes, count)}, nearly all else is whole"
+    present, _ = _find(x, _positive)
+    count, place = _find(x, fractional)
+    rounded, _ = _find(x, _fraction)
+    if place and rounded < _FEW_FRACTIONS * present:
+        shown = _shown(place, adata, layer, genes, count)
+        found = f"{shown}, nearly all else is whole"
     elif _multiples(x):
         found = f"{slot_name(layer)} seems to hold normalised counts"
     elif where:
@@ -300,7 +371,8 @@ def _multiples(x: Any) -> bool:
     rows = np.linspace(0, x.shape[0] - 1, min(x.shape[0], _MOST_LOOKED_AT)).astype(int)
     several = []
     for row in np.unique(rows):
-        values = x[[row]].toarray().ravel() if sp.issparse(x) else np.asarray(x[row])
+        one = x.read(row, row + 1) if isinstance(x, StoredMatrix) else x[[row]]
+        values = one.toarray().ravel() if sp.issparse(one) else np.asarray(one).ravel()
         values = values[values > 0].astype(np.float64)
         if len(np.unique(values)) > 1:
             several.append(values)

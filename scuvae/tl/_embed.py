@@ -134,5 +134,8 @@ def placed(model: VAE, mean: torch.Tensor, entry: dict[str, Any]) -> np.ndarray:
 
 def posterior_scale(scale: np.ndarray) -> np.ndarray:
     """One number a cell, the geometric mean of its posterior standard deviations, (n_obs,)."""
-    found: np.ndarray = np.exp(np.log(scale.astype(float)).mean(1)).astype(np.float32)
+    found = np.empty(len(scale), np.float32)
+    for start in range(0, len(scale), 2**16):
+        some = scale[start : start + 2**16]
+        found[start : start + 2**16] = np.exp(np.log(some.astype(float)).mean(1))
     return found

@@ -85,7 +85,8 @@ def fit(
     Parameters
     ----------
     adata
-        Cells × genes. Raw counts for count likelihoods.
+        Cells × genes. Raw counts for count likelihoods. A matrix on disk (backed ``.h5ad``,
+        ``.zarr``, a dask array) is read from there, by blocks, and never written to.
     amortized
         ``False``: every cell its own parameters. ``True``: an encoder. ``"semi"``: every cell its
         own parameters, under which the decoder is fitted, and an encoder that follows the decoder;
@@ -201,6 +202,8 @@ def fit(
 
     Raises
     ------
+    OSError
+        The file was written to while it was read.
     ValueError, TypeError
         For values, slots or arguments that cannot be fitted, before any work; a checkpoint of other
         cells, genes or settings: what differs is listed.
@@ -248,7 +251,7 @@ def fit(
     )
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
-    matrix = inputs.read_matrix(adata, layer, genes)
+    matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
     if likelihood == "auto" and chosen.support == "real":
         inputs.warn_of_counts_meant(matrix, adata, layer, genes)
@@ -369,7 +372,7 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=5
         )
     if likelihood.support == "counts":
-        empty = int((np.asarray(matrix.sum(axis=1)).ravel() == 0).sum())
+        empty = inputs.empty_cells(matrix)
         if empty:
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5

@@ -1,11 +1,13 @@
 """Time of an epoch and peak memory by the number of cells: simulated sparse counts × 2,000 genes.
 
     python tests/benchmarks/scaling.py --cells 1000 10000 100000 1000000 --json out.json
+    python tests/benchmarks/scaling.py --cells 100000 1000000 --store memory h5ad zarr --held-out .1
 
 Each size is a process of its own, so that its peak resident memory is its own: it reads the matrix
 that this one simulated by blocks, then calls ``tl.fit``. The time of an epoch is that of the
 training loop; the start by PCA and the final posteriors have columns of theirs. Seconds are CPU
-seconds, on a GPU wall seconds.
+seconds, on a GPU wall seconds; cells a second are by wall time. With ``--store`` the same matrix is
+read from files too, which the system has in its cache.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from scipy import sparse as sp
 
 COLUMNS = {
     "cells": ("cells", ",d"),
+    "store": ("from", ""),
     "nonzeros": ("nonzeros", ".2e"),
     "epoch_s": ("s an epoch", ".2f"),
     "us_per_cell": ("µs a cell", ".1f"),
@@ -41,6 +45,8 @@ COLUMNS = {
     "peak_mb": ("peak, MB", ".0f"),
     "bound_mb": ("1.3 × bound, MB", ".0f"),
     "share": ("peak / bound", ".2f"),
+    "per_s": ("cells a second", ",.0f"),
+    "elbo": ("held-out ELBO", ".2f"),
     "gpu_mb": ("on the GPU, MB", ".0f"),
 }
 N_LATENT = 10
@@ -58,14 +64,26 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     import scuvae
 
     run = importlib.import_module("scuvae.inference.training.fit")
-    arrays = [np.load(Path(folder) / f"{name}.npy") for name in ARRAYS]
-    n_cells = len(arrays[2]) - 1
-    x = sp.csr_matrix(tuple(arrays), shape=(n_cells, args.genes), copy=False)
-    adata = ad.AnnData(x)
+    store = args.store[0]
+    if store == "memory":
+        arrays = [np.load(Path(folder) / f"{name}.npy") for name in ARRAYS]
+        x = sp.csr_matrix(tuple(arrays), shape=(len(arrays[2]) - 1, args.genes), copy=False)
+        adata = ad.AnnData(x)
+        del arrays, x
+    elif store == "h5ad":
+        adata = ad.read_h5ad(Path(folder) / "x.h5ad", backed="r")
+    else:
+        import zarr
+        from anndata.io import sparse_dataset
+
+        adata = ad.AnnData(sparse_dataset(zarr.open(f"{folder}/x.zarr", mode="r")["X"]))
+    n_cells = adata.n_obs
+    starts = np.load(Path(folder) / "indptr.npy", mmap_mode="r")
+    nnz = int(starts[-1])
     before = _peak_mb()
-    matrix = x.data.nbytes + x.indices.nbytes + x.indptr.nbytes
+    matrix = nnz * 8 + starts.nbytes
     clock = Clock(args.device)
-    marks: dict[str, Any] = {"epochs": []}
+    marks: dict[str, Any] = {"epochs": [], "walls": []}
     original = run.train
 
     def traced(*positional: Any, **named: Any) -> Any:
@@ -74,10 +92,13 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
         def on_epoch(row: dict[str, float]) -> None:
             theirs(row)
             marks["epochs"].append(clock.seconds())
+            marks["walls"].append(time.perf_counter())
 
+        marks["walls"].append(time.perf_counter())
         marks["start"] = clock.seconds()
         found = original(*positional, on_epoch=on_epoch, **named)
         marks["end"] = clock.seconds()
+        marks["elbo"] = max(row["validation_elbo"] for row in found)
         if args.no_final:
             raise Trained
         return found
@@ -105,7 +126,10 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     epochs = np.diff([marks["start"], *marks["epochs"]])
     return {
         "cells": n_cells,
-        "nonzeros": float(x.nnz),
+        "store": store,
+        "nonzeros": float(nnz),
+        "per_s": n_cells * (1 - args.held_out) / float(np.median(np.diff(marks["walls"]))),
+        "elbo": marks["elbo"],
         "epoch_s": float(np.median(epochs)),
         "us_per_cell": 1e6 * float(np.median(epochs)) / n_cells,
         "whole_s": whole,
@@ -132,6 +156,19 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def _write(folder: Path, n_cells: int, args: argparse.Namespace) -> None:
+    """The matrix as plain arrays, and as the files that are asked for."""
+    import anndata as ad
+
+    x = simulated(n_cells, args.genes, args.density)
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(x, name))
+    if "h5ad" in args.store:
+        ad.AnnData(x).write_h5ad(folder / "x.h5ad")
+    if "zarr" in args.store:
+        ad.AnnData(x).write_zarr(folder / "x.zarr")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -142,6 +179,7 @@ def main() -> None:
     add("--max-epochs", type=int, default=2, help="0: those of tl.fit's default")
     add("--held-out", type=float, default=0.0, help="share, by which training is stopped early")
     add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--store", nargs="+", default=["memory"], choices=["memory", "h5ad", "zarr"])
     add("--no-final", action="store_true", help="stop after training, without the final q")
     add("--one", help="the matrix in this folder alone, as JSON: what each process does")
     add("--json", help="file for all figures")
@@ -152,17 +190,15 @@ def main() -> None:
     rows = []
     for n_cells in args.cells:
         with tempfile.TemporaryDirectory() as folder:
-            x = simulated(n_cells, args.genes, args.density)
-            for name in ARRAYS:
-                np.save(Path(folder) / f"{name}.npy", getattr(x, name))
-            del x
-            command = [sys.executable, __file__, "--one", folder]
-            for name in ("genes", "density", "inference", "max_epochs", "held_out", "device"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-            command += ["--no-final"] * args.no_final
-            found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        rows.append(json.loads(found.stdout.decode().splitlines()[-1]))
-        print(f"{n_cells} cells: {rows[-1]['epoch_s']:.2f} s an epoch", flush=True)
+            _write(Path(folder), n_cells, args)
+            for store in args.store:
+                command = [sys.executable, __file__, "--one", folder, "--store", store]
+                for name in ("genes", "density", "inference", "max_epochs", "held_out", "device"):
+                    command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+                command += ["--no-final"] * args.no_final
+                found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+                rows.append(json.loads(found.stdout.decode().splitlines()[-1]))
+                print(f"{n_cells} cells, {store}: {rows[-1]['epoch_s']:.2f} s an epoch", flush=True)
     reference = next((row for row in rows if row["cells"] == 10_000), rows[0])
     for row in rows:
         row["growth"] = row["us_per_cell"] / reference["us_per_cell"]

@@ -24,6 +24,7 @@ import torch
 from _common import platform_of, print_table, seconds_now, simulated, write_json
 
 from scuvae.batches import Cells
+from scuvae.batches.compact_rows import CompactRows
 from scuvae.batches.loader import Loader
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.training.fit import _posterior
@@ -223,6 +224,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     turns = {"matrix products": products_turn(args)}
     turns |= {f"scuvae, {scheme}": scuvae_turn(x, scheme, args) for scheme in args.inference}
+    if args.compact:
+        small = CompactRows.of(x, counts=True)
+        print(f"counts take {small.nbytes / x.nnz:.2f} bytes a nonzero, row starts included")
+        turns |= {
+            f"scuvae, {scheme}, counts in bytes": scuvae_turn(small, scheme, args)
+            for scheme in args.inference
+        }
     with_scvi = not args.no_scvi and find_spec("scvi") is not None
     if with_scvi:
         turns["scvi-tools, module"] = scvi_turn(x, args)
@@ -304,6 +312,7 @@ def main() -> None:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--epochs", type=int, help="of a turn, in place of those of a default fit")
     add("--repetitions", type=int, default=3, help="turns of each that count")
+    add("--compact", action="store_true", help="steps on counts in three bytes too")
     add("--no-scvi", action="store_true")
     add("--profile", action="store_true", help="operators of a step, instead of the table")
     add("--shapes", action="store_true", help="profile by shapes of the operands too")

@@ -59,7 +59,7 @@ class SparseSource(Source):
         starts = _shared(x.indptr, np.int64)
         self.host_lengths = starts.diff()
         columns, values = _shared(x.indices, np.int32), _shared(x.data, np.float32)
-        self.resident = _fits(8 * len(values), device)
+        self.resident = fits(8 * len(values), device)
         if self.resident:
             starts, columns, values = starts.to(device), columns.to(device), values.to(device)
         else:
@@ -72,11 +72,7 @@ class SparseSource(Source):
         if self.resident:
             return self.matrix.take(index, size)
         found = self.matrix.take(index.cpu() if on_host is None else on_host)
-        parts = (found.starts, found.col, found.value)
-        starts, columns, values = (
-            part.pin_memory().to(self.device, non_blocking=True) for part in parts
-        )
-        return SparseRows(starts, columns, values, found.n_vars)
+        return found.to(self.device)
 
     def sizes(self, on_host: Tensor) -> Tensor | None:
         if self.device.type == "cpu" or not self.resident:
@@ -96,7 +92,7 @@ class SparseSource(Source):
         return out.to(self.device)
 
 
-def _fits(n_bytes: int, device: torch.device) -> bool:
+def fits(n_bytes: int, device: torch.device) -> bool:
     """Whether a matrix of so many bytes goes to the device, which is logged with the sizes."""
     if device.type != "cuda":
         return True

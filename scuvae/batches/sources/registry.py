@@ -5,11 +5,15 @@ from typing import Any
 import torch
 
 from scuvae.batches.sources.base import Source
+from scuvae.batches.sources.compact import CompactSource
 from scuvae.batches.sources.in_memory import DenseSource, SparseSource
+from scuvae.batches.sources.on_disk import OnDiskSource
 
 SOURCES: dict[str, type[Source]] = {
     "dense": DenseSource,
     "sparse": SparseSource,
+    "compact": CompactSource,
+    "on_disk": OnDiskSource,
 }
 
 

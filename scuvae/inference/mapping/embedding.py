@@ -90,8 +90,8 @@ def find_basis(model: VAE, mean: Tensor, total: float, n_components: int) -> Bas
 
 def place(model: VAE, mean: Tensor, basis: Basis) -> Tensor:
     """Coordinates of cells at ``mean`` in a map, (cells, n_components), some cells at a time."""
-    parts = [
-        (stabilised(model, z, basis.total, basis.n_levels) - basis.centre) @ basis.components
-        for z in mean.split(_CHUNK)
-    ]
-    return torch.cat(parts)
+    out = mean.new_empty(len(mean), basis.components.shape[1])
+    for z, found in zip(mean.split(_CHUNK), out.split(_CHUNK), strict=True):
+        values = stabilised(model, z, basis.total, basis.n_levels) - basis.centre
+        torch.mm(values, basis.components, out=found)
+    return out

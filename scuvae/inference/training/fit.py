@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from scuvae._random import permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
+from scuvae.batches.spill import release
 from scuvae.batches.thinning import with_shallow
 from scuvae.distributions.gaussian import Gaussian, concatenate, moments, n_scale_parameters, pack
 from scuvae.inference.posteriors import POSTERIORS, Posterior
@@ -42,6 +43,8 @@ _MOST_TO_START = 5000
 _MOST_ROUNDS, _OFF, _FAR_OFF = 4, 0.02, 0.2
 # Steps between two looks at a GPU's losses, for which it has to be waited for.
 _LOOK_EVERY = 64
+# Cells that a pass over all takes at once where each costs next to nothing.
+_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,14 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
     if judge is not None and table is not None:
         table.store(begun.validation, judge.q())
     if not counts:
-        return moments(final_posterior(model, posterior, cells, settings), settings.covariance)
+        parts = final_posterior(model, posterior, cells, settings)
+        return _moments(parts, cells, settings)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(model, posterior, cells, settings, 2)
     totals.give_back()
     totals = GeneTotals(model, DENOISING_DRAWS)
-    found = moments(final_posterior(model, posterior, cells, settings, totals), settings.covariance)
+    found = _moments(final_posterior(model, posterior, cells, settings, totals), cells, settings)
     for _ in range(_MOST_ROUNDS):
         off = totals.off
         totals.give_back()
@@ -186,6 +190,20 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
             100 * off,
         )
+    return found
+
+
+def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dict[str, np.ndarray]:
+    """The moments of every cell's q, a part at a time."""
+    found: dict[str, np.ndarray] = {}
+    at = 0
+    for q in parts:
+        some = moments([q], settings.covariance)
+        for name, values in some.items():
+            if name not in found:
+                found[name] = cells.room(values.shape[1])
+            found[name][at : at + len(values)] = values
+        at += len(values)
     return found
 
 
@@ -259,22 +277,25 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     kind = POSTERIORS[scheme_of(settings.amortized)]
     if not kind.has_rows:
         return kind()
-    shape = len(cells), settings.n_latent
     like = cells.size_factor
-    mean = like.new_zeros(shape)
+    mean = torch.from_numpy(cells.room(settings.n_latent)).to(like.device)
     n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
     raw_of_each = like.new_zeros(1, n_raw)
     if LOCAL_STEPS[settings.local_step].pca_start:
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = training[permutation(len(training))[:MOST_CELLS].sort().values]
         pca = WhitenedPCA(cells.batch(some), settings.n_latent, inputs=model.likelihood.pca_input())
-        for batch in cells.loader(training, 8192):
+        for batch in cells.loader(training, _AT_ONCE):
             mean[batch.index] = pca(batch)
         diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3
         raw_of_each = _raw_from_diagonal(diagonal, settings.covariance).to(like)
+    raw = torch.from_numpy(cells.room(n_raw)).to(like.device)
+    for rows in raw.split(_AT_ONCE):
+        rows += raw_of_each
+        release()
     return kind(
         mean,
-        raw_of_each.repeat(len(cells), 1),
+        raw,
         local_step=settings.local_step,
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scuvae.batches import Batch
+from scuvae.batches.spill import release
 from scuvae.inference.posteriors import Posterior
 from scuvae.inference.training.checkpoint import HeldOut, Progress
 from scuvae.inference.training.cuda_graphs import steps_over
@@ -18,6 +19,11 @@ from scuvae.inference.training.optimizers import Optimizer
 from scuvae.inference.training.step import ReduceGradients, Step
 from scuvae.kernels.malloc import keep_freed_memory
 from scuvae.model import VAE
+
+# Numbers of a table that is kept with a good state. Of a larger one, of a quarter million cells
+# and more, copies would take more memory than all else: its rows stay as the last step left them,
+# and are refined in the end all the same.
+_MOST_KEPT = 2**24
 
 
 class TrainingError(FloatingPointError):
@@ -190,15 +196,21 @@ def _to_training(model: VAE) -> None:
 def _all_finite(model: VAE, posterior: Posterior) -> bool:
     tensors = [*model.state_dict().values(), *posterior.state_dict().values()]
     # Extremes are no numbers where any entry is none, and need no room of the table's size.
-    ends = [torch.stack(torch.aminmax(tensor)).float() for tensor in tensors if tensor.numel()]
+    ends = []
+    for tensor in tensors:
+        for part in tensor.flatten().split(_MOST_KEPT) if tensor.numel() else ():
+            ends.append(torch.stack(torch.aminmax(part)).float())
+            if tensor.numel() > _MOST_KEPT:
+                release()
     return bool(torch.stack(ends).isfinite().all())
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
-    state = {"model": dict(model.state_dict()), "posterior": dict(posterior.state_dict())}
-    return copy.deepcopy(state)
+    own = posterior.state_dict().items()
+    kept = {name: tensor for name, tensor in own if tensor.numel() <= _MOST_KEPT}
+    return copy.deepcopy({"model": dict(model.state_dict()), "posterior": kept})
 
 
 def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:
     model.load_state_dict(state["model"])
-    posterior.load_state_dict(state["posterior"])
+    posterior.load_state_dict(state["posterior"], strict=False)
