@@ -23,6 +23,10 @@ SCHEMES = list(INFERENCE)
 # Verbs that take a fitted reference beside adata.
 WITH_REFERENCE = ("novelty", "project", "transfer_labels")
 
+# Verbs that return a table and leave adata alone, and that are for some fits only.
+TABLES, OF_SOME_FITS = ("compare_n_latent",), ("loadings",)
+VERBS = [name for name in tl.__all__ if name not in TABLES + OF_SOME_FITS]
+
 # Verbs that take a column of groups there.
 WITH_GROUPS = ("rank_genes",)
 

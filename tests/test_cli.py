@@ -21,6 +21,7 @@ from scuvae.cli.arguments import SUFFIXES
 FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "amortized": (["--inference", "amortized"], True),
     "likelihood": (["--likelihood", "poisson"], "poisson"),
+    "prior": (["--prior", "mixture"], "mixture"),
     "n_latent": (["--n-latent", "3"], 3),
     "n_hidden": (["--n-hidden", "16"], 16),
     "n_layers": (["--n-layers", "0"], 0),

@@ -55,7 +55,7 @@ def loadings(adata: AnnData, *, key: str | None = None, copy: bool = False) -> A
     >>> adata = scuvae.datasets.pbmc68k_counts()
     >>> scuvae.tl.fit(adata, n_layers=0, max_epochs=5)
     >>> scuvae.tl.loadings(adata)
-    >>> sc.pl.ranking(adata, "varm", "scuvae_loadings", indices=[0, 1], show=False)
+    >>> grid = sc.pl.ranking(adata, "varm", "scuvae_loadings", indices=[0, 1], show=False)
     >>> bool(abs(adata.uns["scuvae_loadings"]["variance_ratio"].sum() - 1) < 1e-6)
     True
     """
