@@ -27,11 +27,13 @@ def kept_in(
 ) -> Checkpoint:
     """The checkpoints of a fit, which say of which cells, genes and settings it is."""
     found = {name: value for name, value in params.items() if name not in _ELSEWHERE}
+    where = cells.size_factor.device
     some = torch.linspace(0, len(cells) - 1, min(len(cells), _LOOKED_AT)).long()
-    values = dense(cells.batch(some.to(cells.size_factor.device)).x)
+    values = dense(cells.batch(some.to(where)).x)
     names = adata.var_names if genes is None else adata.var_names[genes]
-    batch_key = params.get("batch_key")
-    labels = [] if batch_key is None else adata.obs[batch_key].astype(str)
     found["genes"], found["cells"] = digest(names.astype(str)), digest(adata.obs_names.astype(str))
-    found["values"] = digest(cells.source.totals(), cells.size_factor, values, labels)
+    found["values"] = digest(cells.source.totals(), cells.size_factor, values)
+    if (told := cells.covariates) is not None:
+        parts = torch.arange(len(cells), device=where).split(2**16)
+        found["covariates"] = digest(*(told.rows(part) for part in parts))
     return Checkpoint(folder, every=every, fit=found)
