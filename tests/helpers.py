@@ -34,6 +34,14 @@ N_OBS, N_VARS, N_LATENT = 60, 40, 3
 SMALL: dict[str, Any] = {"n_latent": N_LATENT, "n_hidden": 8, "max_epochs": 3, "batch_size": 32}
 
 
+def unsealed(adata: AnnData, key: str = "scuvae") -> dict[str, Any]:
+    """The fit's entry as earlier versions wrote it, without digests; it may be changed by hand."""
+    entry = adata.uns[key]
+    entry.pop("manifest", None)
+    entry["params"].pop("format", None)
+    return entry
+
+
 def small_counts(n_obs: int = N_OBS, n_vars: int = N_VARS, seed: int = 0) -> AnnData:
     """Counts with two strong programmes, two batches, and a mask over the genes."""
     rng = np.random.default_rng(seed)
@@ -146,6 +154,8 @@ def assert_alike(found: Any, expected: Any, *, atol: float, where: str = "") -> 
     if isinstance(expected, Mapping):
         assert list(found) == list(expected), where
         for name, value in expected.items():
+            if name == "manifest":  # digests of numbers that are equal but for roundings
+                continue
             assert_alike(found[name], value, atol=atol, where=f"{where}[{name!r}]")
     elif isinstance(expected, pd.DataFrame):
         assert fingerprint(found.index) == fingerprint(expected.index), where

@@ -31,6 +31,7 @@ from helpers import (
     small_data,
     small_fit,
     unchanged,
+    unsealed,
 )
 from scipy import sparse as sp
 
@@ -108,7 +109,8 @@ def test_slots_are_those_of_the_contract(
     split = adata.obs[f"{uns}_split"]
     assert list(split.cat.categories) == ["train", "validation"]
     assert (split == "validation").sum() == N_OBS // 10
-    assert set(adata.uns[uns]) == {"params", "history", "var_names", "state", "embed"}
+    own = {"params", "history", "var_names", "state", "embed", "latent", "manifest"}
+    assert set(adata.uns[uns]) == own
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -664,5 +666,5 @@ def test_fits_of_before_the_linear_path_are_read_as_they_were() -> None:
     assert adata.uns["scuvae"]["params"]["linear_path"] is False
     z = torch.randn(3, N_LATENT)
     expected = get.model(adata).decoder(z)
-    del adata.uns["scuvae"]["params"]["linear_path"]  # as files of then have it
+    del unsealed(adata)["params"]["linear_path"]  # as files of then have it
     torch.testing.assert_close(get.model(adata).decoder(z), expected, rtol=0, atol=0)

@@ -237,7 +237,7 @@ def test_what_no_file_takes(
             adata.raw.var["_index"] = 1.0
         case "uns":
             adata.uns["odd"] = {1: object()}
-    monkeypatch.setattr("scuvae.cli.fit_command.read", lambda path: adata)
+    monkeypatch.setattr("scuvae.cli.files.read", lambda path: adata)
     line = ["fit", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad")]
     assert cli.main(line) == 1
     assert f"adata.{slot} cannot be written" in capsys.readouterr().err

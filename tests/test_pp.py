@@ -8,7 +8,7 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import AnnData
-from helpers import fingerprint, small_counts, small_fit, unchanged
+from helpers import fingerprint, small_counts, small_fit, unchanged, unsealed
 from scipy import sparse as sp
 from scipy.integrate import trapezoid
 from scipy.stats import binom, chi2, norm
@@ -271,7 +271,7 @@ def test_what_has_no_graph(fitted: AnnData) -> None:
     with pytest.raises(ValueError, match=r"'X_scuvae_embed'\] holds no map.*tl.embed\(adata\)"):
         pp.neighbors(fitted)
     fitted.obsm["X_scuvae_embed"] = coordinates
-    del fitted.uns["scuvae"]["embed"]
+    del unsealed(fitted)["embed"]
     with pytest.raises(ValueError, match=r"uns\['scuvae'\] holds no map"):
         pp.neighbors(fitted)
 

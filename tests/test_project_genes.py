@@ -21,6 +21,7 @@ from helpers import (
     small_data,
     small_fit,
     unchanged,
+    unsealed,
 )
 from scipy import sparse as sp
 
@@ -251,7 +252,7 @@ def test_over_all_genes_verbs_say_something_else(verb: str) -> None:
     reference, adata = fitted(likelihood="negative_binomial"), new_cells()
     tl.project(adata, reference, genes=KEPT)
     whole = adata.copy()
-    del whole.uns["scuvae"]["genes"]
+    del unsealed(whole)["genes"]
     for one in (adata, whole):
         VERBS[verb](one)
     name = {"score": "scuvae_elbo", "novelty": "scuvae_novelty"}[verb]

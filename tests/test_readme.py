@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scuvae import cli
+from scuvae.cli import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -50,7 +50,7 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command: str) -> None:
-    cli.parser().parse_args(shlex.split(command))
+    command_line.parser().parse_args(shlex.split(command))
 
 
 def test_entry_point_exists() -> None:

@@ -124,7 +124,9 @@ def assert_survived(adata: AnnData, back: AnnData, key: str = "scuvae") -> None:
         assert_same(dict(getattr(adata, slot)), dict(getattr(back, slot)))
     pd.testing.assert_frame_equal(adata.obs, back.obs, check_exact=True)
     assert back.obs[f"{key}_split"].dtype == "category"
-    assert set(back.uns[key]) == {*("params", "history", "var_names", "state", "embed"), "manifest"}
+    assert set(back.uns[key]) == {
+        *("params", "history", "var_names", "state", "embed", "latent", "manifest")
+    }
 
 
 @every_file

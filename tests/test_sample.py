@@ -14,6 +14,7 @@ from helpers import (
     small_data,
     small_fit,
     unchanged,
+    unsealed,
 )
 from scipy import sparse as sp
 from scipy import stats
@@ -294,7 +295,7 @@ def test_predictive_check_names_the_worst_totals(caplog: pytest.LogCaptureFixtur
         for name, value in reversed(adata.uns["scuvae"]["state"]["decoder"].items())
         if np.shape(value) == (adata.n_vars,)
     )
-    adata.uns["scuvae"]["state"]["decoder"][bias][4] += np.log(3)
+    unsealed(adata)["state"]["decoder"][bias][4] += np.log(3)
     with caplog.at_level("INFO", logger="scuvae"):
         tl.predictive_check(adata, n_samples=0)
     table = adata.uns["scuvae_predictive_check"]

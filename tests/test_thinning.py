@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
-from helpers import small_counts, small_fit
+from helpers import small_counts, small_fit, unsealed
 from scipy import stats
 from small_models import COUNTS, batch_of, cells_of, model_of
 
@@ -217,7 +217,7 @@ def test_an_encoder_of_before_is_read_back_as_it_was() -> None:
     assert get.model(adata).encoder.inputs == "profile"
     torch.manual_seed(0)
     old = Encoder(adata.n_vars, 3, n_hidden=8, inputs="log1p").eval()
-    entry = adata.uns["scuvae"]
+    entry = unsealed(adata)
     del entry["params"]["encoder_input"]
     entry["state"]["encoder"] = {k: np.atleast_1d(v.numpy()) for k, v in old.state_dict().items()}
     x = torch.from_numpy(adata.X)

@@ -20,6 +20,7 @@ from helpers import (
     small_data,
     small_fit,
     unchanged,
+    unsealed,
 )
 from small_models import (
     as_q,
@@ -160,8 +161,9 @@ def test_the_encoder_comes_close_to_the_cells_own_posteriors() -> None:
 def fitted_once(adata: AnnData, max_epochs: int) -> np.ndarray:
     """The gaps of an encoder of so many epochs for the same fit."""
     again = adata.copy()
-    again.uns["scuvae"]["params"]["amortized"] = False
-    del again.uns["scuvae"]["state"]["encoder"]
+    entry = unsealed(again)
+    entry["params"]["amortized"] = False
+    del entry["state"]["encoder"]
     tl.to_encoder(again, max_epochs=max_epochs)
     return again.obs["scuvae_amortization_gap"].to_numpy()
 

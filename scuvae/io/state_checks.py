@@ -24,7 +24,7 @@ _NEEDED = {
 }
 SETTINGS = _NEEDED | {
     *("format", "version", "torch_version", "anndata_version", "device", "rng"),
-    *("layer", "mask_var", "batch_key", "batches", "new_batches", "size_factor_key"),
+    *("layer", "mask_var", "batch_key", "batches", "new_batches", "new_levels", "size_factor_key"),
     *("categorical_covariate_keys", "categorical_covariate_levels", "categorical_covariate_sizes"),
     *("continuous_covariate_keys", "continuous_covariate_means", "continuous_covariate_scales"),
     *("prior", "has_encoder", "encoder_input", "encoder_covariates", "linear_path", "distilled"),
