@@ -16,7 +16,10 @@ from small_models import batch_of, model_of
 
 from scuvae import cli, get, pp, tl
 from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
-from scuvae.inference.refinement.profile_likelihood import _affinity, affinity
+from scuvae.inference.refinement.profile_likelihood import (
+    _profile_log_likelihood,
+    profile_log_likelihood,
+)
 from scuvae.io.covariates import match_covariates, read_covariates
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
 from scuvae.model.priors import PRIORS
@@ -380,9 +383,12 @@ def test_the_affinity_of_a_linear_decoder_is_exact_whatever_the_covariates(
         x = model.likelihood.sample(eta, torch.full((9,), 60.0).double())
     batch = batch_of(x, covariates=told, sparse=sparse)
     truth = torch.stack(
-        [_affinity(model, batch.take(torch.tensor([i])), z, told[i])[0] for i in range(9)]
+        [
+            _profile_log_likelihood(model, batch.take(torch.tensor([i])), z, told[i])[0]
+            for i in range(9)
+        ]
     )
-    found = affinity(model, batch, z)
+    found = profile_log_likelihood(model, batch, z)
     # Up to a term of the cell.
     torch.testing.assert_close(found - found.mean(1, True), truth - truth.mean(1, True))
 

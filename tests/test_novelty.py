@@ -24,8 +24,8 @@ from scuvae.batches.sparse_rows import dense, sparse
 from scuvae.batches.thinning import thinned
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.mapping.latent_distance import distance_to_posteriors
-from scuvae.inference.mapping.tail_probabilities import Alike, Residual, combine, log_tail
-from scuvae.inference.mapping.typicality import surprise
+from scuvae.inference.mapping.tail_probabilities import DepthWeights, Residual, combine, log_tail
+from scuvae.inference.mapping.typicality import typicality
 
 N_GENES = 60
 
@@ -249,7 +249,7 @@ def test_expected_log_likelihood_against_sums_over_counts(masked: bool) -> None:
     mean = torch.randn(3, 2, dtype=torch.float64)
     # So narrow a q is a point.
     q = Gaussian(mean, torch.full_like(mean, 1e-9))
-    found = surprise(model, batch, q, 4000)
+    found = typicality(model, batch, q, 4000)
 
     genes = slice(None) if observed is None else observed
     with torch.no_grad():
@@ -364,7 +364,7 @@ def test_tails_are_those_of_cells_of_like_depth() -> None:
     (depth, score), (new_depth, new_score) = cells(2000), cells(8000)
     quarter = np.searchsorted(np.quantile(new_depth.numpy(), [0.25, 0.5, 0.75]), new_depth.numpy())
     plain = log_tail(new_score, score).exp()
-    local = log_tail(new_score, score, Alike.of(new_depth, depth)).exp()
+    local = log_tail(new_score, score, DepthWeights.of(new_depth, depth)).exp()
     shares = [
         [float((p[quarter == i] < 0.1).double().mean()) for i in range(4)] for p in (plain, local)
     ]
@@ -374,9 +374,9 @@ def test_tails_are_those_of_cells_of_like_depth() -> None:
     assert all(0.06 < share < 0.13 for share in shares[1])
     # Equal depths say nothing: all reference cells weigh the same.
     same = torch.zeros(8000).double(), torch.zeros(2000).double()
-    torch.testing.assert_close(log_tail(new_score, score, Alike.of(*same)).exp(), plain)
+    torch.testing.assert_close(log_tail(new_score, score, DepthWeights.of(*same)).exp(), plain)
     # A reference cell is not among those that it is compared with.
-    weight = Alike.of(depth, depth)(torch.arange(5, 9))
+    weight = DepthWeights.of(depth, depth)(torch.arange(5, 9))
     assert (weight[torch.arange(4), torch.arange(5, 9)] == 0).all()
     assert (weight > 0).sum() == 4 * 1999
 

@@ -34,8 +34,8 @@ from scuvae.batches import Batch, SparseRows
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.simulation_based_calibration import simulate
 from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
-from scuvae.inference.mapping.typicality import surprise
-from scuvae.inference.refinement.initialization import starts
+from scuvae.inference.mapping.typicality import typicality
+from scuvae.inference.refinement.initialization import initial_posteriors
 from scuvae.inference.refinement.refine import fixed_elbo, refine
 from scuvae.model import VAE
 
@@ -136,7 +136,14 @@ def best_elbo(model: VAE, batch: Batch, offset: torch.Tensor) -> float:
     """Mean ELBO over draws of its own, q optimised from scratch, under one offset."""
     alone = with_offsets(model, offset.view(-1, 1)).requires_grad_(False)
     ones = replace(batch, covariates=torch.ones(len(batch), 1))
-    q = refine(alone, ones, starts(alone, ones, "full"), max_steps=30, n_samples=8, tolerance=0.01)
+    q = refine(
+        alone,
+        ones,
+        initial_posteriors(alone, ones, "full"),
+        max_steps=30,
+        n_samples=8,
+        tolerance=0.01,
+    )
     return fixed_elbo(alone, ones, q, 128).mean().item()
 
 
@@ -515,7 +522,7 @@ def test_what_a_model_says_of_itself_heeds_a_given_total() -> None:
     # E log p(x̃ | z) of a Poisson model's own draws, by its entropy gene by gene.
     q = Gaussian(z[:40], torch.full_like(z[:40], 1e-6))
     some = batch.take(torch.arange(40))
-    found = surprise(model, some, q, 400).expected
+    found = typicality(model, some, q, 400).expected
     with torch.no_grad():
         mu = 60 * model.decoder(z[:40]).softmax(-1)[:, observed].numpy()
     truth = -stats.poisson.entropy(mu).sum(1)

@@ -29,7 +29,8 @@ def blocks(text: str, language: str) -> list[str]:
 def commands() -> list[str]:
     """Every ``scuvae ...`` of the sh blocks, without what stands before it on its line."""
     lines = "\n".join(block for text in PAGES.values() for block in blocks(text, "sh"))
-    return re.findall(r"^(?:.*/bin/)?scuvae( .*)$", lines, flags=re.MULTILINE)
+    whole = lines.replace("\\\n", " ")
+    return re.findall(r"^(?:.*/bin/)?scuvae( .*)$", whole, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(PAGES[page], "python")])

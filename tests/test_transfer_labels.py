@@ -17,7 +17,7 @@ from small_models import UNIQUE, batch_of, model_of
 from scuvae import get, tl
 from scuvae.inference.mapping.label_transfer import votes
 from scuvae.inference.refinement import profile_likelihood as module
-from scuvae.inference.refinement.profile_likelihood import affinity
+from scuvae.inference.refinement.profile_likelihood import profile_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -48,7 +48,7 @@ def test_affinities_are_scipys_log_densities(
     batch = batch_of(
         given, covariates=one_hot, observed=observed, sparse=sparse and support != "real"
     )
-    found = affinity(model, batch, z).numpy()
+    found = profile_log_likelihood(model, batch, z).numpy()
     expected = np.empty((6, 7))
     for i in range(6):
         given_batch = None if one_hot is None else one_hot[i].expand(7, -1)

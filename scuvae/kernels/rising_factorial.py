@@ -74,7 +74,7 @@ def bounded(log_theta: Any) -> Any:
     return np.exp(np.minimum(np.maximum(log_theta, -MOST_LOG_THETA), MOST_LOG_THETA))
 
 
-def rising(value: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
+def log_rising_factorial(value: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`scuvae.model.likelihoods.rising_factorial.rising`."""
     out, slope = torch.empty_like(value), torch.empty_like(value)
     arguments = value, col, log_theta, out, slope

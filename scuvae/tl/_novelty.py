@@ -21,13 +21,13 @@ from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.mapping.latent_distance import distance_to_posteriors
 from scuvae.inference.mapping.neighbour_residuals import Neighbours, Residuals, joined, residuals
 from scuvae.inference.mapping.tail_probabilities import (
-    Alike,
+    DepthWeights,
     Residual,
     combine,
     log_tail,
     standardised,
 )
-from scuvae.inference.mapping.typicality import surprise
+from scuvae.inference.mapping.typicality import typicality
 from scuvae.inference.refinement.infer import infer
 from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
@@ -205,7 +205,10 @@ def novelty(
         ),
     }
     # What a tail is read from: reference cells of about the same depth.
-    there, here = Alike.of(found.depth, usual.depth), Alike.of(usual.depth, usual.depth)
+    there, here = (
+        DepthWeights.of(found.depth, usual.depth),
+        DepthWeights.of(usual.depth, usual.depth),
+    )
     others = min(n_neighbors, pool) - 1
     if others:
         alone: list[Tensor | None] = [None, None]
@@ -284,7 +287,7 @@ def _scores(fit: Fit, cells: Cells, n_samples: int) -> _Scores:
     found, parts = [], []
     for batch, q in projected(model, cells, str(fit.params["covariance"]), **_steps(fit)):
         found.append(q)
-        parts.append(surprise(model, batch, q, n_samples))
+        parts.append(typicality(model, batch, q, n_samples))
     kl, reconstruction, expected = (
         torch.cat([getattr(part, name) for part in parts]).cpu()
         for name in ("kl", "reconstruction", "expected")
@@ -337,7 +340,7 @@ def _shared(
     pool = joined(parts(chosen.to(where)))
     neighbours = Neighbours(pool, n, support=fit.model.likelihood.support, adjust_by=adjust_by)
     everyone = torch.arange(len(cells), device=where)
-    return torch.cat([neighbours.agreement(part) for part in parts(everyone)]).cpu()
+    return torch.cat([neighbours.residual_score(part) for part in parts(everyone)]).cpu()
 
 
 def _log_total(totals: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from scuvae.distributions.gaussian import (
 )
 from scuvae.inference.evaluation.paired_elbo import elbo_gain
 from scuvae.inference.refinement.infer import POLISH, Polish, family_of
-from scuvae.inference.refinement.initialization import start
+from scuvae.inference.refinement.initialization import initial_posterior
 from scuvae.inference.refinement.moments import match_moments
 from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.inference.refinement.refine import refine as refine_batch
@@ -124,7 +124,7 @@ def refine(
         for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
             starts = [stored[batch.index]]
             if model.encoder is not None and batch.observed is None:
-                starts.append(start(model, batch, family))
+                starts.append(initial_posterior(model, batch, family))
             refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
             if polish:
                 refined = polish_batch(model, batch, refined, kl_weight=options["kl_weight"])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from scuvae._checks import random_state_alias, whole
 from scuvae._keys import Keys
 from scuvae.inference.mapping.label_transfer import votes
-from scuvae.inference.refinement.profile_likelihood import affinity
+from scuvae.inference.refinement.profile_likelihood import profile_log_likelihood
 from scuvae.io import inputs
 from scuvae.io.covariates import column_of
 from scuvae.io.fit_state import read_extended, read_fit, read_missing
@@ -138,7 +138,7 @@ def transfer_labels(
     everyone = torch.arange(len(cells), device=where)
     best = torch.cat(
         [
-            votes(affinity(model, batch, mean), n_neighbors) @ of_label
+            votes(profile_log_likelihood(model, batch, mean), n_neighbors) @ of_label
             for batch in cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // len(voters))))
         ]
     ).max(1)

@@ -93,7 +93,7 @@ class Neighbours:
         cells = self._corrected(cells)
         self.mean, self.residual, self.variance = cells.mean, cells.residual, cells.variance
 
-    def agreement(self, cells: Residuals) -> Tensor:
+    def residual_score(self, cells: Residuals) -> Tensor:
         """s of each cell, (cells,), float64; one of the neighbours' is not compared with itself."""
         cells = self._corrected(cells)
         apart = torch.cdist(cells.mean, self.mean)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from scuvae.batches import Batch
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.refinement.initialization import starts
+from scuvae.inference.refinement.initialization import initial_posteriors
 from scuvae.inference.refinement.refine import THOROUGH, refine
 from scuvae.model import VAE
 from scuvae.model.covariates import Categorical, Design
@@ -243,7 +243,9 @@ class _Climb:
         self.n_samples = 2 * min(4, max(1, round(_ALL_DRAWS / (2 * max(1, self.n_cells)))))
         self.options = THOROUGH | {"kl_weight": kl_weight, "n_samples": self.n_samples}
         self.q = [
-            refine(self.model, batch, starts(self.model, batch, covariance), **self.options)
+            refine(
+                self.model, batch, initial_posteriors(self.model, batch, covariance), **self.options
+            )
             for batch in self.batches
         ]
 
@@ -276,7 +278,7 @@ class _Climb:
         most = _ANEW if anew else _LOCAL_STEPS
         options = self.options | {"max_steps": most}
         for number, (batch, q) in enumerate(zip(self.batches, self.q, strict=True)):
-            others = starts(self.model, batch, self.covariance) if anew else []
+            others = initial_posteriors(self.model, batch, self.covariance) if anew else []
             self.q[number] = refine(self.model, batch, [q, *others], **options)
 
     def move_offset(self) -> None:

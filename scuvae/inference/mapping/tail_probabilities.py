@@ -85,7 +85,7 @@ def standardised(score: Tensor, reference: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Alike:
+class DepthWeights:
     """What each reference cell weighs in the tails of each cell: more, the closer their depths.
 
     A Gaussian kernel over the depths' ranks among the reference cells, so that cells at the ends
@@ -99,7 +99,7 @@ class Alike:
     itself: bool
 
     @classmethod
-    def of(cls, depth: Tensor, reference: Tensor) -> "Alike":
+    def of(cls, depth: Tensor, reference: Tensor) -> "DepthWeights":
         """For cells of some depths, (cells,), and the reference's, (reference cells,).
 
         The reference cells' own, where ``depth is reference``, leave each itself out: then they
@@ -125,23 +125,23 @@ def _ranks(values: Tensor, reference: Tensor) -> Tensor:
     return (below + upto).to(values) / (2 * len(ordered))
 
 
-def combine(parts: Iterable[tuple[Tensor, Tensor]], alike: Alike | None = None) -> Tensor:
+def combine(parts: Iterable[tuple[Tensor, Tensor]], weights: DepthWeights | None = None) -> Tensor:
     """−Σ ln P(score at least so high) over scores and their references, in nats (Fisher 1925)."""
-    return -torch.stack([log_tail(score, reference, alike) for score, reference in parts]).sum(0)
+    return -torch.stack([log_tail(score, reference, weights) for score, reference in parts]).sum(0)
 
 
-def log_tail(score: Tensor, reference: Tensor, alike: Alike | None = None) -> Tensor:
+def log_tail(score: Tensor, reference: Tensor, weights: DepthWeights | None = None) -> Tensor:
     """ln of the share of reference cells with a score at least so high, (cells,), below 0.
 
     Between reference cells by interpolation; above the highest tenth the tail is exponential with
     their mean excess (generalised Pareto of shape 0: Pickands, Annals of Statistics 1975), so
-    that scores go on telling cells apart where no reference cell is left. With ``alike`` a
+    that scores go on telling cells apart where no reference cell is left. With ``weights`` a
     reference cell counts for a cell by its weight there.
     """
     order = reference.argsort()
     parts = []
     for rows in torch.arange(len(score)).split(_CHUNK):
-        weight = reference.new_ones(len(rows), len(order)) if alike is None else alike(rows)
+        weight = reference.new_ones(len(rows), len(order)) if weights is None else weights(rows)
         parts.append(_log_tail(score[rows], reference[order], weight[:, order]))
     return torch.cat(parts) if parts else score.clone()
 

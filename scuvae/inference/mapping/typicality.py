@@ -16,7 +16,7 @@ _DRAWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Surprise:
+class Typicality:
     """Of each cell, (cells,), float64, in nats.
 
     ``reconstruction`` is E_q[log p(x | z)]; ``expected`` the same of values x̃ drawn from the
@@ -30,8 +30,8 @@ class Surprise:
 
 
 @torch.no_grad()
-def surprise(model: VAE, batch: Batch, q: Gaussian, n_samples: int) -> Surprise:
-    """The surprise of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
+def typicality(model: VAE, batch: Batch, q: Gaussian, n_samples: int) -> Typicality:
+    """The typicality of a batch's cells over ``n_samples`` fixed draws of q, one x̃ a draw.
 
     The random state is taken up anew for every cell, and left as it was, so that a cell's x̃
     depend neither on the cells beside it nor on their batches.
@@ -54,7 +54,7 @@ def surprise(model: VAE, batch: Batch, q: Gaussian, n_samples: int) -> Surprise:
         expected.append(log_p.double().mean())
     _restore(states, device)  # for the next batch
     reconstruction = found.log_likelihood.double().mean(0)
-    return Surprise(reconstruction, torch.stack(expected), found.kl.double())
+    return Typicality(reconstruction, torch.stack(expected), found.kl.double())
 
 
 def _unobserved_out(model: VAE, eta: Tensor, observed: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
-from scuvae.inference.refinement.initialization import starts
+from scuvae.inference.refinement.initialization import initial_posteriors
 from scuvae.inference.refinement.moments import match_moments
 from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
 from scuvae.inference.refinement.stein import polish as polish_batch
@@ -39,7 +39,7 @@ def infer(
     first = LOCAL_STEPS[options.get("local_step", "natural")].before_polish
     if polish and first:
         options = first | options | {"max_steps": min(most, first["max_steps"])}
-    q = refine(model, batch, starts(model, batch, family), **options)
+    q = refine(model, batch, initial_posteriors(model, batch, family), **options)
     if polish:
         q = polish_batch(model, batch, q, max_steps=min(most, _STEPS), kl_weight=weight)
     if polish == "moments":

@@ -7,7 +7,7 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, select
 from scuvae.distributions.precision import gaussian_at
 from scuvae.inference.refinement.gauss_newton import at
-from scuvae.inference.refinement.profile_likelihood import affinity
+from scuvae.inference.refinement.profile_likelihood import profile_log_likelihood
 from scuvae.model import VAE
 
 
@@ -37,13 +37,13 @@ _PRIOR_POINTS = 512
 def likeliest(model: VAE, batch: Batch) -> Tensor:
     """For each cell the z that explains it best among fixed draws of the prior, (cells, latent).
 
-    By :func:`scuvae.inference.refinement.profile_likelihood.affinity` and the prior's density.
-    Means of training cells as further points gain nothing, and would let a cell's posterior depend
+    By :func:`~scuvae.inference.refinement.profile_likelihood.profile_log_likelihood` and the
+    prior's density. Means of training cells as further points gain nothing, and would let a cell's posterior depend
     on them.
     """
     prior = model.prior
     z = torch.cat([prior.gaussian().mean.unsqueeze(0), prior.points(_PRIOR_POINTS)])
-    return z[(affinity(model, batch, z) + prior.log_prob(z)).argmax(1)]
+    return z[(profile_log_likelihood(model, batch, z) + prior.log_prob(z)).argmax(1)]
 
 
 def encoded(model: VAE, batch: Batch, covariance: str) -> Gaussian:
@@ -55,7 +55,7 @@ def encoded(model: VAE, batch: Batch, covariance: str) -> Gaussian:
     return select([q, prior_start(model, len(batch), covariance)], empty.long())
 
 
-def starts(model: VAE, batch: Batch, covariance: str) -> list[Gaussian]:
+def initial_posteriors(model: VAE, batch: Batch, covariance: str) -> list[Gaussian]:
     """Where new cells begin: at the likeliest draw of the prior, and at the encoder's q."""
     found = [likeliest_start(model, batch, covariance)]
     if model.encoder is not None and batch.observed is None:
@@ -63,7 +63,7 @@ def starts(model: VAE, batch: Batch, covariance: str) -> list[Gaussian]:
     return found
 
 
-def start(model: VAE, batch: Batch, covariance: str) -> Gaussian:
+def initial_posterior(model: VAE, batch: Batch, covariance: str) -> Gaussian:
     """Where a cell without a q begins: at the encoder's, or at the likeliest draw of the prior."""
     if model.encoder is None or batch.observed is not None:
         return likeliest_start(model, batch, covariance)

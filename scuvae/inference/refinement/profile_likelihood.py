@@ -13,7 +13,7 @@ _NUMBERS = 2**24
 
 
 @torch.no_grad()
-def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
+def profile_log_likelihood(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """About log p(x | z) of each cell at each of the points z, up to a term of the cell.
 
     Counts are compared as multinomial draws from the decoder's profiles, zeros and ones by their
@@ -28,13 +28,15 @@ def affinity(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """
     some = z.split(max(1, _NUMBERS // model.n_vars))
     if batch.covariates is None:
-        return torch.cat([_affinity(model, batch, points, None) for points in some], 1)
+        return torch.cat(
+            [_profile_log_likelihood(model, batch, points, None) for points in some], 1
+        )
     out = z.new_empty(len(batch), len(z))
     kinds, kind = _decoded_under(model, batch.covariates).unique(dim=0, return_inverse=True)
     for number, covariates in enumerate(kinds):
         rows = (kind == number).nonzero().squeeze(-1)
         own = batch.take(rows)
-        parts = [_affinity(model, own, points, covariates) for points in some]
+        parts = [_profile_log_likelihood(model, own, points, covariates) for points in some]
         out[rows] = torch.cat(parts, 1)
     return out
 
@@ -55,7 +57,9 @@ def _decoded_under(model: VAE, covariates: Tensor) -> Tensor:
     return out
 
 
-def _affinity(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
+def _profile_log_likelihood(
+    model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None
+) -> Tensor:
     eta = model.decoder(z, None if covariates is None else covariates.expand(len(z), -1))
     x, observed = batch.x, batch.observed
     beside = _beside(model, batch, z, covariates)

@@ -10,7 +10,7 @@ import torch
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
-from scuvae.inference.refinement.initialization import start
+from scuvae.inference.refinement.initialization import initial_posterior
 from scuvae.inference.refinement.refine import LOCAL_STEPS
 from scuvae.model import VAE
 
@@ -54,7 +54,11 @@ class HeldOutCells:
         # The same draws at every evaluation, so that evaluations differ by the decoder alone.
         noise = torch.Generator().manual_seed(0)
         for i, batch in enumerate(self.cells):
-            q = self.posterior[i] if self.posterior else start(model, batch, self.covariance)
+            q = (
+                self.posterior[i]
+                if self.posterior
+                else initial_posterior(model, batch, self.covariance)
+            )
             q = local_step.refine(model, batch, q, max_steps=steps)
             renewed.append(q)
             points = torch.randn(_DRAWS, *q.mean.shape, generator=noise).to(q.mean)

@@ -32,7 +32,7 @@ from scuvae.model.likelihoods.link import (
     softmax,
     through_softmax,
 )
-from scuvae.model.likelihoods.rising_factorial import rising
+from scuvae.model.likelihoods.rising_factorial import log_rising_factorial
 
 # Dispersions below e^-60 act as this one: their dense terms are zero, but must not overflow.
 _LEAST_LOG_THETA = -60.0
@@ -90,7 +90,7 @@ def passes(
     out, slopes = negative_binomial(
         eta.view(-1, n_genes),
         *(x.starts, x.col, x.value),
-        *rising(x.value, x.col, log_theta),
+        *log_rising_factorial(x.value, x.col, log_theta),
         *rows_of(size, weight, shape),
         *(log_theta, logit),
         keep=keep,
@@ -120,7 +120,7 @@ def _dense_passes(
     log_mu_at = at(eta, flat) + (size.log() - log_total).index_select(-1, row)
     log_ratio_at = log_mu_at - log_theta.index_select(0, col)
     log1p_at = F.softplus(log_ratio_at, threshold=30.0)
-    constant, constant_slope = rising(value, col, log_theta)
+    constant, constant_slope = log_rising_factorial(value, col, log_theta)
     at_nonzeros = (log_mu_at - log1p_at).mul_(value).add_(constant)
 
     out = -(log1p_ratio @ theta)

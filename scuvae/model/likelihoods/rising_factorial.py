@@ -13,7 +13,7 @@ from scuvae.kernels.dispatch import compiled
 _SHIFT = {torch.float32: 4, torch.float64: 16}
 
 
-def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
+def log_rising_factorial(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     """c(x, θ) − lgamma(x+1) for counts x > 0 of genes ``col``, and θ ∂c/∂θ: (nonzeros,) both.
 
     ``log_theta`` is (genes,). Where kernels are compiled, c = Σ_{j<x} log1p(j/θ) of small counts is
@@ -23,9 +23,11 @@ def rising(x: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
     c = −Σ_{i<k} log1p(x/(θ+i)) + (θ'+x−½) log1p(x/θ') − x + S(θ'+x) − S(θ') + x log1p(k/θ).
     """
     if compiled(x):
-        from scuvae.kernels.rising_factorial import rising as compiled_rising
+        from scuvae.kernels.rising_factorial import (
+            log_rising_factorial as compiled_log_rising_factorial,
+        )
 
-        return compiled_rising(x, col, log_theta)
+        return compiled_log_rising_factorial(x, col, log_theta)
     # What is done alike to several numbers of a count is done in one call: on a GPU a call of so
     # few numbers takes as long as one of all.
     theta = log_theta.index_select(0, col).exp()

@@ -35,7 +35,7 @@ def test_agreement_is_its_formula(name: str, masked: bool) -> None:
     cells, counts = joined(parts), model.likelihood.support == "counts"
     pool = [0, 2, 3, 5, 7, 8]
     among = Residuals(*(getattr(cells, f)[pool] for f in ("mean", "value", "expected", "variance")))
-    found = Neighbours(among, 4, support=model.likelihood.support).agreement(cells)
+    found = Neighbours(among, 4, support=model.likelihood.support).residual_score(cells)
 
     kept = np.arange(12) != 5 if masked else np.ones(12, bool)
     eta = model.decoder(z).detach().numpy()[:, kept]
@@ -67,7 +67,7 @@ def test_under_the_model_it_is_standard(name: str, total: float) -> None:
     model = model_of(name, n_vars=40)
     z, size, x = drawn(model, 2000, total)
     cells = residuals(model, batch_of(x, size_factor=size), z)
-    found = Neighbours(cells, 20, support="counts").agreement(cells)
+    found = Neighbours(cells, 20, support="counts").residual_score(cells)
     # four standard errors: counts are not normal, with an excess kurtosis of up to 2
     assert abs(found.mean()) < 4 / 2000**0.5
     assert found.var() == pytest.approx(1.0, abs=4 * (4 / 2000) ** 0.5)
@@ -87,7 +87,7 @@ def test_what_no_cell_shows_its_neighbours_show() -> None:
         x = model.likelihood.sample(eta, size)
     cells = residuals(model, batch_of(x), z)
     alone = (cells.residual.square() / cells.variance.clamp_min(1e-9)).sum(1)
-    shared = Neighbours(cells, 20, support="counts").agreement(cells)
+    shared = Neighbours(cells, 20, support="counts").residual_score(cells)
 
     def auroc(score: Tensor) -> float:
         u = stats.mannwhitneyu(score[novel].numpy(), score[~novel].numpy())
@@ -109,7 +109,8 @@ def test_what_all_cells_have_is_taken_out(name: str) -> None:
     x[1000:] = torch.binomial(x[1000:], more.expand(500, -1)) if counts else x[1000:] + more
     cells, some = residuals(model, batch_of(x), z), torch.arange(1500) < 1000
     found = [
-        Neighbours(cells, 20, support=support, adjust_by=by).agreement(cells) for by in (None, some)
+        Neighbours(cells, 20, support=support, adjust_by=by).residual_score(cells)
+        for by in (None, some)
     ]
     assert found[0][some].mean() > 0.8
     # factors are of totals, which each cell has another mix of: not to the last tenth
@@ -124,7 +125,7 @@ def test_empty_cells_and_cells_at_one_place() -> None:
     z = torch.randn(8, 2, dtype=torch.float64)
     z[2:6] = 0.0
     cells = residuals(model, batch_of(x), z)
-    found = Neighbours(cells, 7, support="counts").agreement(cells)
+    found = Neighbours(cells, 7, support="counts").residual_score(cells)
     assert found.isfinite().all()
     assert (found[2:6].abs() < 1e-9).all()
     assert (found[[0, 1, 6, 7]].abs() > 1e-3).all()
