@@ -37,9 +37,8 @@ _PRIOR_POINTS = 512
 def likeliest(model: VAE, batch: Batch) -> Tensor:
     """For each cell the z that explains it best among fixed draws of the prior, (cells, latent).
 
-    By :func:`~scuvae.inference.refinement.profile_likelihood.profile_log_likelihood` and the
-    prior's density. Means of training cells as further points gain nothing, and would let a cell's posterior depend
-    on them.
+    By the profile likelihood and the prior's density. Means of training cells as further points
+    gain nothing, and would let a cell's posterior depend on them.
     """
     prior = model.prior
     z = torch.cat([prior.gaussian().mean.unsqueeze(0), prior.points(_PRIOR_POINTS)])
