@@ -1,6 +1,6 @@
 """Model files with random damage: each is refused in words, or read as what was written.
 
-``python tests/fuzz_model_files.py [--n 100000] [--seed 0] [--h5ad 0]`` prints how many were
+``python tests/fuzz_model_files.py [--n 100000] [--seed 0]`` prints how many were
 refused, read as they were (damage that changes nothing, as spaces in JSON), silently different, or
 crashed, and the longest time one took.
 """

@@ -254,6 +254,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "predictive_check": tl.predictive_check,
     "loadings": tl.loadings,
     "compare_n_latent": tl.compare_n_latent,
+    "decode": lambda adata: tl.decode(adata, np.zeros((2, 3))),
     "rank_genes": tl.rank_genes,
     "transfer_labels": lambda adata: tl.transfer_labels(adata, fitted(), labels="batch"),
     "model": lambda adata: get.model(adata),
@@ -298,7 +299,7 @@ def test_no_cells_no_genes(verb: str, shape: tuple[int, int], part: str) -> None
 
 # --- unfitted -----------------------------------------------------------------------------------
 
-READERS = [verb for verb in VERBS if verb not in ("fit", "compare_n_latent", *WITH_REFERENCE)]
+READERS = [verb for verb in VERBS if verb not in ("fit", *TABLES, *WITH_REFERENCE)]
 
 
 @pytest.mark.parametrize("verb", READERS)

@@ -2,6 +2,7 @@
 
 from scuvae.tl._calibration import calibration
 from scuvae.tl._compare_n_latent import compare_n_latent
+from scuvae.tl._decode import decode
 from scuvae.tl._denoise import denoise
 from scuvae.tl._embed import embed
 from scuvae.tl._fit import fit
@@ -21,6 +22,7 @@ __all__ = [
     "amortization_gap",
     "calibration",
     "compare_n_latent",
+    "decode",
     "denoise",
     "embed",
     "fit",

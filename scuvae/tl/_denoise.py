@@ -121,14 +121,14 @@ def denoise(
     n_samples = whole("n_samples", n_samples, at_least=0)
     if flag("scale", scale) and n_samples < 2:
         raise ValueError(f"scale=True needs draws: pass n_samples >= 2, not {n_samples}")
-    size = _library_size(fit, library_size)
+    size = checked_library_size(fit, library_size)
     wanted = None if genes is None else names("genes", genes)
     if wanted is not None and (copy or layer_added is not None):
         raise ValueError(
             "genes= returns a DataFrame and writes nothing: leave out copy= and layer_added="
         )
     name = _name(fit, Keys.of(key), layer_added)
-    chosen = _chosen(fit.design, batch, covariates)
+    chosen = chosen_covariates(fit.design, batch, covariates)
     stored = read_posterior(adata, key)
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
@@ -217,7 +217,7 @@ class _Decode:
         return self.model.likelihood.mean(eta, size, batch.observed)[:, self.genes]
 
 
-def _library_size(fit: Fit, library_size: float | None) -> float | None:
+def checked_library_size(fit: Fit, library_size: float | None) -> float | None:
     if library_size is None:
         return None
     size = real("library_size", library_size, above=0)
@@ -240,7 +240,7 @@ def _name(fit: Fit, keys: Keys, layer_added: str | None) -> str:
     return name
 
 
-def _chosen(
+def chosen_covariates(
     design: Design, batch: Any, covariates: Mapping[str, Any] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The columns that are not each cell's own, and their rows: see Design.given."""

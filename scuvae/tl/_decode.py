@@ -1,0 +1,135 @@
+"""tl.decode: what the decoder makes of points of the latent space."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from scuvae._checks import names
+from scuvae._errors import near
+from scuvae.io import inputs
+from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.genes import cells_of
+from scuvae.runtime import CHUNK, isolated, resolve_device
+from scuvae.tl._denoise import checked_library_size, chosen_covariates
+from scuvae.tl._embed import common_total
+
+
+@isolated
+def decode(
+    adata: AnnData,
+    z: np.ndarray | pd.DataFrame,
+    *,
+    key: str | None = None,
+    batch: Any = None,
+    covariates: Mapping[str, Any] | None = None,
+    library_size: float | None = None,
+    genes: Iterable[str] | None = None,
+    device: str = "auto",
+) -> pd.DataFrame:
+    """Expected expression at latent points: along a path, at a cluster's centre, on a grid.
+
+    E[x | z] under the fitted decoder, on the scale of the data. All points are decoded at one
+    total, and as from an average over the fit's batches and other covariates, unless told which.
+
+    Parameters
+    ----------
+    adata
+        Fitted by :func:`scuvae.tl.fit`, or projected.
+    z
+        Points, (points, n_latent), in the coordinates of ``obsm["X_scuvae"]``; the rows of a
+        DataFrame keep their names.
+    key
+        The fit; None for the default.
+    batch
+        A batch of the fit, several, or ``"average"``; None: the average of all.
+    covariates
+        Values of other covariates by column, as in :func:`scuvae.tl.denoise`; those left out are
+        averaged over, numbers at their mean.
+    library_size
+        The total to decode at, in counts; None: the median of the fitted cells' totals.
+    genes
+        Names of the genes wanted; None for all that were modelled.
+    device
+        As in :func:`scuvae.tl.fit`.
+
+    Returns
+    -------
+    A DataFrame, points × genes, float32: counts, chances of a one, or Gaussian means. ``adata`` is
+    left alone.
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``; ``z`` has another number of dimensions, or values that
+        are not finite; an unknown gene, batch or covariate; ``library_size`` where there are no
+        totals.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()
+    >>> scuvae.tl.fit(adata, max_epochs=5)
+    >>> z = adata.obsm["X_scuvae"][:3]
+    >>> scuvae.tl.decode(adata, z, genes=["CD3D", "LYZ"], library_size=1e4).shape
+    (3, 2)
+    """
+    fit = read_fit(inputs.check_anndata(adata), key)
+    points = _points(z, fit)
+    size = checked_library_size(fit, library_size)
+    chosen = chosen_covariates(fit.design, batch, covariates)
+    columns = np.arange(len(fit.var_names))
+    if genes is not None:
+        wanted = names("genes", genes)
+        columns = fit.var_names.get_indexer(wanted)
+        if (columns < 0).any():
+            unknown = wanted[int(np.flatnonzero(columns < 0)[0])]
+            raise ValueError(f"genes: {unknown!r} was not modelled. {near(unknown, fit.var_names)}")
+    if size is None:
+        size = _usual_total(adata, key, fit)
+    where = resolve_device(device)
+    model = fit.model.to(where)
+    settings, weights = (part.to(where) for part in _settings(fit, *chosen))
+    parts = []
+    with torch.no_grad():
+        for some in points.to(where).split(CHUNK):
+            total = some.new_full((len(some),), size)
+            value = some.new_zeros(len(some), len(columns))
+            for row, weight in zip(settings, weights, strict=True):
+                told = row.expand(len(some), -1) if fit.design.n_columns else None
+                mean = model.likelihood.mean(model.decoder(some, told), total, None)
+                value += weight * mean[:, columns]
+            parts.append(value.cpu().numpy())
+    index = z.index if isinstance(z, pd.DataFrame) else None
+    return pd.DataFrame(np.concatenate(parts), index, fit.var_names[columns])
+
+
+def _points(z: np.ndarray | pd.DataFrame, fit: Fit) -> torch.Tensor:
+    values = np.asarray(z, dtype=np.float32)
+    n_latent = fit.model.n_latent
+    if values.ndim != 2 or values.shape[1] != n_latent:
+        raise ValueError(f"z has shape {values.shape}: pass (points, {n_latent}), as the fit has")
+    if not np.isfinite(values).all():
+        row = int(np.argwhere(~np.isfinite(values))[0, 0])
+        raise ValueError(f"z is not finite at point {row}: leave it out")
+    return torch.from_numpy(values.copy())
+
+
+def _usual_total(adata: AnnData, key: str | None, fit: Fit) -> float:
+    """The total that the map of the fit is at; fits of earlier versions have none."""
+    embed = read_entry(adata, key).get("embed")
+    return float(embed["total"]) if embed else common_total(cells_of(adata, fit).size_factor)
+
+
+def _settings(
+    fit: Fit, which: torch.Tensor | None, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the decoder is told in turn, and the share of each."""
+    usual, weights = fit.design.settings()
+    if which is not None and rows is not None:
+        usual = torch.cat([torch.where(which, row, usual) for row in rows])
+        weights = weights.repeat(len(rows))
+    return usual, weights / weights.sum()
