@@ -1,14 +1,18 @@
 """How many of the package's own functions lie between tl.fit and the likelihood."""
 
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 from helpers import SCHEMES, small_data, small_fit
 
+import scuvae
 from scuvae.model.likelihoods import Likelihood
 from scuvae.tl import _fit
+
+PACKAGE = str(Path(scuvae.__file__).parent)
 
 # Calls from the body of tl.fit to the likelihood's log-probability or its slopes, these counted
 # with the others. What wraps tl.fit (runtime.isolated, the alias of rng=) comes before.
@@ -25,7 +29,7 @@ def frames_to_fit(frame: FrameType | None) -> list[str] | None:
         code = frame.f_code
         if code is _fit.fit.__wrapped__.__wrapped__.__code__:
             return names[::-1]
-        if "/scuvae/" in code.co_filename and not code.co_name.startswith("<"):
+        if code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
             names.append(code.co_name)
         frame = frame.f_back
     return None
