@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scuvae._random import generator_on, linear
-from scuvae.kernels.dispatch import asks_gradient, compiled
 from scuvae.model.likelihoods.autograd import accumulate
 
 # Precisions of a normal prior of the weights that make η, where η is a logarithm: so many counts
@@ -205,10 +204,6 @@ def _gated(entered: Tensor, p: float) -> tuple[Tensor, Tensor]:
         .view(entered.shape)
     )
     least, gain = dropped - 2**15, 2**16 / (2**16 - dropped)
-    if compiled(entered) and not asks_gradient(entered):
-        from scuvae.kernels.relu_dropout import gated
-
-        return gated(entered.contiguous(), draws, least, gain)
     gate = ((draws >= least) & (entered > 0)) * gain
     return entered * gate, gate
 
