@@ -16,6 +16,8 @@ from ._common import colours, finish, point_size
 GROUND = "0.75"
 # Probabilities closer to one are drawn there.
 LEAST = 1e-12
+# The height of a label, in parts of the axes.
+_LINE = 0.055
 
 
 def volcano(
@@ -95,14 +97,20 @@ def volcano(
     ax.scatter(change[listed], sure[listed], c=colour[listed], **style)
     score = np.abs(np.asarray(found["scores"][group], dtype=float))
     named = np.flatnonzero(listed)
-    for gene in named[np.argsort(-score[named], kind="stable")[:n_genes]]:
-        ax.annotate(
-            str(found["names"][group][gene]),
-            (change[gene], sure[gene]),
-            xytext=(3, 2),
-            textcoords="offset points",
-            fontsize="small",
-        )
+    best = named[np.argsort(-score[named], kind="stable")[:n_genes]]
+    # In a column at their side, with a line to each: the surest genes lie all at one height.
+    for side, genes in (("right", best[change[best] > 0]), ("left", best[change[best] <= 0])):
+        for row, gene in enumerate(genes):
+            ax.annotate(
+                str(found["names"][group][gene]),
+                (change[gene], sure[gene]),
+                xytext=(0.98 if side == "right" else 0.02, 0.9 - _LINE * row),
+                textcoords="axes fraction",
+                ha=side,
+                va="top",
+                fontsize="small",
+                arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5},
+            )
     ax.set_yscale("log")
     ax.set_ylim(2, min(float(sure.min()), 0.1) / 3)
     ax.axvline(0, color="0.5", linewidth=0.8, zorder=0)

@@ -48,10 +48,9 @@ class Ascent:
         """Take the step where it lowers the objective by no more than ``slack``, else shorten it.
 
         Returned is where it was taken, and what it gained, in nats: of a shortened step, what a
-        whole one would have.
+        whole one would have; infinity where it was taken back, which says nothing of the next.
         """
         better = value >= self.value - slack
-        # A step taken back gains nothing, and says nothing of the next.
         gain = torch.where(better, (value - self.value) / self.rate, torch.inf)
         self.value = torch.where(better, value, self.value)
         self.slope = torch.where(better[:, None], slope, self.slope)
