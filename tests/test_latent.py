@@ -83,11 +83,12 @@ def test_dimensions_are_told_from_a_rotation(fixed_random_state: None) -> None:
     mean = torch.zeros(n, 5).double()
     mean[:, 0], mean[:, 3] = 2 * torch.randn(n), 0.5 * torch.randn(n)
     scale = torch.tensor([0.1, 1.0, 1.0, 0.5, 1.0]).double().expand(n, 5)
-    plain = latent_dimensions(Gaussian(mean, scale))
+    plain = latent_dimensions(mean, [Gaussian(mean, scale)])
     rotation = torch.linalg.qr(torch.randn(5, 5).double()).Q
     covariance = rotation @ torch.diag(scale[0] ** 2) @ rotation.T
     tril = torch.linalg.cholesky(covariance).expand(n, 5, 5)
-    rotated = latent_dimensions(Gaussian(mean @ rotation.T, tril))
+    turned = Gaussian(mean @ rotation.T, tril)
+    rotated = latent_dimensions(turned.mean, [turned[:1000], turned[1000:]])
     for one, other in zip(plain, rotated, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
     assert plain.n_active == rotated.n_active == 2

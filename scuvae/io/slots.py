@@ -1,6 +1,7 @@
 """Where results go, and the posteriors in them."""
 
 import copy as copying
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -58,16 +59,26 @@ def gaussian_of(values: dict[str, np.ndarray]) -> Gaussian:
     return Gaussian(mean, tril.float())
 
 
-# Cells whose components are asked for at once.
+# Cells whose factors are made at once: all together they would outweigh their table.
 _CHUNK = 4096
 
 
-def components_of(q: Gaussian, prior: Prior) -> np.ndarray | None:
+def parts_of(values: dict[str, np.ndarray]) -> Iterator[Gaussian]:
+    """:func:`gaussian_of` some cells after others, in order."""
+    for first in range(0, len(values["mean"]), _CHUNK):
+        yield gaussian_of({name: a[first : first + _CHUNK] for name, a in values.items()})
+
+
+def components_of(values: dict[str, np.ndarray], prior: Prior) -> np.ndarray | None:
     """The chances that each cell is of each of the prior's components, where it has any."""
-    prior = copying.deepcopy(prior).to(q.mean)
-    rows = torch.arange(len(q.mean)).split(_CHUNK)
-    parts = [found for part in rows if (found := prior.responsibilities(q[part])) is not None]
-    return torch.cat(parts).numpy() if parts else None
+    prior = copying.deepcopy(prior).cpu()
+    parts = []
+    for q in parts_of(values):
+        found = prior.responsibilities(q)
+        if found is None:
+            return None
+        parts.append(found)
+    return torch.cat(parts).numpy()
 
 
 def write_components(adata: AnnData, key: str | None, share: np.ndarray | None) -> None:

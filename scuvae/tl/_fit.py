@@ -20,7 +20,6 @@ from scuvae._checks import flag, random_state_alias, real
 from scuvae._keys import Keys
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
-from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.held_out import hold_out
@@ -29,7 +28,7 @@ from scuvae.io import inputs
 from scuvae.io.covariates import read_covariates, size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
-from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
+from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
@@ -326,9 +325,8 @@ def fit(
             history = training.train(**begun.arguments, on_epoch=on_epoch)
         q = training.finish(begun)
 
-    found = gaussian_of(q)
-    mean = found.mean.to(where)
-    components = components_of(found, model.prior)
+    mean = torch.as_tensor(q["mean"], device=where)
+    components = components_of(q, model.prior)
     coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
 
     names = adata.var_names.astype(str)  # files have names, whatever an index holds
@@ -338,7 +336,7 @@ def fit(
         "var_names": np.array(names if genes is None else names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
-        "latent": _in_use(found),
+        "latent": _in_use(q),
     }
     entry = sealed(parts)
     split = pd.Categorical(
@@ -358,9 +356,9 @@ def fit(
     return out if copy else None
 
 
-def _in_use(q: Gaussian) -> dict[str, Any]:
+def _in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:
     """How much each latent dimension is used, for ``uns``."""
-    found = latent_dimensions(q)
+    found = latent_dimensions(torch.as_tensor(q["mean"]), parts_of(q))
     numbers = {name: values.numpy() for name, values in found._asdict().items()}
     return {**numbers, "n_active": found.n_active}
 

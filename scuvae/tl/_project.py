@@ -27,7 +27,7 @@ from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.model_files import is_hdf5, read_as
-from scuvae.io.slots import components_of, gaussian_of, target, write_components, write_posterior
+from scuvae.io.slots import components_of, target, write_components, write_posterior
 from scuvae.model import VAE
 from scuvae.model.covariates import Covariates, Design
 from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
@@ -226,7 +226,7 @@ def project(
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
     found_moments = moments(parts, covariance)
-    components = components_of(gaussian_of(found_moments), model.prior)
+    components = components_of(found_moments, model.prior)
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)

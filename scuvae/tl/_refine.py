@@ -24,7 +24,6 @@ from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import (
     components_of,
-    gaussian_of,
     read_posterior,
     target,
     write_components,
@@ -136,7 +135,7 @@ def refine(
             parts.append(best)
 
     found = moments(parts, covariance)
-    components = components_of(gaussian_of(found), model.prior)
+    components = components_of(found, model.prior)
     entry = copying.deepcopy(read_entry(adata, key))
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none

@@ -1,5 +1,6 @@
 """How many latent dimensions are in use, whatever the rotation that a fit has ended in."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from scuvae.distributions.gaussian import Gaussian
 
 # A dimension is active where posterior means vary by more (Burda, Grosse & Salakhutdinov, 2016).
 ACTIVE = 0.01
-_CHUNK = 4096
 
 
 class Dimensions(NamedTuple):
@@ -28,20 +28,20 @@ class Dimensions(NamedTuple):
         return int((self.variance > ACTIVE).sum())
 
 
-def latent_dimensions(q: Gaussian) -> Dimensions:
-    """Of cells' posteriors.
+def latent_dimensions(mean: Tensor, parts: Iterable[Gaussian]) -> Dimensions:
+    """Of cells' posteriors, their means, (cells, latent), and q of some cells after others.
 
     Under N(0, I) a rotation of z changes nothing but what the axes are called, hence the principal
     ones: a dimension that is not needed has means near 0 and variances near 1.
     """
-    mean = q.mean.double()
+    mean = mean.double()
     centred = mean - mean.mean(0)
     variance, axes = torch.linalg.eigh(centred.T @ centred / max(1, len(mean) - 1))
     axes = axes.flip(1)
     uncertainty, kl = torch.zeros_like(variance), torch.zeros_like(variance)
-    for rows in torch.arange(len(mean), device=mean.device).split(_CHUNK):
-        own = torch.einsum("cij,ia->caj", q[rows].scale_tril.double(), axes).square().sum(-1)
-        at = mean[rows] @ axes
+    for q in parts:
+        own = torch.einsum("cij,ia->caj", q.scale_tril.double(), axes).square().sum(-1)
+        at = q.mean.double() @ axes
         uncertainty += own.sum(0)
         kl += 0.5 * (at.square() + own - 1 - own.log()).sum(0)
     return Dimensions(variance.flip(0).clamp_min(0), uncertainty / len(mean), kl / len(mean))
