@@ -33,7 +33,8 @@ from scuvae._keys import SCVI, Keys
 from scuvae.batches import Batch, SparseRows
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.evaluation.simulation_based_calibration import simulate
-from scuvae.inference.mapping.new_batches import estimate_offset, known_offsets, with_offsets
+from scuvae.inference.mapping.covariate_columns import known_offsets, with_offsets
+from scuvae.inference.mapping.new_batches import estimate_offset
 from scuvae.inference.mapping.typicality import typicality
 from scuvae.inference.refinement.initialization import initial_posteriors
 from scuvae.inference.refinement.refine import fixed_elbo, refine

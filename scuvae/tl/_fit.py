@@ -34,7 +34,13 @@ from scuvae.model.priors import Prior
 from scuvae.runtime import isolated, logger, random_state, resolve_device
 from scuvae.tl._checkpoint import kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
-from scuvae.tl._model_parts import choose_likelihood, choose_prior, encoder_input, instance_of
+from scuvae.tl._model_parts import (
+    choose_likelihood,
+    choose_prior,
+    encoder_input,
+    instance_of,
+    with_slopes,
+)
 
 
 @isolated
@@ -284,6 +290,7 @@ def fit(
         "encoder_input": encoder_input(chosen) if has_encoder else None,
         "layer": layer,
         **({} if covariates is None else covariates.design.to_params()),
+        "covariate_slopes": True if with_slopes(settings, chosen, covariates) else None,
         "encoder_covariates": True if has_encoder and covariates is not None else None,
         "size_factor_key": size_factor_key,
         "mask_var": mask_var if isinstance(mask_var, str) else None,
