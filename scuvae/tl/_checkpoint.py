@@ -10,6 +10,7 @@ from anndata import AnnData
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.inference.training.checkpoint import Checkpoint, digest
+from scuvae.inference.training.distributed import Processes
 
 # Where a fit is made does not make it another one.
 _ELSEWHERE = {"device", "torch_version", "anndata_version"}
@@ -24,16 +25,25 @@ def kept_in(
     genes: np.ndarray | None,
     params: dict[str, Any],
     cells: Cells,
+    processes: Processes,
 ) -> Checkpoint:
-    """The checkpoints of a fit, which say of which cells, genes and settings it is."""
+    """The checkpoints of a fit, which say of which cells, genes and settings it is.
+
+    ``adata`` has the cells of all processes, ``cells`` those of this one.
+    """
     found = {name: value for name, value in params.items() if name not in _ELSEWHERE}
     where = cells.size_factor.device
     some = torch.linspace(0, len(cells) - 1, min(len(cells), _LOOKED_AT)).long()
     values = dense(cells.batch(some.to(where)).x)
     names = adata.var_names if genes is None else adata.var_names[genes]
     found["genes"], found["cells"] = digest(names.astype(str)), digest(adata.obs_names.astype(str))
-    found["values"] = digest(cells.source.totals(), cells.size_factor, values)
+    found["values"] = _of_all(digest(cells.source.totals(), cells.size_factor, values), processes)
     if (told := cells.covariates) is not None:
         parts = torch.arange(len(cells), device=where).split(2**16)
-        found["covariates"] = digest(*(told.rows(part) for part in parts))
-    return Checkpoint(folder, every=every, fit=found)
+        found["covariates"] = _of_all(digest(*(told.rows(part) for part in parts)), processes)
+    return Checkpoint(folder, every=every, fit=found, processes=processes)
+
+
+def _of_all(own: str, processes: Processes) -> str:
+    """One digest from those of all processes."""
+    return digest(processes.texts(own)) if processes.several else own

@@ -16,12 +16,14 @@ from anndata import AnnData
 
 import scuvae.inference.training.fit as training
 from scuvae import __version__
-from scuvae._checks import flag, random_state_alias, real
+from scuvae._checks import flag, random_state_alias, real, whole
 from scuvae._keys import Keys
+from scuvae._launched import number_of_processes
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
+from scuvae.inference.training.distributed import Processes, joined
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
@@ -31,7 +33,7 @@ from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
-from scuvae.runtime import isolated, logger, random_state, resolve_device
+from scuvae.runtime import isolated, logger, own_device, random_state, resolve_device
 from scuvae.tl._checkpoint import kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 from scuvae.tl._model_parts import choose_likelihood, choose_prior, encoder_input, instance_of
@@ -68,6 +70,7 @@ def fit(
     check_values: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
+    processes: int | None = None,
     device: str = "auto",
     rng: int | np.random.Generator | None = 0,
     key_added: str | None = None,
