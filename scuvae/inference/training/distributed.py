@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from scuvae._checks import random_generator
 from scuvae.batches import Batch, SparseRows
 from scuvae.batches.loader import Loader
 from scuvae.distributions.gaussian import Gaussian
@@ -40,6 +41,21 @@ _ROWS = 2**16
 _groups = count()
 
 
+def own_rows(held_out: np.ndarray, rank: int, size: int) -> slice:
+    """The rows of a process among all cells, of which some are held out.
+
+    Runs of neighbours, in the order of the processes, with as many training cells in each, but
+    for one.
+    """
+    training = np.flatnonzero(~held_out)
+    if len(training) < size:
+        raise ValueError(
+            f"{size} processes, but {len(training)} cells to train on: each needs some. Start fewer"
+        )
+    cuts = [0, *training[np.arange(1, size) * len(training) // size], len(held_out)]
+    return slice(int(cuts[rank]), int(cuts[rank + 1]))
+
+
 class LostProcess(ConnectionError):
     """Another process has ended, or no longer answers."""
 
@@ -55,9 +71,8 @@ class Processes:
         The row number of its first cell among those of all.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
-        self.rank, self.size, self.store = rank, size, store
-        self.first = 0
+    def __init__(self, rank: int = 0, size: int = 1, *, first: int = 0, store: Any = None) -> None:
+        self.rank, self.size, self.first, self.store = rank, size, first, store
         self._n_exchanges = 0
         self._flat: Tensor | None = None
         self._over = threading.Event()
@@ -71,21 +86,17 @@ class Processes:
 
     # --- who has what ---------------------------------------------------------------------------
 
-    def own_rows(self, held_out: np.ndarray) -> slice:
-        """The rows of this process among all cells, of which some are held out.
-
-        Runs of neighbours, in the order of the processes, with as many training cells in each, but
-        for one.
-        """
-        training = np.flatnonzero(~held_out)
-        if len(training) < self.size:
-            raise ValueError(
-                f"{self.size} processes, but {len(training)} cells to train on: each needs some. "
-                f"Start fewer"
-            )
-        cuts = [0, *training[np.arange(1, self.size) * len(training) // self.size], len(held_out)]
-        self.first = int(cuts[self.rank])
-        return slice(self.first, int(cuts[self.rank + 1]))
+    def check_alike(self, params: dict[str, Any]) -> None:
+        """Raise where processes were asked for other fits."""
+        texts = self.texts("\n".join(f"{name}={value!r}" for name, value in params.items()))
+        for rank, text in enumerate(texts):
+            differ = sorted(set(texts[0].split("\n")) ^ set(text.split("\n")))
+            if differ:
+                raise ValueError(
+                    f"processes 0 and {rank} fit with other settings, of their arguments or of "
+                    f"what their cells' values are: {', '.join(differ)}. Pass all the same, and "
+                    "likelihood= by name"
+                )
 
     def share(self, batch_size: int) -> int:
         """This process's cells of a step: as many in each, rounded up."""
@@ -223,23 +234,23 @@ class Processes:
     ) -> np.ndarray | None:
         """The rows of all processes, (cells, columns), at the first; None at the others.
 
-        ``room`` makes what they are put into; so many at a time are under way.
+        ``room`` makes what they are put into, of so many columns and rows.
         """
         if not self.several:
             return own
         lengths = self.numbers(len(own))
-        whole = room(sum(lengths), own.shape[1]) if not self.rank else None
+        whole = room(own.shape[1], sum(lengths)) if not self.rank else None
         at = np.cumsum([0, *lengths])
         for begin in range(0, max(lengths), _ROWS):
             some = torch.from_numpy(np.ascontiguousarray(own[begin : begin + _ROWS]))
-            parts = self.gather_first(some, min(_ROWS, max(lengths) - begin))
+            parts = self._to_first(some, min(_ROWS, max(lengths) - begin))
             for rank, part in enumerate(parts):
                 n = max(0, min(_ROWS, lengths[rank] - begin))
                 if whole is not None and n:
                     whole[at[rank] + begin : at[rank] + begin + n] = part[:n].numpy()
         return whole
 
-    def gather_first(self, own: Tensor, n_rows: int) -> list[Tensor]:
+    def _to_first(self, own: Tensor, n_rows: int) -> list[Tensor]:
         """Up to so many rows of every process at the first; nothing at the others."""
         room = own.new_zeros(n_rows, *own.shape[1:])
         room[: len(own)] = own
@@ -329,9 +340,22 @@ class Paced:
             yield batch.take(batch.index[:0])
 
 
+def agreed_seed(
+    rng: int | np.random.Generator | None, processes: Processes
+) -> int | np.random.Generator | None:
+    """A seed that all processes have: the first one's, where each would draw its own."""
+    if not processes.several or isinstance(rng, int | np.integer):
+        return rng
+    seed = torch.tensor(int(random_generator(rng).integers(2**63)))
+    processes.alike(seed)
+    return int(seed)
+
+
 @contextmanager
-def joined(size: int, device: torch.device) -> Iterator[Processes]:
+def joined(size: int, device: torch.device, first: int = 0) -> Iterator[Processes]:
     """Inside, the processes that were launched can exchange what they have.
+
+    ``first`` is the row number of this one's first cell.
 
     By nccl between GPUs, by gloo between CPUs and for all that is small. A group that the caller
     has made is taken as it is.
@@ -343,7 +367,7 @@ def joined(size: int, device: torch.device) -> Iterator[Processes]:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         if dist.is_initialized():
-            yield Processes(dist.get_rank(), dist.get_world_size())
+            yield Processes(dist.get_rank(), dist.get_world_size(), first=first)
             return
         limit = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
@@ -355,7 +379,7 @@ def joined(size: int, device: torch.device) -> Iterator[Processes]:
             world_size=size,
             timeout=limit,
         )
-        processes = Processes(rank, size, store)
+        processes = Processes(rank, size, first=first, store=store)
         try:
             yield processes
         finally:

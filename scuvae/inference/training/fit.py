@@ -133,7 +133,7 @@ def start(
     if processes.several:
         go_apart(processes.rank, where)
     batches = cells.loader(training, processes.share(settings.batch_size), order)
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": model,
         "posterior": posterior,
         "cells": processes.paced(batches),
