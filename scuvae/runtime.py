@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from scuvae._checks import one_of, random_generator
+from scuvae._launched import launched, local_number
 from scuvae._random import using
 
 logger = logging.getLogger("scuvae")
@@ -91,6 +92,19 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r}: torch sees no Metal device. Pass device='auto' or 'cpu'"
         )
     return torch.device(device)
+
+
+def own_device(device: torch.device, n_processes: int) -> torch.device:
+    """The device of this process: of several, each has a GPU of its own."""
+    if n_processes == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    number, found = local_number(), torch.cuda.device_count()
+    if number >= found:
+        raise ValueError(
+            f"process {launched()[0]} has no GPU of its own: torch sees {found} on this machine. "
+            f"Start torchrun --nproc-per-node {found}, or pass device='cpu'"
+        )
+    return torch.device("cuda", number)
 
 
 def chunk_on(device: torch.device, n_vars: int) -> int:

@@ -48,6 +48,7 @@ FIT_FLAGS: dict[str, tuple[list[str], Any]] = {
     "check_values": (["--no-check-values"], False),
     "checkpoint": (["--checkpoint", "kept"], "kept"),
     "checkpoint_every": (["--checkpoint-every", "5"], 5.0),
+    "processes": (["--processes", "1"], 1),
     "device": (["--device", "cpu"], "cpu"),
     "rng": (["--rng", "7"], 7),
     "key_added": (["--key-added", "k"], "k"),

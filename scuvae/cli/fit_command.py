@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from scuvae._launched import launched, number_of_processes
 from scuvae.cli.arguments import (
     COVARIANCE,
     DEVICE,
@@ -13,7 +14,7 @@ from scuvae.cli.arguments import (
     progress,
     switch,
 )
-from scuvae.cli.files import checked_output, opened
+from scuvae.cli.files import checked_output, opened, reading
 
 TEXT = "fit the model to the counts of a file"
 INFERENCE: dict[str, bool | str] = {"unamortized": False, "amortized": True, "semi": "semi"}
@@ -49,6 +50,7 @@ FIT = {
         ("--dropout", float, "P", "share of the decoder's hidden units that a step drops"),
         ("--checkpoint", str, "FOLDER", "keep how far training has come; go on from there"),
         ("--checkpoint-every", float, "S", "seconds between checkpoints"),
+        ("--processes", int, "N", "how many torchrun has started; 1: this one fits alone"),
         DEVICE,
         ("--rng", int, "SEED", "seed of all draws"),
         KEY_ADDED,
@@ -97,6 +99,13 @@ class _Inference(argparse.Action):
 
 
 def run(args: argparse.Namespace) -> None:
+    number, size = launched()
+    number_of_processes(getattr(args, "processes", None))  # said before the file is read
+    if number and size > 1:  # the first one writes
+        from scuvae import tl
+
+        tl.fit(reading(args), **passed_on(args))
+        return
     output = checked_output(args.output, args.input)
     from scuvae import tl
 

@@ -138,6 +138,11 @@ def read_matrix(
     return x
 
 
+def rows_of(x: Any, rows: slice) -> Any:
+    """Some neighbouring rows of such a matrix; one that is on disk stays there."""
+    return x.part(rows) if isinstance(x, StoredMatrix) else x[rows]
+
+
 def _check_dtype(x: Any, name: str) -> None:
     if x.dtype.kind not in "biuf":
         raise TypeError(

@@ -10,6 +10,8 @@ from anndata import AnnData
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.inference.training.checkpoint import Checkpoint, digest
+from scuvae.inference.training.distributed import Processes
+from scuvae.model.covariates import Covariates
 
 # Where a fit is made does not make it another one.
 _ELSEWHERE = {"device", "torch_version", "anndata_version"}
@@ -24,16 +26,22 @@ def kept_in(
     genes: np.ndarray | None,
     params: dict[str, Any],
     cells: Cells,
+    covariates: Covariates | None,
+    processes: Processes,
 ) -> Checkpoint:
-    """The checkpoints of a fit, which say of which cells, genes and settings it is."""
+    """The checkpoints of a fit, which say of which cells, genes and settings it is.
+
+    ``adata`` and ``covariates`` are of the cells of all processes, ``cells`` of this one's.
+    """
     found = {name: value for name, value in params.items() if name not in _ELSEWHERE}
     where = cells.size_factor.device
-    some = torch.linspace(0, len(cells) - 1, min(len(cells), _LOOKED_AT)).long()
-    values = dense(cells.batch(some.to(where)).x)
+    some = torch.linspace(0, adata.n_obs - 1, min(adata.n_obs, _LOOKED_AT)).long()
+    own = some[(some >= processes.first) & (some < processes.first + len(cells))]
+    values = processes.together(dense(cells.batch(own.to(where) - processes.first).x))
     names = adata.var_names if genes is None else adata.var_names[genes]
     found["genes"], found["cells"] = digest(names.astype(str)), digest(adata.obs_names.astype(str))
-    found["values"] = digest(cells.source.totals(), cells.size_factor, values)
-    if (told := cells.covariates) is not None:
-        parts = torch.arange(len(cells), device=where).split(2**16)
-        found["covariates"] = digest(*(told.rows(part) for part in parts))
-    return Checkpoint(folder, every=every, fit=found)
+    totals = processes.together(cells.source.totals())
+    found["values"] = digest(totals, processes.together(cells.size_factor), values)
+    if covariates is not None:
+        found["covariates"] = digest(covariates.codes, covariates.values)
+    return Checkpoint(folder, every=every, fit=found, processes=processes)
