@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors", "_replacing", "_random"}
+HELPERS = {"_keys", "_checks", "_errors", "_replacing", "_random", "_reliability"}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {
