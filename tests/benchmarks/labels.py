@@ -125,13 +125,16 @@ def by_scuvae(bench: Bench, query: ad.AnnData, calibrate: bool = True) -> np.nda
     scuvae.tl.transfer_labels(
         new, bench.fitted, labels=bench.args.label, calibrate=calibrate, device="cpu"
     )
+    categories = list(new.obs["scuvae_label"].cat.categories.astype(str))
     if calibrate:
-        return new.obsm["scuvae_label_probabilities"].to_numpy(dtype=float)
+        table = new.obsm["scuvae_label_probabilities"].to_numpy(dtype=float)
+        return table[:, [categories.index(kind) for kind in bench.kinds]]
     # The rest of the share is spread evenly: only the first label and its share are judged.
     n = len(bench.kinds)
     top = new.obs["scuvae_label_share"].to_numpy(dtype=float)[:, None]
     found = np.repeat((1 - top) / (n - 1), n, 1)
-    found[np.arange(len(found)), new.obs["scuvae_label"].cat.codes] = top[:, 0]
+    label = np.searchsorted(bench.kinds, new.obs["scuvae_label"].astype(str))
+    found[np.arange(len(found)), label] = top[:, 0]
     return found
 
 
