@@ -231,6 +231,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "project": {"key": None, "layer": None, "key_added": None},
     "novelty": {"key": None, "layer": None, "key_added": None, "rng": 0},
     "embed": {"key": None},
+    "extend_genes": {"genes": None, "mask_var": None, "layer": None, "key": None},
     "refine": {"key": None, "key_added": None},
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},
