@@ -15,7 +15,7 @@ from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of
 from scuvae.model import VAE
-from scuvae.model.further_genes import ExtendedModel, total_of
+from scuvae.model.extended_model import ExtendedModel, total_of
 from scuvae.runtime import CHUNK, isolated, resolve_device
 from scuvae.tl._denoise import checked_library_size, chosen_covariates
 from scuvae.tl._embed import common_total

@@ -24,7 +24,7 @@ from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
 from scuvae.model.covariates import Design
-from scuvae.model.further_genes import ExtendedModel
+from scuvae.model.extended_model import ExtendedModel
 from scuvae.runtime import CHUNK, isolated, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.

@@ -13,7 +13,7 @@ from scipy import sparse as sp
 from scuvae._checks import names, whole
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.inference.training.further_genes import (
+from scuvae.inference.training.gene_regressions import (
     GENES_AT_ONCE,
     FurtherGenes,
     Seen,

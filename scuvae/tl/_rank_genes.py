@@ -26,7 +26,7 @@ from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
-from scuvae.model.further_genes import ExtendedModel
+from scuvae.model.extended_model import ExtendedModel
 from scuvae.runtime import CHUNK, isolated, resolve_device
 from scuvae.tl._groups import Comparison, Design, design_of
 

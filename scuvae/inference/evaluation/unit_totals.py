@@ -18,7 +18,7 @@ from scuvae.batches.sparse_rows import dense
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
-from scuvae.model.further_genes import ExtendedModel
+from scuvae.model.extended_model import ExtendedModel
 
 _LEAST = 1e-12
 

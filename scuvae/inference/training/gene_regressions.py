@@ -4,7 +4,7 @@ All else is frozen, posteriors too. Of a gene w, b and the likelihood's own para
 
     Σ_i E_q ln p(x_ij | μ_ij) − ½ wᵀ P w,
 
-its part of a fit's objective, with μ as in :mod:`scuvae.model.further_genes`, the expectation over
+its part of a fit's objective, with μ as in :mod:`scuvae.model.extended_model`, the expectation over
 a few fixed draws of q, and P the precision that the fit has for its last layer. Genes have nothing
 in common but h: they are taken some at a time, by L-BFGS in coordinates in which each gene's
 problem is about round: a generalised eigenbasis of the cells' Σ h hᵀ and P, and the gene's counts.
@@ -23,7 +23,7 @@ from scuvae.batches import Batch, Cells, SparseRows
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
-from scuvae.model.further_genes import entering
+from scuvae.model.extended_model import entering
 from scuvae.model.likelihoods import Likelihood
 
 # Genes that are fitted at once, and steps that they take at most.
