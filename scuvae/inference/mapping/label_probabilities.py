@@ -233,7 +233,8 @@ def _combine(weights: np.ndarray, terms: np.ndarray) -> np.ndarray:
 
 def _weigh(terms: np.ndarray, code: np.ndarray) -> np.ndarray:
     """The likeliest weights, with a unit of precision about half of each opinion: convex."""
-    n, start = len(code), np.array([0.5, 0.5, 0.0, 0.0])
+    n, start = len(code), np.zeros(len(terms))
+    start[:2] = 0.5
     of_label = np.zeros(terms.shape[1:])
     of_label[np.arange(n), code] = 1.0
 
