@@ -19,7 +19,7 @@ from small_models import batch_of, model_of
 
 from scuvae import pl, tl
 from scuvae._reliability import expected_calibration_error, reliability
-from scuvae.inference.mapping.label_probabilities import Voters, _combine, _terms, _weigh
+from scuvae.inference.mapping.label_probabilities import Voters, combine, terms, weigh
 from scuvae.inference.mapping.label_regression import LabelRegression
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
@@ -89,12 +89,12 @@ def test_weights_undo_what_made_opinions_too_sure() -> None:
     sure = truth**3 / (truth**3).sum(1, keepdims=True)
     noise = rng.dirichlet(np.ones(4), 4000)
     depth = rng.normal(size=4000)
-    terms = _terms(sure, noise, depth)
-    weights = _weigh(terms, label)
+    both = terms(sure, noise, depth)
+    weights = weigh(both, label)
     # The floor of a hundredth bends what was a cube; standard errors are some hundredths.
     assert weights[0] == pytest.approx(0.4, abs=0.12)
     np.testing.assert_allclose(weights[1:], 0, atol=0.1)
-    found = _combine(weights, terms)
+    found = combine(weights, both)
     right = found.argmax(1) == label
     before = expected_calibration_error(reliability(sure.max(1), sure.argmax(1) == label))
     after = expected_calibration_error(reliability(found.max(1), right))

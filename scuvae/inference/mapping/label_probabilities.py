@@ -140,17 +140,15 @@ class LabelProbabilities:
                 regression = LabelRegression.fit(values[others], code[others], n_labels)
                 by_regression[own] = regression.probabilities(values[own])
         self.regression = LabelRegression.fit(values, code, n_labels)
-        opinions = _terms(shares, by_regression[asked], depth[asked])
+        opinions = terms(shares, by_regression[asked], depth[asked])
         self.range = float(depth[asked].min()), float(depth[asked].max())
-        self.weights = _weigh(opinions, code[asked])
+        self.weights = weigh(opinions, code[asked])
 
         found = np.empty_like(by_regression[asked])
         for one in range(_FOLDS):
             own = fold[asked] == one
             if own.any():
-                found[own] = _combine(
-                    _weigh(opinions[:, ~own], code[asked][~own]), opinions[:, own]
-                )
+                found[own] = combine(weigh(opinions[:, ~own], code[asked][~own]), opinions[:, own])
         self.report = _report(found, code[asked], len(said))
 
     def _asked(
@@ -183,7 +181,7 @@ class LabelProbabilities:
         shares = self.voters.shares(batch)
         depth = np.clip(self.values.depth(batch), *self.range)
         by_regression = self.regression.probabilities(self.values.of(batch))
-        found = _combine(self.weights, _terms(shares, by_regression, depth))
+        found = combine(self.weights, terms(shares, by_regression, depth))
         if self.values.counts and isinstance(batch.x, SparseRows):
             empty = (batch.x.sum() == 0).cpu().numpy()
             found[empty] = shares[empty]
@@ -203,13 +201,13 @@ class _Said:
 
 # Numbers in the table of cells and voters held at once: 64 MB. And cells: each time the voters'
 # profiles are made anew.
-_NUMBERS, _CELLS = 2**24, 2048
+NUMBERS_AT_ONCE, _CELLS = 2**24, 2048
 
 
 def chunks(cells: Cells, n_voters: int) -> Iterator[Batch]:
     """All cells in order, as many at once as the table of their affinities has room for."""
     everyone = torch.arange(len(cells), device=cells.size_factor.device)
-    return iter(cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // n_voters))))
+    return iter(cells.loader(everyone, min(_CELLS, max(1, NUMBERS_AT_ONCE // n_voters))))
 
 
 def _stacked(parts: list[Any]) -> Any:
@@ -218,7 +216,7 @@ def _stacked(parts: list[Any]) -> Any:
     return np.concatenate(parts)
 
 
-def _terms(shares: np.ndarray, by_regression: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def terms(shares: np.ndarray, by_regression: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """What the weights weigh, (2 or 4, cells, labels): logarithms, and these times depth."""
     logs = np.stack(
         [np.log(p + least) for p, least in zip((shares, by_regression), _LEAST, strict=True)]
@@ -226,22 +224,22 @@ def _terms(shares: np.ndarray, by_regression: np.ndarray, depth: np.ndarray) -> 
     return np.concatenate([logs, logs * depth[:, None]])
 
 
-def _combine(weights: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    found: np.ndarray = np.exp(log_softmax(np.tensordot(weights, terms, 1), 1))
+def combine(weights: np.ndarray, of: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.exp(log_softmax(np.tensordot(weights, of, 1), 1))
     return found
 
 
-def _weigh(terms: np.ndarray, code: np.ndarray) -> np.ndarray:
+def weigh(of: np.ndarray, code: np.ndarray) -> np.ndarray:
     """The likeliest weights, with a unit of precision about half of each opinion: convex."""
-    n, start = len(code), np.zeros(len(terms))
+    n, start = len(code), np.zeros(len(of))
     start[:2] = 0.5
-    of_label = np.zeros(terms.shape[1:])
+    of_label = np.zeros(of.shape[1:])
     of_label[np.arange(n), code] = 1.0
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        log_p = log_softmax(np.tensordot(weights, terms, 1), 1)
+        log_p = log_softmax(np.tensordot(weights, of, 1), 1)
         off = weights - start
-        slope = np.tensordot(terms, np.exp(log_p) - of_label, 2)
+        slope = np.tensordot(of, np.exp(log_p) - of_label, 2)
         return float(off @ off - (log_p * of_label).sum()), slope + 2 * off
 
     found: np.ndarray = minimize(loss, start, jac=True, method="L-BFGS-B").x
