@@ -102,11 +102,11 @@ def extend_genes(
     --------
     >>> import scuvae
     >>> adata = scuvae.datasets.pbmc68k_counts()
-    >>> adata.var["variable"] = adata.X.toarray().var(0) > 1
-    >>> scuvae.tl.fit(adata, mask_var="variable", max_epochs=5)
-    >>> scuvae.tl.extend_genes(adata, genes=["CD3D", "CD8A"])
-    >>> scuvae.tl.denoise(adata, genes=["CD8A"]).shape
-    (700, 1)
+    >>> adata.var["fitted"] = ~adata.var_names.isin(["CD3D", "LYZ"])
+    >>> scuvae.tl.fit(adata, mask_var="fitted", max_epochs=5)
+    >>> scuvae.tl.extend_genes(adata)
+    >>> scuvae.tl.denoise(adata, genes=["CD3D", "LYZ"]).shape
+    (700, 2)
     """
     fit = read_fit(inputs.check_anndata(adata), key)
     if fit.model.likelihood.link != "softmax":
