@@ -61,7 +61,8 @@ def read_further(adata: AnnData, key: str | None, fit: Fit) -> Extended | None:
         return None
     names = pd.Index([str(name) for name in entry["var_names"]])
     where = f"adata.uns[...][{SLOT!r}]"
-    output = nn.Linear(width_of(fit.model.decoder), len(names))
+    width = width_of(fit.model.decoder)
+    output: nn.Linear = nn.utils.skip_init(nn.Linear, width, len(names))
     arrays = {name: torch.as_tensor(np.array(a)) for name, a in entry["output"].items()}
     expected = {name: value.shape for name, value in output.state_dict().items()}
     if {name: value.shape for name, value in arrays.items()} != expected:

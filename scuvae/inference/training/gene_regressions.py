@@ -160,7 +160,7 @@ class FurtherGenes:
             loss(found)  # leaves the parameters there
         likelihood.requires_grad_(False)
         weight, bias = placed(found)
-        layer = nn.Linear(weight.shape[1], n_genes)
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], n_genes)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.bias.copy_(bias - weight @ self.centre.double().cpu())
