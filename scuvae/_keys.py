@@ -10,7 +10,7 @@ DEFAULT = "scuvae"
 SCVI = "scvi"
 
 # Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares and
-# scales, and for what says how importance weights do.
+# probabilities, for scales, and for what says how importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",
@@ -41,6 +41,7 @@ OBS_NAMES = (
     "novelty_shared",
     "label",
     "label_share",
+    "label_probability",
     "split",
     "scale",
     "neighbor_stability",
@@ -72,6 +73,8 @@ class Keys:
     sample: str
     calibration: str
     predictive_check: str
+    label_probabilities: str
+    label_calibration: str
 
     @classmethod
     def of(cls, key: str | None, default: str = DEFAULT) -> "Keys":
@@ -115,6 +118,8 @@ class Keys:
             sample=f"{uns}_sample",
             calibration=f"{uns}_calibration",
             predictive_check=f"{uns}_predictive_check",
+            label_probabilities=f"{uns}_label_probabilities",
+            label_calibration=f"{uns}_label_calibration",
         )
 
     @property
@@ -137,11 +142,14 @@ class Keys:
 
     @property
     def obsm(self) -> tuple[str, ...]:
-        return (*self.moments, *self.denoised)
+        return (*self.moments, *self.denoised, self.label_probabilities)
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
-        for slot in (self.uns, self.calibration, self.predictive_check, self.loadings):
+        for slot in (
+            *(self.uns, self.calibration, self.predictive_check, self.loadings),
+            self.label_calibration,
+        ):
             adata.uns.pop(slot, None)
         if self.loadings in adata.varm:
             del adata.varm[self.loadings]

@@ -24,6 +24,7 @@ from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
+from scuvae.io.further_genes import SLOT as FURTHER
 from scuvae.io.genes import Matched, match, some, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.model_files import is_hdf5, read_as
@@ -222,6 +223,8 @@ def project(
         model = _extended(model, cells, matched.covariates, adata, fit, covariance)
         entry["state"] = model_to_arrays(model)
         entry["params"] |= _extended_params(entry["params"], fit.design, model.design)
+        if entry.pop(FURTHER, None) is not None:
+            logger.info("genes of tl.extend_genes have no rates in new batches: not taken over")
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
