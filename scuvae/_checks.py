@@ -46,6 +46,11 @@ def real(
     return number
 
 
+def plain(value: Any) -> Any:
+    """A string or truth value of numpy's, such as an element of an array, as Python's own."""
+    return value.item() if isinstance(value, np.str_ | np.bool_) else value
+
+
 def flag(name: str, value: object) -> bool:
     """``value``, which must be True or False."""
     if not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """What a call sets up and leaves as it was: device, random state, progress, log."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from scuvae._checks import one_of, random_generator
+from scuvae._checks import one_of, plain, random_generator
 from scuvae._random import using
 
 logger = logging.getLogger("scuvae")
@@ -33,6 +34,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """A verb that neither minds nor changes how the process has set torch.
 
     Inside, gradients can be asked for, new tensors are float32 on the CPU, and nothing is cast.
+    Keywords that are numpy's strings or truth values become Python's.
     """
 
     @wraps(function)
@@ -48,6 +50,8 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(_single_precision())
+            for name, value in kwargs.items():
+                kwargs[name] = plain(value)
             return function(*args, **kwargs)
 
     return inside
@@ -91,6 +95,16 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r}: torch sees no Metal device. Pass device='auto' or 'cpu'"
         )
     return torch.device(device)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory that a device has, all told; infinite where nobody says."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return float("inf")
 
 
 def chunk_on(device: torch.device, n_vars: int) -> int:

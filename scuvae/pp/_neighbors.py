@@ -101,7 +101,7 @@ def neighbors(
     >>> bool(adata.obs["scuvae_neighbor_stability"].between(0, 1).all())
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_neighbors = whole("n_neighbors", n_neighbors, at_least=2)
     n_samples = whole("n_samples", n_samples, at_least=2)
     flag("copy", copy)

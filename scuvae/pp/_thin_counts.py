@@ -70,7 +70,7 @@ def thin_counts(
     >>> bool(abs(adata.layers["thinned"] + adata.layers["rest"] - adata.X).max() == 0)
     True
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     fraction = real("fraction", fraction, above=0, below=1)
     flag("copy", copy)
     added = names("layers_added", layers_added)

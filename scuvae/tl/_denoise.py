@@ -117,7 +117,7 @@ def denoise(
     >>> scuvae.tl.denoise(adata, genes=["CD3D", "LYZ"], library_size=1e4).shape
     (700, 2)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
     if flag("scale", scale) and n_samples < 2:
         raise ValueError(f"scale=True needs draws: pass n_samples >= 2, not {n_samples}")

@@ -82,7 +82,7 @@ def embed(
     >>> adata.obsm["X_scuvae_embed"].shape
     (700, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if n_components is not None:
         n_components = whole("n_components", n_components)
     flag("copy", copy)

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,14 @@ from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
-from scuvae.io.covariates import read_covariates, size_factors
+from scuvae.io.covariates import read_covariates, size_factors, warn_of_size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
-from scuvae.runtime import isolated, logger, random_state, resolve_device
-from scuvae.tl._checkpoint import kept_in
+from scuvae.runtime import isolated, logger, memory_of, random_state, resolve_device
+from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 from scuvae.tl._model_parts import choose_likelihood, choose_prior, encoder_input, instance_of
 
@@ -222,14 +222,15 @@ def fit(
     >>> adata.obsm["X_scuvae"].shape
     (700, 10)
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     flag("early_stopping", early_stopping)
     flag("check_values", check_values)
     flag("copy", copy)
     checkpoint_every = real("checkpoint_every", checkpoint_every, low=0.0)
-    if checkpoint is not None and Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint={str(checkpoint)!r} is a file: pass a folder")
+    if checkpoint is not None:
+        check_folder(checkpoint)
     keys = Keys.of(key_added)
+    keys.check_free(adata)
     settings = Settings.resolve(
         adata.n_obs,
         amortized=amortized,
@@ -252,8 +253,6 @@ def fit(
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
-    if likelihood == "auto" and chosen.support == "real":
-        inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     inputs.check_values(
         matrix,
         adata,
@@ -263,6 +262,8 @@ def fit(
         support=chosen.support,
         fractions=not check_values,
     )
+    if likelihood == "auto" and chosen.support == "real":
+        inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
@@ -273,6 +274,18 @@ def fit(
     size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
     where = resolve_device(device)
+    settings.check_memory(adata.n_obs, matrix.shape[1], memory_of(where))
+    if size_factor is not None and chosen.link == "softmax":
+        every = None if genes is None else partial(_totals, adata, layer)
+        warn_of_size_factors(
+            size_factor_key, size_factor, inputs.totals(matrix), every, stacklevel=5
+        )
+    elif size_factor is not None:
+        warnings.warn(
+            f"size_factor_key={size_factor_key!r} has no part in likelihood={chosen.name!r}: leave "
+            "it out, or pass a likelihood for counts",
+            stacklevel=4,
+        )
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
 
     arguments: dict[str, Any] = {
@@ -375,6 +388,11 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
+
+
+def _totals(adata: AnnData, layer: str | None) -> np.ndarray:
+    """Over all genes."""
+    return inputs.totals(inputs.read_matrix(adata, layer, in_memory=False))
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

@@ -167,7 +167,7 @@ def novelty(
     >>> bool((new.obs["scuvae_novelty"] > 1).mean() > 0.5)
     True
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     keys = Keys.of(key_added)
     n_samples = whole("n_samples", n_samples)
     n_reference = whole("n_reference", n_reference, at_least=_FEWEST)

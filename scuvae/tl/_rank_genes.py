@@ -145,7 +145,7 @@ def rank_genes(
     >>> "CD79A" in adata.uns["rank_genes_groups"]["names"]["CD19+ B"][:10]
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if fit.model.likelihood.support != "counts":
         raise ValueError(
             f"likelihood={fit.model.likelihood.name!r} is of no counts, which rank_genes compares: "

@@ -98,7 +98,7 @@ def refine(
     >>> adata.obsm["refined"].shape
     (700, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys = Keys.of(key if key_added is None else key_added)
     if covariance is None:
         covariance = "full" if Keys.of(key).covariance in adata.obsm else "diagonal"

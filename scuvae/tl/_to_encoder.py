@@ -113,7 +113,7 @@ def to_encoder(
     >>> new.obsm["X_scuvae"].shape
     (100, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys, own = Keys.of(key if key_added is None else key_added), Keys.of(key)
     size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
     if max_epochs is not None:

@@ -123,6 +123,34 @@ class Settings:
             linear_path=not plain and n_layers > 0,
         )
 
+    def check_memory(self, n_obs: int, n_vars: int, available: float) -> None:
+        """Raise where the least that a fit has in memory is more than there is, in bytes.
+
+        That is the networks with their gradients and an optimizer's two moments, every cell's q,
+        and the outputs, with their derivatives by z, of one step's cells.
+        """
+        wide, deep, latent = self.n_hidden, self.n_layers, self.n_latent
+        weights = n_vars * latent if not deep else (n_vars + latent + (deep - 1) * wide) * wide
+        covariance = latent * (latent + 1) // 2 if self.covariance == "full" else latent
+        cells = min(self.batch_size, n_obs)
+        arrays = {
+            "n_hidden": 4 * weights,
+            "n_latent": n_obs * (latent + covariance) + cells * n_vars * latent,
+            "n_samples": cells * n_vars * self.n_samples,
+        }
+        needed = 4 * sum(arrays.values())
+        if needed <= available:
+            return
+        largest = max(arrays, key=lambda name: arrays[name])
+        if largest == "n_hidden":  # or what else makes networks large
+            sizes = {"n_hidden": wide if deep else 0, "n_layers": deep * wide, "n_latent": latent}
+            largest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"{largest}={getattr(self, largest)}: such a fit of {n_obs:,} cells and {n_vars:,} "
+            f"genes needs {needed / 2**30:,.4g} GiB of memory at least, and there are "
+            f"{available / 2**30:,.4g}. Pass a smaller {largest}="
+        )
+
 
 def _measured(optimizer: str, local_step: str) -> bool:
     return optimizer == "adam" and LOCAL_STEPS[local_step].measured
