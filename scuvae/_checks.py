@@ -13,6 +13,9 @@ from scuvae._errors import near
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What counts as a size: beyond it no array goes.
+_LARGEST = 2**62
+
 
 def whole(name: str, value: object, *, at_least: int = 1) -> int:
     """``value`` as an int; bools, floats and strings are refused."""
@@ -22,6 +25,8 @@ def whole(name: str, value: object, *, at_least: int = 1) -> int:
         )
     if value < at_least:
         raise ValueError(f"{name}={value!r}: pass a whole number >= {at_least}")
+    if value > _LARGEST:
+        raise ValueError(f"{name}={value!r}: pass a whole number of at most {_LARGEST}")
     return int(value)
 
 

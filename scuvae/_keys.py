@@ -202,9 +202,19 @@ def check_name(argument: str, name: object) -> str:
     return name
 
 
+def check_holds_no_fit(adata: AnnData, argument: str, name: str) -> None:
+    """Raise where ``uns`` has a fit under a name that something else is to get."""
+    entry = adata.uns.get(name)
+    if hasattr(entry, "keys") and "state" in entry:
+        raise ValueError(
+            f"{argument}={name!r} is the name of a fit, which adata.uns[{name!r}] holds: pass "
+            "another"
+        )
+
+
 def _names_slots(key: object) -> bool:
     """Whether a key, and what is made from it, can be names in an HDF5 file and a zarr store."""
-    if not isinstance(key, str) or "/" in key or "\0" in key or set(key) <= {"."}:
+    if not isinstance(key, str) or {"/", "\0"} & set(key) or set(key) <= {"."}:
         return False
     try:
         return len(key.encode()) <= _LONGEST

@@ -50,11 +50,38 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(_single_precision())
+            if _forked and torch.get_num_threads() > 1:
+                stack.enter_context(_one_thread())
             for name, value in kwargs.items():
                 kwargs[name] = plain(value)
             return function(*args, **kwargs)
 
     return inside
+
+
+# Whether this process is a fork of one that had torch, whose threads did not come along: work that
+# is given to them never ends.
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    logger.info("in a forked process torch's %d threads are gone: using one", n_threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 _lock = Lock()

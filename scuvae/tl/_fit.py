@@ -252,6 +252,8 @@ def fit(
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
+    where = resolve_device(device)
+    settings.check_memory(adata.n_obs, matrix.shape[1], memory_of(where))
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
     inputs.check_values(
         matrix,
@@ -273,8 +275,6 @@ def fit(
     )
     size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
-    where = resolve_device(device)
-    settings.check_memory(adata.n_obs, matrix.shape[1], memory_of(where))
     if size_factor is not None and chosen.link == "softmax":
         every = None if genes is None else partial(_totals, adata, layer)
         warn_of_size_factors(

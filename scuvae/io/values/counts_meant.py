@@ -51,7 +51,7 @@ def warn_of_counts_meant(x: Any, adata: AnnData, layer: str | None, genes: Any) 
     warnings.warn(
         f"{found}: likelihood='auto' takes a Gaussian. {advice}. Or pass likelihood='gaussian' to "
         "fit these values without this warning",
-        stacklevel=6,
+        stacklevel=5,
     )
 
 

@@ -13,7 +13,7 @@ from scuvae.model.likelihoods.support import fractional, negative
 _LARGEST = np.finfo(np.float32).max
 # Above it float32 has not every whole number; and sums of squares of values above the other may
 # leave its range, whatever the likelihood.
-EXACT, TOO_LARGE = np.float32(2**24), np.float32(1e15)
+EXACT, TOO_LARGE = np.float32(2**24), np.float32(1e12)
 
 
 def slot_name(layer: str | None) -> str:
@@ -50,7 +50,7 @@ def far_from_whole(values: Any) -> Any:
 
 
 def inexact(values: Any) -> Any:
-    return values > EXACT
+    return (values > EXACT) | (values < -EXACT)
 
 
 def too_large(values: Any) -> Any:
