@@ -54,7 +54,7 @@ def sparse(adata: AnnData) -> None:
 
 # --- errors -------------------------------------------------------------------------------------
 
-TOO_LARGE = ["too large to be computed with in float32", "whose limit here is 1e+12", "divide"]
+TOO_LARGE = ["too large to be computed with in float32", "whose limit here is 1e+10", "divide"]
 WRONG: dict[str, Row] = {}
 for name in ("auto", *LIKELIHOOD_NAMES):
     for value in (np.nan, np.inf, -np.inf, 1e39, -1e39):
@@ -63,7 +63,7 @@ for name in ("auto", *LIKELIHOOD_NAMES):
             with_values(value),
             {"likelihood": name},
         )
-    for value in (2e12, 1e20, 1.5e38, 3e38):
+    for value in (2e10, 1e20, 1.5e38, 3e38):
         WRONG[f"{value} under {name}"] = Row(
             [f"holds {value:g}", *PLACE, *TOO_LARGE], with_values(value), {"likelihood": name}
         )
@@ -82,9 +82,9 @@ for name in COUNTS:
         )
 WRONG |= {
     "-1 in integers": Row(["holds -1", *PLACE], with_values(-1, dtype=int), {"likelihood": "nb"}),
-    "2e12 in integers": Row(["holds 2e+12", *TOO_LARGE], with_values(2e12, dtype=int)),
-    "-2e12": Row(["holds -2e+12", *TOO_LARGE], with_values(-2e12), {"likelihood": "gaussian"}),
-    "2e12, sparse": Row(["holds 2e+12", *PLACE], also(with_values(2e12), sparse)),
+    "2e10 in integers": Row(["holds 2e+10", *TOO_LARGE], with_values(2e10, dtype=int)),
+    "-2e10": Row(["holds -2e+10", *TOO_LARGE], with_values(-2e10), {"likelihood": "gaussian"}),
+    "2e10, sparse": Row(["holds 2e+10", *PLACE], also(with_values(2e10), sparse)),
     "logs, counts in a layer": Row(
         ["Pass layer='spliced', which holds whole counts"],
         of_x(np.log1p, "spliced"),
@@ -185,7 +185,7 @@ ROUNDED = {
     for name, (value, dtype, likelihood) in {
         "2²⁴ + 1": (2**24 + 1, np.float64, "auto"),
         "2e9": (2e9, np.float64, "nb"),
-        "9e11": (9e11, np.float64, "auto"),
+        "9e9": (9e9, np.float64, "auto"),
         "2e9, Poisson": (2e9, np.float64, "poisson"),
         "2e9, zero-inflated": (2e9, np.float64, "zinb"),
         "integers": (2**31 - 1, np.int64, "auto"),
@@ -207,7 +207,7 @@ def test_the_largest_values_that_pass_are_fitted(amortized: bool | str) -> None:
         if LIKELIHOODS[likelihood].support == "binary":
             continue
         adata = small_counts()
-        adata.X = np.minimum(adata.X.astype(float) * 1e11, 9e11)
+        adata.X = np.minimum(adata.X.astype(float) * 1e7, 9e9)
         said(
             lambda adata=adata, name=likelihood: tl.fit(
                 adata, amortized=amortized, likelihood=name, **FIT
@@ -226,9 +226,7 @@ def test_an_empty_cell_has_the_prior_and_an_empty_gene_is_fitted() -> None:
     np.testing.assert_allclose(adata.obsm["X_scuvae_scale"][3], 1, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "verb", [tl.score, tl.refine, tl.denoise, tl.predictive_check, tl.sample]
-)
+@pytest.mark.parametrize("verb", [tl.score, tl.refine, tl.denoise, tl.predictive_check, tl.sample])
 @pytest.mark.parametrize("value", [np.nan, -1, 1e20])
 def test_values_that_went_bad_after_the_fit(verb: Callable[..., object], value: float) -> None:
     adata = small_counts()

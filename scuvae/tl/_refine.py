@@ -100,6 +100,7 @@ def refine(
     """
     fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys = Keys.of(key if key_added is None else key_added)
+    keys.check_free(adata)
     if covariance is None:
         covariance = "full" if Keys.of(key).covariance in adata.obsm else "diagonal"
     one_of("covariance", covariance, COVARIANCES)

@@ -115,6 +115,7 @@ def to_encoder(
     """
     fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys, own = Keys.of(key if key_added is None else key_added), Keys.of(key)
+    keys.check_free(adata)
     size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
     if max_epochs is not None:
         max_epochs = whole("max_epochs", max_epochs)

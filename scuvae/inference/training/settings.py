@@ -142,13 +142,16 @@ class Settings:
         if needed <= available:
             return
         largest = max(arrays, key=lambda name: arrays[name])
-        if largest == "n_hidden":  # or what else makes networks large
-            sizes = {"n_hidden": wide if deep else 0, "n_layers": deep * wide, "n_latent": latent}
-            largest = max(sizes, key=lambda name: sizes[name])
+        blamed = f"{largest}={getattr(self, largest)}"
+        if largest == "n_hidden" and deep:
+            blamed += f" with n_layers={deep}"
+        elif largest == "n_hidden":  # a linear decoder
+            largest = "n_latent"
+            blamed = f"n_latent={latent}"
         raise ValueError(
-            f"{largest}={getattr(self, largest)}: such a fit of {n_obs:,} cells and {n_vars:,} "
-            f"genes needs {needed / 2**30:,.4g} GiB of memory at least, and there are "
-            f"{available / 2**30:,.4g}. Pass a smaller {largest}="
+            f"{blamed}: such a fit of {n_obs:,} cells and {n_vars:,} genes needs "
+            f"{needed / 2**30:,.4g} GiB of memory at least, and there are "
+            f"{available / 2**30:,.4g}. Pass less"
         )
 
 

@@ -13,7 +13,7 @@ from scuvae.model.likelihoods.support import fractional, negative
 _LARGEST = np.finfo(np.float32).max
 # Above it float32 has not every whole number; and sums of squares of values above the other may
 # leave its range, whatever the likelihood.
-EXACT, TOO_LARGE = np.float32(2**24), np.float32(1e12)
+EXACT, TOO_LARGE = np.float32(2**24), np.float32(1e10)
 
 
 def slot_name(layer: str | None) -> str:
