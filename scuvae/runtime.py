@@ -182,7 +182,10 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 def show_progress(progress: bool | None) -> bool:
     """``progress`` itself, or by default whether anybody is watching: a terminal or a notebook."""
     if progress is not None:
-        return progress
+        return progress and sys.stderr is not None  # as where there is no console
     shell = sys.modules.get("IPython")
     notebook = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-    return notebook or bool(getattr(sys.stderr, "isatty", bool)())
+    try:
+        return notebook or bool(getattr(sys.stderr, "isatty", bool)())
+    except ValueError:  # it has been closed
+        return False

@@ -53,8 +53,8 @@ def design_of(
     """The units of ``adata`` and its comparisons, or an error that says what is wrong with them."""
     if not isinstance(reference, str):
         raise TypeError(
-            f"reference={reference!r} is a {type(reference).__name__}: pass the name of a group, or "
-            "'rest'"
+            f"reference={reference!r} is a {type(reference).__name__}: pass the name of a group, "
+            "or 'rest'"
         )
     label = _column(adata, "groupby", groupby)
     known = [str(name) for name in label.categories]
