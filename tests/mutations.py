@@ -406,7 +406,7 @@ FORMULAS = [
     Mistake(
         "neighbours are not weighed by their variance",
         f"{IN}/mapping/neighbour_residuals.py",
-        "(float(self.support != \"real\") + chosen @ self.variance)",
+        '(float(self.support != "real") + chosen @ self.variance)',
         "1.0",
         "test_neighbour_residuals.py",
     ),
@@ -533,7 +533,9 @@ def planted(mistake: Mistake, copy: Path) -> str:
     path = copy / "scuvae" / mistake.file
     text = path.read_text(encoding="utf-8")
     if text.count(mistake.old) != 1:
-        raise SystemExit(f"{mistake.what}: {mistake.file} has {text.count(mistake.old)} such places")
+        raise SystemExit(
+            f"{mistake.what}: {mistake.file} has {text.count(mistake.old)} such places"
+        )
     path.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
     return text
 
@@ -590,7 +592,10 @@ def main() -> None:
                 path = copy / "scuvae" / mistake.file
                 path.write_text(text, encoding="utf-8")
             seconds = time.monotonic() - start
-            print(f"{'caught' if caught else 'SURVIVED':9}{seconds:6.0f} s  {mistake.what}", flush=True)
+            print(
+                f"{'caught' if caught else 'SURVIVED':9}{seconds:6.0f} s  {mistake.what}",
+                flush=True,
+            )
             if not caught:
                 survived.append(mistake.what)
     print(f"{len(chosen) - len(survived)} of {len(chosen)} caught; survived: {survived or 'none'}")
