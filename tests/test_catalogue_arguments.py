@@ -223,8 +223,9 @@ def test_checkpoints_where_nothing_can_be_made(monkeypatch: pytest.MonkeyPatch) 
 def test_a_view_of_a_backed_adata(mode: str, fitted: AnnData, tmp_path: Path) -> None:
     path = tmp_path / "in.h5ad"
     fitted.write_h5ad(path)
+    before = path.read_bytes()
     backed = ad.read_h5ad(path, backed=mode)
-    view, before = backed[:30], path.read_bytes()
+    view = backed[:30]
     calls: dict[str, Callable[[], Any]] = {
         "neighbors": lambda: pp.neighbors(view),
         "thin_counts": lambda: pp.thin_counts(view),
@@ -241,8 +242,8 @@ def test_a_view_of_a_backed_adata(mode: str, fitted: AnnData, tmp_path: Path) ->
     assert result is not None
     assert result.shape == (30, fitted.n_vars)
     assert view.is_view
-    assert path.read_bytes() == before
     backed.file.close()
+    assert path.read_bytes() == before
 
 
 def test_raw_in_adatas_place(fitted: AnnData) -> None:

@@ -149,18 +149,19 @@ def test_what_ends_a_second_fit_leaves_the_first(
         small_fit(adata, max_epochs=1)
 
 
-@pytest.mark.parametrize("verb", ["refine", "to_encoder"])
+@pytest.mark.parametrize("verb", ["refine", "to_encoder", "embed", "project"])
 def test_what_ends_a_verb_leaves_the_fit(
     verb: str, fitted: AnnData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adata = small_fit(small_counts(), max_epochs=1) if verb == "to_encoder" else fitted.copy()
+    first = (adata, fitted) if verb == "project" else (adata,)
 
     def end(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"scuvae.tl._{verb}.sealed", end)
     with unchanged(adata), pytest.raises(KeyboardInterrupt):
-        getattr(tl, verb)(adata)
+        getattr(tl, verb)(*first)
 
 
 def test_many_fits_leave_nothing_open() -> None:

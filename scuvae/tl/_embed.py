@@ -96,8 +96,10 @@ def embed(
     where = resolve_device(device)
     model = fit.model.to(where)
     values, entry["embed"] = new_map(model, mean.to(where), total, n_components)
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     out.obsm[keys.embed] = values
     return out if copy else None
 

@@ -237,13 +237,15 @@ def project(
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
         coordinates = placed(model, mean, entry["embed"])
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, found_moments)
     out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     write_components(out, key_added, components)
     return out if copy else None
 
