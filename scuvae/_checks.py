@@ -25,7 +25,7 @@ def whole(name: str, value: object, *, at_least: int = 1) -> int:
         )
     if value < at_least:
         raise ValueError(f"{name}={value!r}: pass a whole number >= {at_least}")
-    if value > _LARGEST:
+    if int(value) > _LARGEST:
         raise ValueError(f"{name}={value!r}: pass a whole number of at most {_LARGEST}")
     return int(value)
 

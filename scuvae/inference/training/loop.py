@@ -144,8 +144,8 @@ def train(
                 losses.add(take(batch), index)
             except torch.linalg.LinAlgError as error:  # a precision that is no longer positive
                 _restore(last_good or before, model, posterior)
-                rows = [int(row) for row in index]
-                raise TrainingError(math.nan, epoch, progress.batch, rows) from error
+                visited = [int(row) for row in index]
+                raise TrainingError(math.nan, epoch, progress.batch, visited) from error
             progress.batch += 1
             if on_step is not None:
                 on_step(progress.state_dict, False)
