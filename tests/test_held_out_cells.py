@@ -97,13 +97,13 @@ def test_novelty_has_as_many_candidates_on_both_sides(
 ) -> None:
     """Where cells lie closer together, what they miss agrees more."""
     sizes = []
-    shared = _novelty._shared
+    shared = _novelty.shared_scores
 
     def counted(fit: Any, cells: Any, q: Any, candidates: np.ndarray, *rest: Any) -> torch.Tensor:
         sizes.append((len(cells), len(set(candidates.tolist()))))
         return shared(fit, cells, q, candidates, *rest)
 
-    monkeypatch.setattr(_novelty, "_shared", counted)
+    monkeypatch.setattr(_novelty, "shared_scores", counted)
     tl.novelty(small_counts(n_obs=n_new, seed=5), reference, n_samples=4)
     (new, of_new), (old, of_old) = sizes
     assert (new, old) == (n_new, held_out_of(reference).sum())

@@ -10,7 +10,7 @@ from anndata import AnnData
 from helpers import SMALL, small_data
 
 from scuvae import get, tl
-from scuvae.inference.evaluation.annealed_importance_sampling import _move
+from scuvae.inference.evaluation.annealed_importance_sampling import move
 from scuvae.inference.evaluation.importance_sampling import Draws, ledger
 from scuvae.inference.mapping.neighbour_residuals import Residuals
 
@@ -114,7 +114,7 @@ def test_a_move_keeps_its_target() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for _ in range(12):
-            u, ratio, slope = _move(look, u, ratio, slope, 1.0)
+            u, ratio, slope = move(look, u, ratio, slope, 1.0)
     # Five standard errors of a variance of independent chains: 5 √(2/40000) = 3.5 %.
     assert math.isclose(float(u.var()), s**2, rel_tol=0.035)
     assert abs(float(u.mean())) < 5 * s / math.sqrt(n)
