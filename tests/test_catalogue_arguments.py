@@ -50,6 +50,7 @@ SIZES["n_layers beside n_hidden"] = Row(
 
 @rows(SIZES)
 def test_sizes_that_no_memory_holds(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scuvae.tl._fit.memory_of", lambda device: 64e9)
     refused(row, monkeypatch)
 
 

@@ -126,17 +126,17 @@ class Settings:
     def check_memory(self, n_obs: int, n_vars: int, available: float) -> None:
         """Raise where the least that a fit has in memory is more than there is, in bytes.
 
-        That is the networks with their gradients and an optimizer's two moments, every cell's q,
-        and the outputs, with their derivatives by z, of one step's cells.
+        That is the networks with their gradients and, of one step's cells, q and what the decoder
+        has in its narrowest place. All cells' q may lie on disk.
         """
         wide, deep, latent = self.n_hidden, self.n_layers, self.n_latent
         weights = n_vars * latent if not deep else (n_vars + latent + (deep - 1) * wide) * wide
         covariance = latent * (latent + 1) // 2 if self.covariance == "full" else latent
         cells = min(self.batch_size, n_obs)
         arrays = {
-            "n_hidden": 4 * weights,
-            "n_latent": n_obs * (latent + covariance) + cells * n_vars * latent,
-            "n_samples": cells * n_vars * self.n_samples,
+            "n_hidden": 2 * weights,
+            "n_latent": cells * (latent + covariance),
+            "n_samples": cells * min(n_vars, wide if deep else n_vars) * self.n_samples,
         }
         needed = 4 * sum(arrays.values())
         if needed <= available:
