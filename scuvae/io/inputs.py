@@ -11,7 +11,7 @@ from scipy import sparse as sp
 from scuvae._errors import near
 from scuvae.batches.stored.matrix import StoredMatrix
 from scuvae.batches.stored.registry import kind_of
-from scuvae.io.values.checks import check_values, empty_cells, not_whole, totals
+from scuvae.io.values.allowed import check_values, empty_cells, not_whole, totals
 from scuvae.io.values.counts_meant import warn_of_counts_meant
 from scuvae.io.values.elsewhere import counts_elsewhere
 from scuvae.io.values.find import is_whole, slot_name
