@@ -200,7 +200,7 @@ FORMULAS = [
         "model/likelihoods/negative_binomial.py",
         "mu * (1 + mu * inverse_theta(self.log_theta[genes]))",
         "mu * (1 + inverse_theta(self.log_theta[genes]))",
-        "test_likelihoods.py",
+        "test_widths.py -k moments",
     ),
     Mistake(
         "its Fisher weight is the mean",
@@ -214,7 +214,7 @@ FORMULAS = [
         "model/likelihoods/negative_binomial.py",
         "-log_theta.exp() * (mu * inverse_theta(log_theta)).log1p()",
         "-(mu * inverse_theta(log_theta)).log1p()",
-        "test_likelihoods.py",
+        "test_widths.py -k moments",
     ),
     Mistake(
         "its rate has the shape's mean",

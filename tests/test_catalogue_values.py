@@ -128,7 +128,9 @@ def scaled(x: np.ndarray) -> np.ndarray:
 MEANT = {
     "one fraction": Row(["holds 2.5", *PLACE, AUTO, RAW], with_values(2.5)),
     "one negative": Row(["holds -1", *PLACE, AUTO, RAW], with_values(-1)),
-    "rounded on the way": Row(["whole count", AUTO, RAW], of_x(lambda x: x * (1 + 1e-7))),
+    "rounded on the way": Row(
+        ["nearly all else is whole", AUTO, RAW], of_x(lambda x: x * (1 + 1e-7))
+    ),
     "estimated counts": Row(["holds", "are zero", AUTO, RAW], of_x(estimated)),
     "normalised": Row(["normalised counts", AUTO, RAW], of_x(per_10k)),
     "logs of normalised": Row(
@@ -202,10 +204,10 @@ def test_counts_that_float32_does_not_have(row: Row) -> None:
 
 @pytest.mark.parametrize("amortized", [False, True, "semi"])
 def test_the_largest_values_that_pass_are_fitted(amortized: bool | str) -> None:
-    """The limit is one: below it nothing overflows, whatever the likelihood."""
+    """The limit is one: below it no fit of counts overflows."""
     for likelihood in LIKELIHOOD_NAMES:
-        if LIKELIHOODS[likelihood].support == "binary":
-            continue
+        if LIKELIHOODS[likelihood].support != "counts":
+            continue  # a Gaussian as wide as this may stop with a TrainingError
         adata = small_counts()
         adata.X = np.minimum(adata.X.astype(float) * 1e7, 9e9)
         said(

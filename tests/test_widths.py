@@ -8,11 +8,13 @@ import pytest
 import torch
 from anndata import AnnData
 from helpers import SMALL, small_data
+from scipy import stats
 
 from scuvae import get, tl
 from scuvae.inference.evaluation.annealed_importance_sampling import move
 from scuvae.inference.evaluation.importance_sampling import Draws, ledger
 from scuvae.inference.mapping.neighbour_residuals import Residuals
+from scuvae.model.likelihoods.negative_binomial import NegativeBinomial
 
 LINEAR = {**SMALL, "likelihood": "gaussian", "n_layers": 0, "n_latent": 2, "max_epochs": 5}
 
@@ -151,3 +153,18 @@ def test_scores_of_a_wide_q_are_those_of_its_draws() -> None:
     mean = adata.obsm["X_scuvae"]
     kl = 0.5 * (2 * 0.49 + np.square(mean).sum(1) - 2 - 2 * math.log(0.49))
     np.testing.assert_allclose(adata.obs["scuvae_kl"], kl, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_a_negative_binomial_are_scipys() -> None:
+    """Variance and chance of a zero, by the parametrisation n = θ, p = θ / (θ + μ)."""
+    likelihood = NegativeBinomial(3)
+    theta = np.array([0.3, 2.0, 50.0])
+    with torch.no_grad():
+        likelihood.log_theta.copy_(torch.tensor(theta).log())
+        eta = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.5]])
+        found = likelihood.moments(eta, torch.tensor([30.0, 5.0]))
+    mu = eta.double().softmax(-1).numpy() * np.array([[30.0], [5.0]])
+    truth = stats.nbinom(theta, theta / (theta + mu))
+    np.testing.assert_allclose(found.mean, truth.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.variance, truth.var(), rtol=1e-5)
+    np.testing.assert_allclose(found.zero, truth.pmf(0), rtol=1e-5)

@@ -34,7 +34,7 @@ def warn_of_counts_meant(x: Any, adata: AnnData, layer: str | None, genes: Any) 
     rounded, _ = find(x, far_from_whole)
     n_values = x.shape[0] * x.shape[1]
     if place and below + rounded < _FEW_FRACTIONS * present:
-        found = f"{shown(place, adata, layer, genes, count)}, nearly all else is a whole count"
+        found = f"{shown(place, adata, layer, genes, count)}, nearly all else is whole"
     elif not below and _multiples(x):
         found = f"{slot_name(layer)} seems to hold normalised counts"
     elif place and not below and present < (1 - _MANY_ZEROS) * n_values:
