@@ -49,6 +49,10 @@ OBS_NAMES = (
 )
 
 
+# Bytes of a key: names made from it have up to 60 more, and zarr makes files of them.
+_LONGEST = 190
+
+
 @dataclass(frozen=True)
 class Keys:
     """Slots of one fit: the defaults for ``key=None``, else names made from ``key`` verbatim.
@@ -78,9 +82,10 @@ class Keys:
 
     @classmethod
     def of(cls, key: str | None, default: str = DEFAULT) -> "Keys":
-        if key is not None and (not isinstance(key, str) or not key or "/" in key):
+        if key is not None and not _names_slots(key):
             raise ValueError(
-                f"key={key!r} cannot name a fit: pass a string without '/', or None for {default!r}"
+                f"key={key!r} cannot name a fit, whose slots must go into files: pass a string "
+                f"without '/', not '.' or '..', or None for {default!r}"
             )
         uns = default if key is None else key
         keys = cls._named(uns, f"X_{uns}" if uns == default else uns)
@@ -144,6 +149,16 @@ class Keys:
     def obsm(self) -> tuple[str, ...]:
         return (*self.moments, *self.denoised, self.label_probabilities)
 
+    def check_free(self, adata: AnnData) -> None:
+        """Raise where ``uns`` holds something else than a fit under this key."""
+        entry = adata.uns.get(self.uns)
+        if entry is None or (hasattr(entry, "keys") and {"state", "manifest"} & set(entry.keys())):
+            return
+        raise ValueError(
+            f"adata.uns[{self.uns!r}] holds something else than a fit, which would be lost: pass "
+            "another key_added=, or delete it"
+        )
+
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
         for slot in (
@@ -181,3 +196,35 @@ class Keys:
         for name in names:
             if self.obs[name] in adata.obs:
                 del adata.obs[self.obs[name]]
+
+
+def check_name(argument: str, name: object) -> str:
+    """A name that a slot gets, and its file's, which not every string can be."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}={name!r} is a {type(name).__name__}: pass a string")
+    if not _names_slots(name):
+        raise ValueError(
+            f"{argument}={name!r} cannot name a slot, which must go into files: pass a string "
+            f"without '/', not '.' or '..', of at most {_LONGEST} bytes"
+        )
+    return name
+
+
+def check_holds_no_fit(adata: AnnData, argument: str, name: str) -> None:
+    """Raise where ``uns`` has a fit under a name that something else is to get."""
+    entry = adata.uns.get(name)
+    if hasattr(entry, "keys") and "state" in entry:
+        raise ValueError(
+            f"{argument}={name!r} is the name of a fit, which adata.uns[{name!r}] holds: pass "
+            "another"
+        )
+
+
+def _names_slots(key: object) -> bool:
+    """Whether a key, and what is made from it, can be names in an HDF5 file and a zarr store."""
+    if not isinstance(key, str) or {"/", "\0"} & set(key) or set(key) <= {"."}:
+        return False
+    try:
+        return len(key.encode()) <= _LONGEST
+    except UnicodeEncodeError:  # half a character
+        return False

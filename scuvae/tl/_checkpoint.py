@@ -1,6 +1,8 @@
 """Which fit a checkpoint is of."""
 
-from os import PathLike
+import tempfile
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,32 @@ from scuvae.model.covariates import Covariates
 _ELSEWHERE = {"device", "torch_version", "anndata_version"}
 # Cells whose values tell a data set from another, beside every cell's total.
 _LOOKED_AT = 200
+
+
+def check_folder(checkpoint: object) -> None:
+    """Raise, before any work, if checkpoints cannot be kept there."""
+    if not isinstance(checkpoint, str | PathLike) or not isinstance(fspath(checkpoint), str):
+        raise TypeError(
+            f"checkpoint={checkpoint!r} is a {type(checkpoint).__name__}: pass the path of a folder"
+        )
+    shown = repr(fspath(checkpoint))
+    if not fspath(checkpoint).strip("\0") or "\0" in fspath(checkpoint):
+        raise ValueError(f"checkpoint={shown} is no path: pass that of a folder")
+    folder = Path(checkpoint)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "" if there == folder else f"lies in {str(there)!r}, which "
+        raise ValueError(f"checkpoint={shown} {what}is a file: pass a folder")
+    try:
+        # Permission bits do not tell; making a file does.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"checkpoint={shown}: {there} cannot be written to, {error.strerror}: pass another "
+            "folder",
+        ) from error
 
 
 def kept_in(

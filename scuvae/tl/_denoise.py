@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
-from scuvae._keys import Keys
+from scuvae._keys import Keys, check_name
 from scuvae.batches import Batch, Cells
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
@@ -120,7 +120,7 @@ def denoise(
     >>> scuvae.tl.denoise(adata, genes=["CD3D", "LYZ"], library_size=1e4).shape
     (700, 2)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
     if flag("scale", scale) and n_samples < 2:
         raise ValueError(f"scale=True needs draws: pass n_samples >= 2, not {n_samples}")
@@ -249,8 +249,8 @@ def checked_library_size(fit: Fit, library_size: float | None) -> float | None:
 
 def _name(fit: Fit, keys: Keys, layer_added: str | None) -> str:
     """The slot to write, in layers or obsm."""
-    name = keys.layer if layer_added is None else layer_added
-    if not isinstance(name, str) or not name or name == fit.layer or name in keys.moments:
+    name = keys.layer if layer_added is None else check_name("layer_added", layer_added)
+    if name == fit.layer or name in keys.moments:
         taken = ", the layer that was fitted" if name == fit.layer else ""
         raise ValueError(
             f"layer_added={layer_added!r}{taken}: pass another name, or None for {keys.layer!r}"

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,21 @@ from scuvae.inference.training.distributed import agreed_seed, joined, own_rows
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
-from scuvae.io.covariates import read_covariates, size_factors
+from scuvae.io.covariates import read_covariates, size_factors, warn_of_size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
-from scuvae.runtime import isolated, logger, own_device, random_state, resolve_device
-from scuvae.tl._checkpoint import kept_in
+from scuvae.runtime import (
+    isolated,
+    logger,
+    memory_of,
+    own_device,
+    random_state,
+    resolve_device,
+)
+from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
 from scuvae.tl._model_parts import (
     choose_likelihood,
@@ -236,15 +243,16 @@ def fit(
     >>> adata.obsm["X_scuvae"].shape
     (700, 10)
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     flag("early_stopping", early_stopping)
     flag("check_values", check_values)
     flag("copy", copy)
     checkpoint_every = real("checkpoint_every", checkpoint_every, low=0.0)
-    if checkpoint is not None and Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint={str(checkpoint)!r} is a file: pass a folder")
+    if checkpoint is not None:
+        check_folder(checkpoint)
     n_processes = number_of_processes(None if processes is None else whole("processes", processes))
     keys = Keys.of(key_added)
+    keys.check_free(adata)
     settings = Settings.resolve(
         adata.n_obs,
         amortized=amortized,
@@ -266,14 +274,14 @@ def fit(
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
+    where = own_device(resolve_device(device), n_processes)
+    settings.check_memory(adata.n_obs, matrix.shape[1], memory_of(where))
     held_out = hold_out(adata.n_obs, settings.validation_fraction)
     own, seen = slice(None), adata
     if n_processes > 1:  # each sees its own cells
         own = own_rows(held_out, *launched())
         matrix, seen = inputs.rows_of(matrix, own), adata[own]
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
-    if likelihood == "auto" and chosen.support == "real":
-        inputs.warn_of_counts_meant(matrix, seen, layer, genes)
     inputs.check_values(
         matrix,
         seen,
@@ -283,6 +291,8 @@ def fit(
         support=chosen.support,
         fractions=not check_values,
     )
+    if likelihood == "auto" and chosen.support == "real":
+        inputs.warn_of_counts_meant(matrix, seen, layer, genes)
     if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
@@ -292,7 +302,17 @@ def fit(
     )
     size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
-    where = own_device(resolve_device(device), n_processes)
+    if size_factor is not None and chosen.link == "softmax":
+        every = None if genes is None else partial(_totals, seen, layer)
+        warn_of_size_factors(
+            size_factor_key, size_factor[own], inputs.totals(matrix), every, stacklevel=5
+        )
+    elif size_factor is not None:
+        warnings.warn(
+            f"size_factor_key={size_factor_key!r} has no part in likelihood={chosen.name!r}: leave "
+            "it out, or pass a likelihood for counts",
+            stacklevel=4,
+        )
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
 
     arguments: dict[str, Any] = {
@@ -410,6 +430,11 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
+
+
+def _totals(adata: AnnData, layer: str | None) -> np.ndarray:
+    """Over all genes."""
+    return inputs.totals(inputs.read_matrix(adata, layer, in_memory=False))
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

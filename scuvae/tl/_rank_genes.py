@@ -10,6 +10,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scuvae._checks import names, real, whole
+from scuvae._keys import check_holds_no_fit, check_name
 from scuvae.inference.evaluation import change_from_others as others
 from scuvae.inference.evaluation.adaptive_shrinkage import clearness, expected_false, shrink
 from scuvae.inference.evaluation.differential_expression import (
@@ -150,13 +151,14 @@ def rank_genes(
     >>> "CD79A" in adata.uns["rank_genes_groups"]["names"]["CD19+ B"][:10]
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if fit.model.likelihood.support != "counts":
         raise ValueError(
             f"likelihood={fit.model.likelihood.name!r} is of no counts, which rank_genes compares: "
             "fit raw counts, or use scanpy.tl.rank_genes_groups"
         )
-    slot = SLOT if key_added is None else names("key_added", [key_added])[0]
+    slot = SLOT if key_added is None else check_name("key_added", key_added)
+    check_holds_no_fit(adata, "key_added", slot)
     change = real("threshold", threshold, low=0) * math.log(2)
     min_counts = whole("min_counts", min_counts, at_least=1)
     n_samples = whole("n_samples", n_samples)

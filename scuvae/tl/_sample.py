@@ -70,7 +70,7 @@ def sample(
     >>> adata.layers["scuvae_sample"].shape
     (700, 765)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples)
     keys = Keys.of(key)
     if keys.is_sample(fit.layer):

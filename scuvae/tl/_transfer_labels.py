@@ -151,7 +151,7 @@ def transfer_labels(
     >>> bool((new.obs["scuvae_label"] == new.obs["cell_type"]).mean() > 0.5)
     True
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     keys = Keys.of(key_added)
     n_neighbors = whole("n_neighbors", n_neighbors)
     n_reference = whole("n_reference", n_reference)

@@ -145,7 +145,12 @@ def train(
         step.set_rate(learning_rate_at(epoch / max_epochs))
         _to_training(model)
         for batch, index in visits(progress.begin()):
-            losses.add(take(batch), index)
+            try:
+                losses.add(take(batch), index)
+            except torch.linalg.LinAlgError as error:  # a precision that is no longer positive
+                _restore(last_good or before, model, posterior)
+                visited = [int(row) for row in index]
+                raise TrainingError(math.nan, epoch, progress.batch, visited) from error
             progress.batch += 1
             if on_step is not None:
                 on_step(progress.state_dict, False)
