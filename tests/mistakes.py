@@ -70,8 +70,8 @@ SURVIVED = [
     Mistake(
         "tl.sample decodes the mean",
         "tl/_sample.py",
-        "model.decoder(q.draw(normal_like(q.mean)), batch.covariates)",
-        "model.decoder(q.mean, batch.covariates)",
+        "z = q.draw(normal_like(q.mean))",
+        "z = q.mean",
         f"{WIDTHS} -k samples_are",
     ),
     Mistake(
@@ -323,16 +323,16 @@ FORMULAS = [
     ),
     Mistake(
         "natural steps take the prior twice",
-        f"{IN}/refinement/natural_gradient.py",
-        "slopes.mean(0) / kl_weight + model.prior.slope(q)",
-        "slopes.mean(0) / kl_weight + 2 * model.prior.slope(q)",
+        f"{IN}/posteriors/objectives.py",
+        "slopes.mean(0) / kl_weight + prior.slope(q)",
+        "slopes.mean(0) / kl_weight + 2 * prior.slope(q)",
         "test_refine.py",
     ),
     Mistake(
         "a joint density without its prior",
         f"{IN}/refinement/gauss_newton.py",
-        "value / kl_weight + prior.log_prob(mean), slope",
-        "value / kl_weight, slope",
+        "log_likelihood / kl_weight + prior.log_prob(mean)",
+        "log_likelihood / kl_weight",
         "test_refine.py",
     ),
     Mistake(

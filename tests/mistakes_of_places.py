@@ -97,7 +97,7 @@ SLOTS = [
     Mistake(
         "counts are fitted as real values without a word",
         "tl/_fit.py",
-        "inputs.warn_of_counts_meant(matrix, adata, layer, genes)",
+        "inputs.warn_of_counts_meant(matrix, seen, layer, genes)",
         "pass",
         "test_counts_meant.py",
     ),

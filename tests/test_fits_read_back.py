@@ -52,7 +52,9 @@ def set_at(path: str, value: Any) -> Callable[[Entry], None]:
 
 def one_off(a: np.ndarray) -> np.ndarray:
     changed = a.copy()
-    changed.flat[-1] = np.nextafter(changed.flat[-1], np.inf) if a.dtype.kind == "f" else 5
+    changed.flat[-1] = (
+        np.nextafter(changed.flat[-1], a.dtype.type(np.inf)) if a.dtype.kind == "f" else 5
+    )
     return changed
 
 
