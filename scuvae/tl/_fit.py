@@ -1,10 +1,8 @@
 """tl.fit: AnnData -> Batch -> posterior -> q -> ELBO -> train -> slots."""
 
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from typing import Any
@@ -27,7 +25,7 @@ from scuvae.inference.training.distributed import agreed_seed, joined, own_rows
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
-from scuvae.io.covariates import read_covariates, size_factors, warn_of_size_factors
+from scuvae.io.covariates import read_covariates, size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
@@ -43,6 +41,7 @@ from scuvae.runtime import (
 )
 from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
+from scuvae.tl._fit_warnings import warn_of_factors, warn_of_shapes
 from scuvae.tl._model_parts import (
     choose_likelihood,
     choose_prior,
@@ -301,18 +300,9 @@ def fit(
         adata, batch_key, categorical_covariate_keys, continuous_covariate_keys
     )
     size_factor = size_factors(adata, size_factor_key)
-    _warn(matrix, settings, chosen)
-    if size_factor is not None and chosen.link == "softmax":
-        every = None if genes is None else partial(_totals, seen, layer)
-        warn_of_size_factors(
-            size_factor_key, size_factor[own], inputs.totals(matrix), every, stacklevel=5
-        )
-    elif size_factor is not None:
-        warnings.warn(
-            f"size_factor_key={size_factor_key!r} has no part in likelihood={chosen.name!r}: leave "
-            "it out, or pass a likelihood for counts",
-            stacklevel=4,
-        )
+    warn_of_shapes(matrix, settings, chosen)
+    if size_factor is not None:
+        warn_of_factors(size_factor_key, size_factor[own], matrix, chosen, seen, layer, genes)
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
 
     arguments: dict[str, Any] = {
@@ -416,25 +406,6 @@ def _in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:
     found = latent_dimensions(torch.as_tensor(q["mean"]), parts_of(q))
     numbers = {name: values.numpy() for name, values in found._asdict().items()}
     return {**numbers, "n_active": found.n_active}
-
-
-def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likelihood) -> None:
-    n_vars = matrix.shape[1]
-    if settings.n_latent >= n_vars > 1:
-        warnings.warn(
-            f"n_latent={settings.n_latent} is no fewer than the {n_vars} genes", stacklevel=5
-        )
-    if likelihood.support == "counts":
-        empty = inputs.empty_cells(matrix)
-        if empty:
-            warnings.warn(
-                f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
-            )
-
-
-def _totals(adata: AnnData, layer: str | None) -> np.ndarray:
-    """Over all genes."""
-    return inputs.totals(inputs.read_matrix(adata, layer, in_memory=False))
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
