@@ -16,7 +16,7 @@ from scipy.special import expit
 from small_models import batch_of
 
 from scuvae import cli, get, tl
-from scuvae.inference.training.linear_start import fit_loadings
+from scuvae.model.linear_start import fit_loadings
 
 
 def three_kinds(n_obs: int, seed: int) -> tuple[AnnData, np.ndarray]:

@@ -11,10 +11,10 @@ from scuvae import tl
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.training.gene_totals import GeneTotals
-from scuvae.inference.training.linear_start import fit_loadings, start_decoder
 from scuvae.inference.training.optimizers import adam
 from scuvae.inference.training.step import Step
 from scuvae.model.likelihoods import LIKELIHOODS
+from scuvae.model.linear_start import fit_loadings, start_decoder
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 

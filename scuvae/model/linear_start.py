@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from scuvae.batches import Batch, SparseRows
-from scuvae.model import VAE
+from scuvae.model.vae import VAE
 
 
 @torch.no_grad()
