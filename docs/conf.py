@@ -20,13 +20,14 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # tutorials/run.py executes them, and saves what came out
 templates_path: list[str] = []
-exclude_patterns = ["data/*", "docs/site/index.md", "tests/**/cases/*"]
+exclude_patterns = ["docs/site/index.md", "tests/**/cases/*"]
 
 html_theme = "sphinx_book_theme"
 html_title = "scuvae"
 html_theme_options = {
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],
     "use_download_button": True,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

@@ -52,7 +52,7 @@ def volcano(
     fdr
         The expected share of false genes in the list.
     n_genes
-        Genes of the list to name, those with the highest |score|.
+        Genes of the list to name, those with the highest absolute scores.
     ax
         Axes to draw in; None makes a figure.
     show
@@ -106,7 +106,8 @@ def volcano(
     named = np.flatnonzero(listed)
     best = named[np.argsort(-score[named], kind="stable")[:n_genes]]
     # In a column at their side, with a line to each: the surest genes lie all at one height. The
-    # outermost is named first, so that lines do not cross, and the axis makes room for the names.
+    # highest is named first, of several the outermost, so that lines hardly cross; the axis makes
+    # room for the names.
     low, high = float(change.min()), float(change.max())
     room = _ROOM * (high - low)
     for side, genes in (("right", best[change[best] > 0]), ("left", best[change[best] <= 0])):
@@ -114,7 +115,7 @@ def volcano(
             ax.set_xlim(right=high + room)
         elif len(genes):
             ax.set_xlim(left=low - room)
-        for row, gene in enumerate(genes[np.argsort(-np.abs(change[genes]), kind="stable")]):
+        for row, gene in enumerate(genes[np.lexsort((-np.abs(change[genes]), sure[genes]))]):
             ax.annotate(
                 str(found["names"][group][gene]),
                 (change[gene], sure[gene]),
