@@ -36,7 +36,12 @@ def copy_pages(target: Path) -> None:
                 new = target / path.relative_to(ROOT)
                 new.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, new)
-    for path in [*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "pyproject.toml", *ROOT.glob("*.cff")]:
+    for path in [
+        *ROOT.glob("*.md"),
+        ROOT / "LICENSE",
+        ROOT / "pyproject.toml",
+        *ROOT.glob("*.cff"),
+    ]:
         shutil.copyfile(path, target / path.name)
     (target / ".ci").mkdir()
     shutil.copyfile(ROOT / ".ci" / "run", target / ".ci" / "run")

@@ -6,7 +6,7 @@ import scuvae
 
 project = "scuvae"
 author = "the scuvae developers"
-copyright = author  # noqa: A001
+copyright = author
 release = version = scuvae.__version__
 
 extensions = [
@@ -57,8 +57,8 @@ def as_rst(docstring: list[str]) -> list[str]:
     return out
 
 
-def setup(app):  # noqa: ANN001, ANN201
-    def process(app, what, name, obj, options, lines):  # noqa: ANN001, ANN202
+def setup(app):
+    def process(app, what, name, obj, options, lines):
         lines[:] = as_rst(lines)
 
     app.connect("autodoc-process-docstring", process)

@@ -45,7 +45,9 @@ def test_from_counts_to_report_ended_and_resumed(tmp_path: Path) -> None:
     datasets.pbmc68k_counts()[:300].copy().write_h5ad(tmp_path / "cells.h5ad")
     command = line(tmp_path, fit="{max_epochs: 150, checkpoint_every: 0.2}", groupby="cell_type")
     kept, done = tmp_path / "results" / "checkpoint", tmp_path / "results" / "fit.h5ad"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         end = time.monotonic() + 300
         while run.poll() is None and not (kept.exists() and any(kept.iterdir())):
             assert time.monotonic() < end

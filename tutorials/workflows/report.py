@@ -18,7 +18,9 @@ FIGURES = {
     "predictive-check": "Points on the line are genes that the fit would reproduce.",
     "volcano": "Genes of the first group against the rest; coloured: 5 % false ones expected.",
 }
-STYLE = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+)
 
 
 def main(folder: str, output: str) -> None:
