@@ -32,9 +32,9 @@ class Flag:
         flag = self.name or f"--{argument.replace('_', '-')}"
         if self.takes is None:
             action = "store_true" if self.stands_for else "store_false"
-            flags = (flag,) if self.stands_for else (f"--no-{flag.removeprefix('--')}",)
+            flags = [flag if self.stands_for else f"--no-{flag.removeprefix('--')}"]
             if argument == "progress":
-                flags = ("-q", *flags)
+                flags.insert(0, "-q")
             group.add_argument(*flags, dest=argument, action=action, help=self.text)
             return
         words = {"type": self.takes, "metavar": self.metavar, **self.more}

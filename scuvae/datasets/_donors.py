@@ -13,7 +13,7 @@ from ._simulate import _check_size, _generator
 TYPES = ("CD14+ Monocyte", "CD19+ B", "CD56+ NK", "CD8+ Cytotoxic T", "Dendritic")
 # Shares of the types, whose spread between donors is that of a Dirichlet of this concentration.
 SHARES, CONCENTRATION = (0.25, 0.15, 0.15, 0.30, 0.15), 60.0
-# Standard deviation over donors of a gene's log mean; inverse dispersion of counts; spread of depth.
+# Over donors the sd of a gene's log mean; counts' inverse dispersion; the sd of log depth.
 DONOR_SCALE, THETA, DEPTH_SCALE = 0.15, 3.0, 0.35
 # A type's changed genes: how many of all, how many of these change in all types, and log2 changes.
 CHANGED, SHARED, LEAST, MEAN = 0.1, 0.6, 0.5, 1.0
