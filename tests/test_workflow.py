@@ -55,6 +55,8 @@ def test_from_counts_to_report_ended_and_resumed(tmp_path: Path) -> None:
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
     assert not done.exists()
+    # A killed snakemake leaves its lock.
+    subprocess.run([*command, "--unlock"], check=True, capture_output=True)
     again = subprocess.run([*command, "--rerun-incomplete"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     results = tmp_path / "results"
