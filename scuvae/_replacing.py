@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows: nothing is locked there, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
-_MARK = ".scuvae-"
+MARK = ".scuvae-"
 
 
 def checked_target(output: str | os.PathLike[str], *, folder: bool = False) -> Path:
@@ -70,7 +70,7 @@ def replacing(target: Path) -> Iterator[Path]:
 def temporary(target: Path) -> Iterator[Path]:
     """A locked folder beside ``target``, hence on its file system, where a rename is one step."""
     while True:
-        prefix = f".{target.name[:50]}{_MARK}"
+        prefix = f".{target.name[:50]}{MARK}"
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
         lock = _locked(folder, wait=True)
         # Between the two lines above it may have been taken for one that was left.
@@ -100,7 +100,7 @@ def sweep(parent: Path) -> None:
         return
     for name in os.listdir(parent):
         folder = parent / name
-        if not (name.startswith(".") and _MARK in name) or folder.is_symlink():
+        if not (name.startswith(".") and MARK in name) or folder.is_symlink():
             continue
         with suppress(OSError):
             if not folder.is_dir() or folder.stat().st_uid != os.geteuid():
@@ -147,7 +147,7 @@ def _replace(new: Path, target: Path, folder: Path) -> None:
         return
     # No rename replaces a folder that has files in it: the two change places, in one step where
     # the system has one.
-    if _exchange(new, target):
+    if exchange(new, target):
         return
     old = folder / "old"
     (folder / "target").write_text(target.name, encoding="utf-8")
@@ -159,7 +159,7 @@ def _replace(new: Path, target: Path, folder: Path) -> None:
         raise
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange(a: Path, b: Path) -> bool:
     """Let two paths change places in one step; False where the system cannot."""
     paths = os.fsencode(a), os.fsencode(b)
     library = ctypes.CDLL(None, use_errno=True)

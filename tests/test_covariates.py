@@ -17,7 +17,7 @@ from small_models import batch_of, model_of
 from scuvae import cli, get, pp, tl
 from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
 from scuvae.inference.refinement.profile_likelihood import (
-    _profile_log_likelihood,
+    profile_given,
     profile_log_likelihood,
 )
 from scuvae.io.covariates import match_covariates, read_covariates
@@ -383,10 +383,7 @@ def test_the_affinity_of_a_linear_decoder_is_exact_whatever_the_covariates(
         x = model.likelihood.sample(eta, torch.full((9,), 60.0).double())
     batch = batch_of(x, covariates=told, sparse=sparse)
     truth = torch.stack(
-        [
-            _profile_log_likelihood(model, batch.take(torch.tensor([i])), z, told[i])[0]
-            for i in range(9)
-        ]
+        [profile_given(model, batch.take(torch.tensor([i])), z, told[i])[0] for i in range(9)]
     )
     found = profile_log_likelihood(model, batch, z)
     # Up to a term of the cell.

@@ -17,9 +17,9 @@ PACKAGE = str(Path(scuvae.__file__).parent)
 # Calls from the body of tl.fit to the likelihood's log-probability or its slopes, these counted
 # with the others. What wraps tl.fit (runtime.isolated, the alias of rng=) comes before.
 TRAINING, HELD_OUT = 5, 5
-# What the encoder of a semi-amortized fit maximises beside, and the steps of held-out cells' q: the
-# means of cells climb before their scales are found.
-BESIDE, STEPS = 6, 8
+# What the encoder of a semi-amortized fit maximises beside, and the steps of held-out cells' q,
+# which are those of every refinement: the means of cells climb before their scales are found.
+BESIDE, STEPS = 6, 6
 
 
 def frames_to_fit(frame: FrameType | None) -> list[str] | None:

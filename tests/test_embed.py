@@ -79,7 +79,7 @@ def test_batches_chunks_and_missing_genes_do_not_matter(monkeypatch) -> None:
     assert not torch.allclose(*parts)
     mean = torch.stack(parts).mean(0)
     torch.testing.assert_close(embedding.stabilised(model, z, 50.0), mean)
-    monkeypatch.setattr(embedding, "_CHUNK", 7)
+    monkeypatch.setattr(embedding, "CHUNK", 7)
     before = adata.obsm["X_scuvae_embed"].copy()
     tl.embed(adata)
     np.testing.assert_allclose(adata.obsm["X_scuvae_embed"], before, atol=1e-4)

@@ -232,7 +232,7 @@ def test_slopes_made_in_blocks(
     assert read.in_blocks
     z = (q.mean + 2 * torch.randn(5, *q.mean.shape)).requires_grad_()
     weight = torch.rand(z.shape[:-1])
-    monkeypatch.setattr(_last_layer, "_NUMBERS", 2 * len(batch) * read.n_vars)
+    monkeypatch.setattr(_last_layer, "NUMBERS_AT_ONCE", 2 * len(batch) * read.n_vars)
     found = read.log_likelihood(batch, z)
     (slope,) = torch.autograd.grad((weight * found).sum(), z)
     with torch.no_grad():

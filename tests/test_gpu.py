@@ -91,7 +91,7 @@ def test_replayed_steps_are_the_steps(
     options |= {"learning_rate": 1e-3, "validation_fraction": 0, "device": "cuda"}
     histories = []
     for warm in (2, 10**6):
-        monkeypatch.setattr(replays, "_WARM", warm)
+        monkeypatch.setattr(replays, "WARM", warm)
         fitted = tl.fit(
             adata, likelihood=name, amortized=amortized, n_latent=2, **options, copy=True
         )
@@ -115,7 +115,7 @@ def test_values_and_gradients_are_those_of_the_cpu(
     found = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         if device.type == "cuda" and pinned:
-            monkeypatch.setattr(sources, "_fits", lambda n_bytes, device: False)
+            monkeypatch.setattr(sources, "fits", lambda n_bytes, device: False)
         moved = likelihood.to(device)
         moved.zero_grad()
         leaf = eta.to(device, copy=True).requires_grad_()

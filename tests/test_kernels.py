@@ -127,7 +127,7 @@ def test_a_logit_that_is_no_number_shows(name: str, bad: float) -> None:
 def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     likelihood, x, eta = problem(name, n_cells=75)  # three blocks of rows
     expected = values_and_slopes(likelihood, x, eta, x.sum(1) + 1)
-    monkeypatch.setattr(threads, "_NUMBERS", 100)  # work for every thread
+    monkeypatch.setattr(threads, "NUMBERS_A_THREAD", 100)  # work for every thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     found = values_and_slopes(likelihood, x, eta, x.sum(1) + 1)
     for a, b in zip(found, expected, strict=True):

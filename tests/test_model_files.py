@@ -211,10 +211,10 @@ def rebuilt(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]
 def resealed(text: dict[str, Any]) -> None:
     """Digests of the settings as they now are, as who forges a file would make them."""
     settings = text["settings"]
-    digests = {p: manifest._sha(manifest.to_json(v).encode()) for p, v in settings.items()}
+    digests = {p: manifest.digest(manifest.to_json(v).encode()) for p, v in settings.items()}
     rest = {**text["manifest"], "settings": digests}
     rest.pop("sha256")
-    text["manifest"] = {**rest, "sha256": manifest._sha(manifest.to_json(rest).encode())}
+    text["manifest"] = {**rest, "sha256": manifest.digest(manifest.to_json(rest).encode())}
 
 
 NAME = "state/decoder/layers.0.weight"

@@ -78,7 +78,7 @@ both_kinds = pytest.mark.parametrize("container", [sp.csr_matrix, np.asarray])
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing fits the buffer, which holds some twenty cells."""
     monkeypatch.setattr(on_disk, "BUFFER", 2**12)
-    monkeypatch.setattr(on_disk, "_SHORTEST", 2)
+    monkeypatch.setattr(on_disk, "SHORTEST", 2)
 
 
 def stored(x: Any, columns: Any = None) -> StoredMatrix:
@@ -216,7 +216,7 @@ def test_windows_are_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     x = sp.csr_matrix(np.eye(4, dtype=np.float32)[np.arange(n) % 4])
     adata = AnnData(x)
     monkeypatch.setattr(on_disk, "BUFFER", 2**15)
-    monkeypatch.setattr(on_disk, "_SHORTEST", 4)
+    monkeypatch.setattr(on_disk, "SHORTEST", 4)
     source = source_of(stored(_h5(tmp_path, adata).X), CPU)
     assert isinstance(source, on_disk.OnDiskSource)
     assert source.window < n / 8
@@ -243,13 +243,13 @@ def test_no_more_is_read_at_once_than_the_buffer_holds(
     matrix = stored(_h5(tmp_path, adata).X)
     source = source_of(matrix, CPU)
     sizes = []
-    held = source._held  # type: ignore[attr-defined]
+    held = source.read  # type: ignore[attr-defined]
 
     def watched(rows: np.ndarray, device: torch.device) -> Any:
         sizes.append((found := held(rows, device)).matrix.nbytes)
         return found
 
-    monkeypatch.setattr(source, "_held", watched)
+    monkeypatch.setattr(source, "read", watched)
     for generator in (None, torch.Generator().manual_seed(0)):
         for _ in Cells(source).loader(torch.arange(4000), 32, generator):
             pass
@@ -408,7 +408,7 @@ def test_large_tables_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder of the best epoch comes back, and each cell's q is refined under it."""
     usual, large = small_sparse(), small_sparse()
     small_fit(usual, max_epochs=20)
-    monkeypatch.setattr(loop, "_MOST_KEPT", 64)
+    monkeypatch.setattr(loop, "MOST_KEPT", 64)
     small_fit(large, max_epochs=20)
     for name in ("loss", "validation_elbo"):
         np.testing.assert_allclose(

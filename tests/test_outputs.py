@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_at_once(
     exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanging:  # as some file systems are
-        monkeypatch.setattr(_replacing, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(_replacing, "exchange", lambda a, b: False)
     target = tmp_path / "out.zarr"
     for turn in ("old", "new"):
         with replacing(target) as new:
@@ -56,7 +56,7 @@ def test_a_folder_is_replaced_at_once(
 def test_a_signal_between_two_renames_waits(
     signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_replacing, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(_replacing, "exchange", lambda a, b: False)
     target = tmp_path / "out.zarr"
     target.mkdir()
     (target / "old").write_text("old")
@@ -92,7 +92,7 @@ def test_a_signal_between_two_renames_waits(
 
 def test_what_was_moved_aside_is_put_back(tmp_path: Path) -> None:
     """SIGKILL between two renames, where there is no exchange."""
-    left = tmp_path / f".out.zarr{_replacing._MARK}abc"
+    left = tmp_path / f".out.zarr{_replacing.MARK}abc"
     (left / "old").mkdir(parents=True)
     (left / "old" / "zarr.json").write_text("{}")
     (left / "target").write_text("out.zarr")
@@ -103,7 +103,7 @@ def test_what_was_moved_aside_is_put_back(tmp_path: Path) -> None:
 
 @posix
 def test_what_a_living_process_holds_is_not_swept(tmp_path: Path) -> None:
-    (tmp_path / f".dead.h5ad{_replacing._MARK}abc").mkdir()
+    (tmp_path / f".dead.h5ad{_replacing.MARK}abc").mkdir()
     (tmp_path / ".other.h5ad.abc").mkdir()
     code = f"""
 import sys, time

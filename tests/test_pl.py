@@ -260,8 +260,8 @@ def test_backed_data(counts: ad.AnnData, tmp_path) -> None:
 
 def test_no_matrix_is_made_dense_whole(counts: ad.AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    dense = _predicted._dense
-    monkeypatch.setattr(_predicted, "_dense", lambda b: sizes.append(b.shape) or dense(b))
+    dense = _predicted.dense
+    monkeypatch.setattr(_predicted, "dense", lambda b: sizes.append(b.shape) or dense(b))
     monkeypatch.setattr(_predicted, "BLOCK", 10_000)
     pl.observed_vs_predicted(counts, max_points=8_000)
     assert max(rows * columns for rows, columns in sizes) <= 10_000

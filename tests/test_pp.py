@@ -17,7 +17,7 @@ from scuvae import get, pp, tl
 from scuvae.inference.mapping.embedding import Basis
 from scuvae.io.slots import read_posterior
 from scuvae.pp._graph import nearest, rows, stability, times_near
-from scuvae.pp._neighbors import _draws
+from scuvae.pp._neighbors import draws_in_map
 
 N, K = 60, 6
 
@@ -163,7 +163,7 @@ def test_a_cell_that_may_be_anywhere_has_many_light_edges(fitted: AnnData) -> No
 def test_draws_have_the_posteriors_covariance_and_cells_nothing_in_common(fitted: AnnData) -> None:
     q, model = read_posterior(fitted, None), get.model(fitted)
     basis = Basis(torch.empty(0), torch.empty(0), 1.0, ())
-    draws = np.stack(list(_draws(model, q, basis, 4000, np.random.default_rng(0))))
+    draws = np.stack(list(draws_in_map(model, q, basis, 4000, np.random.default_rng(0))))
     assert draws.shape == (4000, N, 3)
     truth = 4 * q.covariance_matrix.numpy()
     sd = np.sqrt(np.diagonal(truth, axis1=1, axis2=2))

@@ -19,8 +19,8 @@ from scuvae import get, pl, tl
 from scuvae.inference.evaluation.adaptive_shrinkage import clearness, expected_false, shrink
 from scuvae.inference.evaluation.change_from_others import regress
 from scuvae.inference.evaluation.differential_expression import (
+    Comparison,
     Units,
-    _Comparison,
     compare,
     composition,
     normal_quantile,
@@ -28,7 +28,7 @@ from scuvae.inference.evaluation.differential_expression import (
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.tl._groups import design_of
-from scuvae.tl._rank_genes import _Ranking
+from scuvae.tl._rank_genes import Ranking
 
 
 def units_of(
@@ -63,7 +63,7 @@ def test_the_profile_likelihood_is_scipys() -> None:
     spread, variance = 0.45, 0.1
     units = units_of(y, first, exposure=exposure, variance=variance, stratum=stratum)
     change = torch.tensor([[-0.7, 0.3], [0.4, 1.1]]).double()
-    found = _Comparison(units, slice(None)).log_likelihood(change, spread)
+    found = Comparison(units, slice(None)).log_likelihood(change, spread)
     phi = spread**2 + variance
     for node in range(2):
         for gene in range(2):
@@ -89,7 +89,7 @@ def test_pairs_are_beta_binomial() -> None:
     y = np.array([[8, 3], [5, 9], [2, 0], [6, 1]])
     first, pair = np.array([True, False, True, False]), np.array([4, 4, 9, 9])
     exposure = np.array([1.0, 2.0, 0.5, 3.0])
-    found = _Comparison(units_of(y, first, exposure=exposure, pair=pair), slice(None))
+    found = Comparison(units_of(y, first, exposure=exposure, pair=pair), slice(None))
     change, spread = torch.tensor([[0.2, -1.0]]).double(), 0.6
     log_l = found.log_likelihood(change, spread)
     for gene in range(2):
@@ -450,7 +450,7 @@ def test_the_variance_of_a_total_is_that_of_draws() -> None:
     adata = study()
     fit = read_fit(adata, None)
     design = design_of(adata, fit, "cell_type", "all", "rest", None)
-    ranking = _Ranking(adata, fit, None, design, torch.device("cpu"), 64)
+    ranking = Ranking(adata, fit, None, design, torch.device("cpu"), 64)
     cells = np.flatnonzero(adata.obs["cell_type"] == "b")
     model, q = get.model(adata), get.posterior(adata)
     size = torch.as_tensor(adata.X.sum(1))

@@ -40,7 +40,6 @@ from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import cap_length, gaussian_at
 from scuvae.inference.posteriors import POSTERIORS, Posterior
 from scuvae.inference.posteriors.base import Rows
-from scuvae.inference.posteriors.objectives import likelihood_and_slope
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.refinement.local_step import LocalStep
 from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
@@ -170,7 +169,7 @@ class HalfNewton(LocalStep):
     ) -> Gaussian:
         mean = q.mean.detach()
         for _ in range(max_steps):
-            _, slope = likelihood_and_slope(model, batch, mean)
+            _, slope = model.log_likelihood_and_slope(batch, mean)
             precision = model.curvature(batch, mean) / kl_weight + torch.eye(mean.shape[1])
             step = torch.linalg.solve(precision, slope / kl_weight - mean)
             mean = mean + 0.5 * cap_length(step, 2.0)

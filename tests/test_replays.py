@@ -119,7 +119,7 @@ def test_recorded_steps_are_the_steps(
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         step = Step(model, posterior, optimizer, n_obs=23, n_samples=2, kl_weight=0.5)
         loader = Loader(Cells(source), torch.arange(23), 5, torch.Generator().manual_seed(2))
-        recorder = replays._Replays(loader, step)
+        recorder = replays.Replays(loader, step)
         visits, take = replays.steps_over(loader, step)
         if replayed:
             visits, take = recorder.visits, recorder.take

@@ -14,7 +14,7 @@ from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.posteriors.objectives import descend, elbo
 from scuvae.inference.training.optimizers import CompiledAdam, adam
 from scuvae.model import VAE, Decoder
-from scuvae.model.decoder import _gated
+from scuvae.model.decoder import gated
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
 
@@ -119,9 +119,9 @@ def test_gates_are_those_of_torchs_operators() -> None:
     entered = torch.randn(40, 30)
     entered[0, :3] = torch.tensor([0.0, -0.0, torch.nan])
     torch.manual_seed(5)
-    passed, gate = _gated(entered, 0.25)
+    passed, gate = gated(entered, 0.25)
     torch.manual_seed(5)
-    _, expected = _gated(entered.double(), 0.25)
+    _, expected = gated(entered.double(), 0.25)
     assert 0 < (gate > 0).float().mean() < 0.5
     torch.testing.assert_close(gate.double(), expected.double(), rtol=EPS, atol=0)
     torch.testing.assert_close(passed, entered * gate, equal_nan=True)

@@ -335,6 +335,35 @@ def test_every_slot_that_a_verb_writes_is_documented(name: str) -> None:
     assert "None" in text
 
 
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Names with an underscore that a file takes from a module of the package, or patches there."""
+    modules: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scuvae"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in MODULES or f"{full}.__init__" in MODULES:
+                    modules[alias.asname or alias.name] = full
+                else:
+                    yield alias.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module and f"{module}.{node.attr}" not in MODULES:
+                yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            yield from (name.split(".")[-1] for name in names if isinstance(name, str))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem
+)
+def test_tests_ask_public_names(path: Path) -> None:
+    """What has an underscore may change with its module alone: tests hold on to what it offers."""
+    found = private_names(ast.parse(path.read_text()))
+    assert [name for name in found if re.match("_[^_]", name)] == []
+
+
 # --- doctests -----------------------------------------------------------------------------------
 
 

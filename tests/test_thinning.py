@@ -193,7 +193,7 @@ def test_an_encoder_labels_thinned_cells(distilled: bool, monkeypatch: pytest.Mo
     found = []
     for new in (True, False):
         if not new:
-            monkeypatch.setattr("scuvae.io.model_arrays._encoder_input", lambda *args: "log1p")
+            monkeypatch.setattr("scuvae.io.model_arrays.encoder_input_of", lambda *args: "log1p")
             for module in (
                 "posteriors.amortized",
                 "posteriors.semi_amortized",

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("fixed_random_state")
 def test_affinities_are_scipys_log_densities(
     name: str, sparse: bool, missing: bool, covariates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_NUMBERS", 30)  # a few points at a time
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 30)  # a few points at a time
     model = model_of(name, n_covariates=2 if covariates else 0)
     z = torch.randn(7, 2).double()
     kind = torch.arange(6) % 2

@@ -72,7 +72,7 @@ def test_steps_wait_for_nothing(
     name: str, kind: str, local_step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, whose operators are those of a GPU; with renewals of all precisions."""
-    monkeypatch.setattr(precision, "_at_hand", lambda values: False)
+    monkeypatch.setattr(precision, "at_hand", lambda values: False)
     for module in (sparse_rows, thinning):
         monkeypatch.setattr(module, "at_hand", lambda values: False)
     model = model_of(name, encoder=True, n_covariates=2)

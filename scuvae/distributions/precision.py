@@ -37,7 +37,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     One cell must not fail the others: where even the jitter does not help, its diagonal stands in.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if _at_hand(failed) and not failed.any():
+    if at_hand(failed) and not failed.any():
         return factor
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     jitter = 1e-5 * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
@@ -47,7 +47,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return torch.where((failed > 0)[..., None, None], repaired, factor)
 
 
-def _at_hand(values: Tensor) -> bool:
+def at_hand(values: Tensor) -> bool:
     """Whether numbers can be looked at without a wait for a device."""
     return values.is_cpu
 

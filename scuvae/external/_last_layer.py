@@ -16,7 +16,7 @@ from scuvae.kernels.dispatch import compiled
 from scuvae.model.likelihoods.negative_binomial import passes
 
 # Numbers in a block of logits, for a processor's caches.
-_NUMBERS = 2**20
+NUMBERS_AT_ONCE = 2**20
 
 
 class LastLayer(NamedTuple):
@@ -44,7 +44,7 @@ class _OfHidden(torch.autograd.Function):
         draws = hidden.view(-1, *hidden.shape[-2:])
         n = len(draws)
         if compiled(hidden):
-            n = max(1, _NUMBERS // max(1, len(size) * layer.eta.out_features))
+            n = max(1, NUMBERS_AT_ONCE // max(1, len(size) * layer.eta.out_features))
         found = [_values(part, layer, x, size, keep) for part in draws.split(n)]
         values, slopes = zip(*found, strict=True)
         if keep:

@@ -89,6 +89,14 @@ class Bridge(nn.Module):
             return negative_binomial.log_prob(sparse(batch.x), eta.view(shape), size, px_r, logit)
         return self.likelihood.log_prob(batch.x, self.heads(batch, z))
 
+    def log_likelihood_and_slope(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x | z), (..., cells), and its slope in z, of its shape."""
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            value = self.log_likelihood(batch, leaf)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope
+
     @property
     def in_blocks(self) -> bool:
         """Whether log p and its slopes are made a block of logits at a time."""

@@ -119,18 +119,18 @@ def made(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": __version__,
-        "settings": {path: _sha(to_json(value).encode()) for path, value in settings.items()},
+        "settings": {path: digest(to_json(value).encode()) for path, value in settings.items()},
         "arrays": {path: described(array) for path, array in arrays.items()},
     }
-    return {**manifest, "sha256": _sha(to_json(manifest).encode())}
+    return {**manifest, "sha256": digest(to_json(manifest).encode())}
 
 
 def described(array: np.ndarray) -> dict[str, Any]:
     data = memoryview(array.data).cast("B") if array.size else b""
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _sha(data)}
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest(data)}
 
 
-def _sha(data: Any) -> str:
+def digest(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -151,7 +151,7 @@ def check(
         written = manifest["settings"].get(path)
         if written is None:
             raise Damaged(f"{where} has {path!r}, which scuvae {version} did not write there")
-        if written != _sha(to_json(value).encode()):
+        if written != digest(to_json(value).encode()):
             raise Damaged(f"{where}: {path!r} is damaged: it is {_short(value)}, but {remedy}")
     for path, array in arrays.items():
         written = manifest["arrays"].get(path)
@@ -177,7 +177,7 @@ def check_manifest(manifest: Any, where: str) -> None:
             f"{__version__}, which reads formats up to {FORMAT}: update scuvae"
         )
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    whole = set(manifest) == _PARTS and manifest["sha256"] == _sha(to_json(rest).encode())
+    whole = set(manifest) == _PARTS and manifest["sha256"] == digest(to_json(rest).encode())
     if not whole or number != FORMAT:
         raise Damaged(f"{where}: its manifest is damaged (digest mismatch)")
 

@@ -46,7 +46,7 @@ def build_model(
             n_vars,
             n_latent,
             covariance=str(params["covariance"]),
-            inputs=_encoder_input(params, likelihood),
+            inputs=encoder_input_of(params, likelihood),
             n_hidden=n_hidden,
             n_layers=n_layers,
             # Encoders of earlier versions were not told of batches.
@@ -65,7 +65,7 @@ def _registered(what: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _encoder_input(params: dict[str, Any], likelihood: Likelihood) -> str:
+def encoder_input_of(params: dict[str, Any], likelihood: Likelihood) -> str:
     """How values enter the encoder; fits of before it was recorded had log(1 + x) of counts."""
     return str(params.get("encoder_input", "log1p" if likelihood.support == "counts" else "values"))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Rows that are worth a thread of their own: 2^17 logits take it .2 ms.
-_NUMBERS = 2**17
+NUMBERS_A_THREAD = 2**17
 # Rows whose slopes are summed by one thread: sums are then the same for any number of threads.
 BLOCK = 64
 # numba can be told to interpret, as a debugger would have it.
@@ -26,7 +26,7 @@ def over_rows(kernel: Any, eta: Tensor, *arguments: Any) -> None:
     n_rows = len(eta)
     arrays = [_array(argument) for argument in (eta, *arguments)]
     n_blocks = -(-n_rows // BLOCK)
-    n_threads = min(torch.get_num_threads(), eta.numel() // _NUMBERS, n_blocks)
+    n_threads = min(torch.get_num_threads(), eta.numel() // NUMBERS_A_THREAD, n_blocks)
     if n_threads < 2:
         kernel(0, n_rows, *arrays)
         return

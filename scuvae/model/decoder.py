@@ -126,7 +126,7 @@ class Decoder(nn.Module):
             if trace is None and not dropout:
                 out = F.relu(out)
                 continue
-            out, gate = _gated(out, dropout)
+            out, gate = gated(out, dropout)
             if trace is not None:
                 trace.append((entered, gate))
         return self._beside(out, z, covariates) if self.linear_path else out
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         return covariates
 
 
-def _gated(entered: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def gated(entered: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """ReLU and dropout: what passes, and what each unit was multiplied by: 0, or 1/(1−p) where it
     is positive and kept; p to 2⁻¹⁶.
 

@@ -63,6 +63,15 @@ class VAE(nn.Module):
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
         return self.likelihood.log_prob(batch.x, *self._outputs(batch, z), batch.observed)
 
+    def log_likelihood_and_slope(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x | z), (..., cells), and its slope in z, of its shape, the model frozen."""
+        with torch.enable_grad(), frozen(self):
+            leaf = z.detach().requires_grad_()
+            outputs = self._outputs(batch, leaf)
+            value = self.likelihood.log_prob(batch.x, *outputs, batch.observed)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope
+
     def _outputs(self, batch: Batch, z: Tensor) -> tuple[Tensor | Linear, Tensor]:
         """η, or the layer that makes it, and size factors."""
         last = self.decoder.last

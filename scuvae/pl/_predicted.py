@@ -156,13 +156,13 @@ class _Pair:
 
     def _read(self, rows: Any, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         observed, predicted = (
-            _dense(matrix[rows][:, genes]).ravel() for matrix in (self.observed, self.predicted)
+            dense(matrix[rows][:, genes]).ravel() for matrix in (self.observed, self.predicted)
         )
         finite = np.isfinite(observed) & np.isfinite(predicted)
         return observed[finite], predicted[finite]
 
 
-def _dense(block: Any) -> np.ndarray:
+def dense(block: Any) -> np.ndarray:
     if hasattr(block, "compute"):
         block = block.compute()
     if hasattr(block, "toarray"):

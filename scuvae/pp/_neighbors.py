@@ -123,7 +123,7 @@ def neighbors(
     q = read_posterior(adata, key)
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
-    draws = _draws(fit.model, q, basis, n_samples, generator)
+    draws = draws_in_map(fit.model, q, basis, n_samples, generator)
     times = times_near(draws, k, seed)
     weights = (times + times.T) / (2 * n_samples)
     means = np.asarray(adata.obsm[keys.embed], np.float32)
@@ -168,7 +168,7 @@ def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _draws(
+def draws_in_map(
     model: VAE,
     q: Gaussian,
     basis: Basis,

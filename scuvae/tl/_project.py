@@ -37,7 +37,7 @@ NEW_BATCHES = ("error", "estimate")
 # A smaller share of the reference's genes than this is more often a mistake than a panel.
 _FEW_GENES = 0.1
 # Cells that the offset of a new batch is estimated from: more of them hardly change it.
-_MOST_CELLS = 1000
+MOST_CELLS = 1000
 
 
 @isolated
@@ -312,8 +312,8 @@ def _extended(
 
     def cells_of(number: int, level: int) -> Iterable[Batch]:
         rows = (covariates.codes[:, number] == level).nonzero().squeeze(1)
-        if len(rows) > _MOST_CELLS:
-            order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:_MOST_CELLS]
+        if len(rows) > MOST_CELLS:
+            order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:MOST_CELLS]
             rows = rows[torch.as_tensor(order, device=rows.device)]
         return cells.loader(rows, CHUNK)
 

@@ -157,7 +157,7 @@ def rank_genes(
     n_samples = whole("n_samples", n_samples)
     wanted = groups if isinstance(groups, str) and groups == "all" else names("groups", groups)
     design = design_of(adata, fit, groupby, wanted, reference, donor_key)
-    ranking = _Ranking(adata, fit, key, design, resolve_device(device), n_samples)
+    ranking = Ranking(adata, fit, key, design, resolve_device(device), n_samples)
 
     found: dict[str, dict[str, np.ndarray]] = {}
     for comparison in design.comparisons:
@@ -182,7 +182,7 @@ def rank_genes(
     return out if copy else None
 
 
-class _Ranking:
+class Ranking:
     """Totals of all units, and the comparisons made of them."""
 
     def __init__(

@@ -26,7 +26,7 @@ logger = logging.getLogger("scuvae")
 
 # Numbers in the table of cells and reference cells held at once: 64 MB. And cells: each time the
 # reference's profiles are made anew.
-_NUMBERS = 2**24
+NUMBERS_AT_ONCE = 2**24
 _CELLS = 4 * CHUNK
 
 
@@ -139,7 +139,7 @@ def transfer_labels(
     best = torch.cat(
         [
             votes(profile_log_likelihood(model, batch, mean), n_neighbors) @ of_label
-            for batch in cells.loader(everyone, min(_CELLS, max(1, _NUMBERS // len(voters))))
+            for batch in cells.loader(everyone, min(_CELLS, max(1, NUMBERS_AT_ONCE // len(voters))))
         ]
     ).max(1)
 

@@ -34,7 +34,7 @@ logger = logging.getLogger("scuvae")
 BUFFER = 2**27
 # Blocks that a window of shuffled cells is drawn from; where a file's chunks are longer than such a
 # block, fewer; and the rows of the shortest.
-_BLOCKS, _FEWEST, _SHORTEST = 256, 64, 16
+BLOCKS, FEWEST, SHORTEST = 256, 64, 16
 # Rows of a window where cells are visited in their own order.
 _IN_ORDER = 8192
 
@@ -55,7 +55,7 @@ class OnDiskSource(Source):
         self.window = max(1, BUFFER // 2 // n_bytes)
         self.held: Source | None = None
         if n_bytes * x.shape[0] <= BUFFER:
-            self.held = self._held(np.arange(x.shape[0]), device)
+            self.held = self.read(np.arange(x.shape[0]), device)
         else:
             logger.info(
                 "%d cells are read from disk as they are needed, %d at a time",
@@ -83,7 +83,7 @@ class OnDiskSource(Source):
         window = self.window // batch_size * batch_size or batch_size
         if self.held is not None or len(rows) <= window:
             return super().order(rows, batch_size, generator)
-        edges = self.matrix.stored.edges(max(_SHORTEST, window // _BLOCKS), window // _FEWEST)
+        edges = self.matrix.stored.edges(max(SHORTEST, window // BLOCKS), window // FEWEST)
         blocks = rows.tensor_split(torch.searchsorted(rows, torch.from_numpy(edges[1:-1])))
         order = torch.randperm(len(blocks), generator=generator).tolist()
         windows = torch.cat([blocks[k] for k in order]).split(window)
@@ -118,9 +118,9 @@ class OnDiskSource(Source):
 
     def _window(self, parts: Sequence[Tensor]) -> tuple[Tensor, Source]:
         rows = torch.cat(list(parts)).unique()
-        return rows, self._held(rows.numpy(), torch.device("cpu"))
+        return rows, self.read(rows.numpy(), torch.device("cpu"))
 
-    def _held(self, rows: np.ndarray, device: torch.device) -> Source:
+    def read(self, rows: np.ndarray, device: torch.device) -> Source:
         """A source in memory of some rows, which ascend."""
         matrix = self.matrix
         dense = np.empty((0 if matrix.sparse else len(rows), self.shape[1]), np.float32)

@@ -71,7 +71,7 @@ class Evidence:
     by_counts: Tensor
 
 
-class _Comparison:
+class Comparison:
     """log L(δ, τ²) of some genes: the beta-binomials of pairs, the negative binomials of others."""
 
     def __init__(self, units: Units, genes: slice) -> None:
@@ -197,7 +197,7 @@ def compare(units: Units, *, donors: bool) -> Evidence:
     spreads = SPREADS.double() if donors else torch.zeros(1, dtype=torch.float64)
     n_genes = units.counts.shape[1]
     parts = [
-        _evaluate(_Comparison(units, slice(start, start + _GENES)), spreads)
+        _evaluate(Comparison(units, slice(start, start + _GENES)), spreads)
         for start in range(0, n_genes, _GENES)
     ]
     change, error, root, log_l = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -226,7 +226,7 @@ def normal_quantile(log_p: Tensor) -> Tensor:
     return z
 
 
-def _evaluate(comparison: _Comparison, spreads: Tensor) -> tuple[Tensor, ...]:
+def _evaluate(comparison: Comparison, spreads: Tensor) -> tuple[Tensor, ...]:
     """At each spread δ's estimate, its error, the signed root at 0, ln ∫ L dδ; (spreads, genes)."""
     centre, widths = comparison.rough(spreads)
     rows = []

@@ -12,7 +12,7 @@ from scuvae.model import VAE
 
 # Cells that the components are found from, and numbers of theirs held at once.
 _MOST_CELLS, _MOST_NUMBERS = 4096, 2**25
-_CHUNK = 256
+CHUNK = 256
 _TURNS, _SPARE = 8, 10
 
 
@@ -71,7 +71,7 @@ def find_basis(model: VAE, mean: Tensor, total: float, n_components: int) -> Bas
     most = max(1, min(_MOST_CELLS, _MOST_NUMBERS // model.n_vars))
     if len(mean) > most:
         mean = mean[torch.linspace(0, len(mean) - 1, most, dtype=torch.float64).long()]
-    parts = [stabilised(model, z, total) for z in mean.split(_CHUNK)]
+    parts = [stabilised(model, z, total) for z in mean.split(CHUNK)]
     values = torch.cat(parts)
     centre = values.mean(0)
     values -= centre
@@ -91,7 +91,7 @@ def find_basis(model: VAE, mean: Tensor, total: float, n_components: int) -> Bas
 def place(model: VAE, mean: Tensor, basis: Basis) -> Tensor:
     """Coordinates of cells at ``mean`` in a map, (cells, n_components), some cells at a time."""
     out = mean.new_empty(len(mean), basis.components.shape[1])
-    for z, found in zip(mean.split(_CHUNK), out.split(_CHUNK), strict=True):
+    for z, found in zip(mean.split(CHUNK), out.split(CHUNK), strict=True):
         values = stabilised(model, z, basis.total, basis.n_levels) - basis.centre
         torch.mm(values, basis.components, out=found)
     return out

@@ -9,7 +9,7 @@ from scuvae._random import normal_like
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
-from scuvae.model.vae import frozen
+from scuvae.model.priors import Prior
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,13 @@ def descend(
     return Elbo(values.unsqueeze(0) if one else values, kl.detach()), slope
 
 
-def likelihood_and_slope(model: VAE, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x | z), (..., cells), and its slope in z, of its shape, the model frozen."""
-    with torch.enable_grad(), frozen(model):
-        leaf = z.detach().requires_grad_()
-        value = model.log_likelihood(batch, leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+def tempered(
+    prior: Prior, q: Gaussian, log_likelihood: Tensor, slopes: Tensor, kl_weight: float
+) -> tuple[Tensor, Tensor]:
+    """The ELBO of :meth:`Elbo.tempered` over draws, (cells,), and its slope in the mean.
 
-
-def elbo_and_slope(model: VAE, batch: Batch, q: Gaussian, points: Tensor) -> tuple[Elbo, Tensor]:
-    """The ELBO over fixed draws, and log p's slope at each of them, (draws, cells, latent)."""
-    value, slope = likelihood_and_slope(model, batch, q.draw(points))
-    return Elbo(value, model.prior.kl(q)), slope
+    ``log_likelihood`` and ``slopes`` are log p(x | z) of each draw and its slope there, as
+    :meth:`scuvae.model.VAE.log_likelihood_and_slope` gives them.
+    """
+    found = Elbo(log_likelihood, prior.kl(q))
+    return found.tempered(kl_weight), slopes.mean(0) / kl_weight + prior.slope(q)

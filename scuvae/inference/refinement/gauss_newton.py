@@ -6,8 +6,8 @@ from torch import Tensor
 from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import cap_length, expected_precision, precondition, scale_tril
-from scuvae.inference.posteriors.objectives import likelihood_and_slope
 from scuvae.model import VAE
+from scuvae.model.priors import Prior
 
 # Longest move of a cell's mean in one step, in prior standard deviations.
 LONGEST_STEP = 4.0
@@ -96,7 +96,9 @@ def climb(
     mean = mean.clone()
     size = mean.shape[-1]
     target = mean.new_empty(len(batch), size, size)
-    cells = Ascent(batch, *_joint_and_slope(model, batch, mean, kl_weight, offsets))
+    points = mean if offsets is None else mean + offsets
+    found = model.log_likelihood_and_slope(batch, points)
+    cells = Ascent(batch, *_joint(model.prior, mean, *found, kl_weight))
     for _ in range(max_steps):
         rows = cells.rows
         old_mean = mean[rows]
@@ -110,9 +112,9 @@ def climb(
             width = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
             step = width * cap_length(step / width, farthest)
         new_mean = old_mean + step
-        around = None if offsets is None else offsets[:, rows]
-        found = _joint_and_slope(model, cells.batch, new_mean, kl_weight, around)
-        better, gain = cells.settle(*found)
+        points = new_mean if offsets is None else new_mean + offsets[:, rows]
+        found = model.log_likelihood_and_slope(cells.batch, points)
+        better, gain = cells.settle(*_joint(model.prior, new_mean, *found, kl_weight))
         mean[rows] = torch.where(better[:, None], new_mean, old_mean)
         cells.keep(cells.going(gain, factor, tolerance))
         if not len(cells):
@@ -125,17 +127,14 @@ def at(z: Tensor) -> Gaussian:
     return Gaussian(z, torch.zeros_like(z))
 
 
-def _joint_and_slope(
-    model: VAE, batch: Batch, mean: Tensor, kl_weight: float, offsets: Tensor | None
+def _joint(
+    prior: Prior, mean: Tensor, log_likelihood: Tensor, slope: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """log p(x | z)/β + log p(z) at the mean, and its slope.
 
-    With offsets, log p(x | z) and its slope are averages over the points around it.
+    Of points around it, (points, cells), log p(x | z) and its slope are averaged.
     """
-    if offsets is None:
-        value, slope = likelihood_and_slope(model, batch, mean)
-    else:
-        values, slopes = likelihood_and_slope(model, batch, mean + offsets)
-        value, slope = values.mean(0), slopes.mean(0)
-    prior = model.prior
-    return value / kl_weight + prior.log_prob(mean), slope / kl_weight + prior.slope(at(mean))
+    if log_likelihood.dim() > 1:
+        log_likelihood, slope = log_likelihood.mean(0), slope.mean(0)
+    value = log_likelihood / kl_weight + prior.log_prob(mean)
+    return value, slope / kl_weight + prior.slope(at(mean))

@@ -20,7 +20,7 @@ from scuvae.distributions.precision import (
     scale_tril,
 )
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.posteriors.objectives import elbo, elbo_and_slope
+from scuvae.inference.posteriors.objectives import elbo, tempered
 from scuvae.inference.refinement.gauss_newton import Ascent, climb
 from scuvae.inference.refinement.local_step import LocalStep, Table
 from scuvae.kernels.malloc import keep_freed_memory
@@ -70,9 +70,10 @@ def refine_natural(
         start = elbo(model, batch, q.as_family("full"), points).tempered(kl_weight)
     mean, target = climb(model, batch, q.mean, max_steps, _CLIMB * tolerance, kl_weight)
     tril = scale_tril(target) if q.full else diagonal_tril(target)
-    value, slope = _value_and_slope(model, batch, mean, tril, points, kl_weight)
-    best = value.clone()
-    cells = Ascent(batch, value, slope)
+    q_now = Gaussian(mean, tril)
+    found = model.log_likelihood_and_slope(batch, q_now.draw(points))
+    cells = Ascent(batch, *tempered(model.prior, q_now, *found, kl_weight))
+    best = cells.value.clone()
 
     for step_number in range(max_steps):
         rows = cells.rows
@@ -88,8 +89,9 @@ def refine_natural(
         factor = scale_tril(blended)
         new_mean = old.mean + cells.step(factor)
         new_tril = factor if q.full else diagonal_tril(blended)
-        found = _value_and_slope(model, cells.batch, new_mean, new_tril, points, kl_weight)
-        better, gain = cells.settle(*found)
+        new = Gaussian(new_mean, new_tril)
+        found = model.log_likelihood_and_slope(cells.batch, new.draw(points))
+        better, gain = cells.settle(*tempered(model.prior, new, *found, kl_weight))
         mean[rows] = torch.where(better[:, None], new_mean, old.mean)
         tril[rows] = torch.where(better[:, None, None], new_tril, old.factor)
         target[rows] = torch.where(better[:, None, None], blended, target[rows])
@@ -108,15 +110,6 @@ def refine_natural(
 def _alternating(points: Tensor) -> Tensor:
     """Antithetic points in pairs: each followed by its opposite."""
     return torch.stack(points.chunk(2), 1).flatten(0, 1)
-
-
-def _value_and_slope(
-    model: VAE, batch: Batch, mean: Tensor, tril: Tensor, points: Tensor, kl_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Each cell's ELBO over fixed draws, divided by β, and its slope in the mean."""
-    q = Gaussian(mean, tril)
-    found, slopes = elbo_and_slope(model, batch, q, points)
-    return found.tempered(kl_weight), slopes.mean(0) / kl_weight + model.prior.slope(q)
 
 
 class NaturalGradient(LocalStep):

@@ -28,15 +28,13 @@ def profile_log_likelihood(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     """
     some = z.split(max(1, _NUMBERS // model.n_vars))
     if batch.covariates is None:
-        return torch.cat(
-            [_profile_log_likelihood(model, batch, points, None) for points in some], 1
-        )
+        return torch.cat([profile_given(model, batch, points, None) for points in some], 1)
     out = z.new_empty(len(batch), len(z))
     kinds, kind = _decoded_under(model, batch.covariates).unique(dim=0, return_inverse=True)
     for number, covariates in enumerate(kinds):
         rows = (kind == number).nonzero().squeeze(-1)
         own = batch.take(rows)
-        parts = [_profile_log_likelihood(model, own, points, covariates) for points in some]
+        parts = [profile_given(model, own, points, covariates) for points in some]
         out[rows] = torch.cat(parts, 1)
     return out
 
@@ -57,9 +55,7 @@ def _decoded_under(model: VAE, covariates: Tensor) -> Tensor:
     return out
 
 
-def _profile_log_likelihood(
-    model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None
-) -> Tensor:
+def profile_given(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
     eta = model.decoder(z, None if covariates is None else covariates.expand(len(z), -1))
     x, observed = batch.x, batch.observed
     beside = _beside(model, batch, z, covariates)

@@ -24,7 +24,7 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import cap_length, expected_precision, scale_tril
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.posteriors.objectives import elbo_and_slope
+from scuvae.inference.posteriors.objectives import Elbo
 from scuvae.inference.refinement.gauss_newton import (
     LONGEST_STEP,
     ROUNDING,
@@ -197,13 +197,14 @@ def _evaluate(
     All but the precision divided by β, the weight of the KL term (the variance by its square).
     """
     points = normal_points(n_points, q.mean, seed=seed)
-    found, slopes = elbo_and_slope(model, batch, q, points)
+    log_likelihood, slopes = model.log_likelihood_and_slope(batch, q.draw(points))
     slopes = slopes / kl_weight
-    pairs = found.log_likelihood / kl_weight
+    pairs = log_likelihood / kl_weight
     pairs = 0.5 * (pairs[: n_points // 2] + pairs[n_points // 2 :])
     curvature = torch.einsum("scj,sk->cjk", slopes, points.squeeze(1)) / n_points
     curvature = torch.linalg.solve_triangular(q.factor, curvature, upper=False, left=False)
     prior = model.prior
     precision = expected_precision(-0.5 * (curvature + curvature.mT), prior.precision(q))
     state = _State(q.mean, q.factor, pairs.var(0) / len(pairs), precision)
-    return found.tempered(kl_weight), slopes.mean(0) + prior.slope(q), state
+    value = Elbo(log_likelihood, prior.kl(q)).tempered(kl_weight)
+    return value, slopes.mean(0) + prior.slope(q), state

@@ -20,7 +20,7 @@ from scuvae.batches import Batch
 from scuvae.inference.training.step import Step
 
 # Steps of a kind that are taken as they are, by which all that is made once is there.
-_WARM = 2
+WARM = 2
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ def steps_over(
         and step.replayable
         and os.environ.get("SCUVAE_CUDA_GRAPHS") != "0"
     ):
-        replays = _Replays(cells, step)
+        replays = Replays(cells, step)
         return replays.visits, replays.take
 
     def visits(n_done: int) -> Iterator[tuple[Batch, Tensor]]:
@@ -86,7 +86,7 @@ class _Recording:
     replay: Callable[[], None]
 
 
-class _Replays:
+class Replays:
     def __init__(self, cells: Gathered, step: Step) -> None:
         self.cells, self.step = cells, step
         self.recorded: dict[Hashable, _Recording] = {}
@@ -103,7 +103,7 @@ class _Replays:
         key = kind, len(index)
         if key not in self.recorded:
             self.seen[key] += 1
-            if kind is None or self.seen[key] <= _WARM:
+            if kind is None or self.seen[key] <= WARM:
                 return self.step(self.cells.gather(index, on_host))
             self.recorded[key] = self._record(index)
         recording = self.recorded[key]

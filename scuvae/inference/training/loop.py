@@ -23,7 +23,7 @@ from scuvae.model import VAE
 # Numbers of a table that is kept with a good state. Of a larger one, of a quarter million cells
 # and more, copies would take more memory than all else: its rows stay as the last step left them,
 # and are refined in the end all the same.
-_MOST_KEPT = 2**24
+MOST_KEPT = 2**24
 
 
 class TrainingError(FloatingPointError):
@@ -198,16 +198,16 @@ def _all_finite(model: VAE, posterior: Posterior) -> bool:
     # Extremes are no numbers where any entry is none, and need no room of the table's size.
     ends = []
     for tensor in tensors:
-        for part in tensor.flatten().split(_MOST_KEPT) if tensor.numel() else ():
+        for part in tensor.flatten().split(MOST_KEPT) if tensor.numel() else ():
             ends.append(torch.stack(torch.aminmax(part)).float())
-            if tensor.numel() > _MOST_KEPT:
+            if tensor.numel() > MOST_KEPT:
                 release()
     return bool(torch.stack(ends).isfinite().all())
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
     own = posterior.state_dict().items()
-    kept = {name: tensor for name, tensor in own if tensor.numel() <= _MOST_KEPT}
+    kept = {name: tensor for name, tensor in own if tensor.numel() <= MOST_KEPT}
     return copy.deepcopy({"model": dict(model.state_dict()), "posterior": kept})
 
 
