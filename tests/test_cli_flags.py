@@ -263,7 +263,7 @@ def test_lines_in_place_of_a_bar(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     training = importlib.import_module("scuvae.inference.training.fit")
-    monkeypatch.setattr(training, "_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SECONDS_A_LINE", -1.0)
     line = ["fit", fitted, "-o", tmp_path / "out.h5ad", "--max-epochs", 2]
     assert call(*line) == 0
     said = capsys.readouterr().err.splitlines()

@@ -7,7 +7,7 @@ from scuvae.cli.arguments import passed_on
 from scuvae.cli.files import checked_output, read_slots, unclobbered
 from scuvae.cli.parsers import runs, subcommand
 from scuvae.cli.paths import data_path, picture_path
-from scuvae.cli.verb_command import _check_names, _function, _plan, add_no_clobber
+from scuvae.cli.verb_command import add_no_clobber, check_names, function_of, plan
 from scuvae.cli.verbs import PLOTS, Verb
 
 TEXT = "draw a picture of what is in a file"
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # to a file only: no window, no display needed
-    function = _function(picture.calls)
+    function = function_of(picture.calls)
     adata = read_slots(args)
     if args.dry_run:
-        _check_names(adata, picture, arguments)
-        print(_plan(args, adata, arguments, targets))
+        check_names(adata, picture, arguments)
+        print(plan(args, adata, arguments, targets))
         return
     function(adata, **arguments, show=False, save=targets["output"])

@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> None:
         if path is not None
     }
     unclobbered(args, targets)
-    function = _function(verb.calls)
+    function = function_of(verb.calls)
     before = [_reference(args.reference)] if len(inputs) == 2 else []
     adata, save = _opened(args, targets.get("output"))
     if args.dry_run:
-        _check_names(adata, verb, arguments)
-        print(_plan(args, adata, arguments, targets))
+        check_names(adata, verb, arguments)
+        print(plan(args, adata, arguments, targets))
         return
     start = perf_counter()
     made = function(adata, *before, **arguments)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         write_text(report(args, adata, arguments, seconds), targets["json"])
 
 
-def _function(name: str) -> Callable[..., Any]:
+def function_of(name: str) -> Callable[..., Any]:
     import scuvae
 
     part, function = name.split(".")
@@ -159,7 +159,7 @@ def write_table(table: Any, target: Path) -> None:
     write_text(table.to_csv(sep=separator, index=index), target)
 
 
-def _check_names(adata: Any, verb: Verb, arguments: dict[str, Any]) -> None:
+def check_names(adata: Any, verb: Verb, arguments: dict[str, Any]) -> None:
     """Raise unless the columns and layers that flags name are there, and the fit."""
     from scuvae._errors import near
 
@@ -177,7 +177,7 @@ def _check_names(adata: Any, verb: Verb, arguments: dict[str, Any]) -> None:
         read_entry(adata, arguments.get("key"))
 
 
-def _plan(
+def plan(
     args: argparse.Namespace, adata: Any, arguments: dict[str, Any], targets: dict[str, Path]
 ) -> str:
     said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -47,7 +47,7 @@ _LOOK_EVERY = 64
 # Cells that a pass over all takes at once where each costs next to nothing.
 _AT_ONCE = 8192
 # Between two lines about progress where there is no bar.
-_SECONDS = 15.0
+SECONDS_A_LINE = 15.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def bar(
             epoch += 1
             shown.update()
             shown.set_postfix(loss=f"{row['loss']:.1f}")
-            if lines and monotonic() - said > _SECONDS:
+            if lines and monotonic() - said > SECONDS_A_LINE:
                 said = monotonic()
                 line = "%s: epoch %d of at most %d, loss %.1f nats per cell"
                 logger.getChild("progress").info(line, name, epoch, max_epochs, row["loss"])
