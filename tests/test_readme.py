@@ -50,7 +50,9 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_parse(command: str) -> None:
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "genes.txt").write_text("CD3D\n")  # which is read with the command's words
     command_line.parser().parse_args(shlex.split(command))
 
 

@@ -10,7 +10,7 @@ import scuvae.cli.verb_command as verb_command
 from scuvae import __version__
 from scuvae.cli.messages import Terminated, located, messages, say, terminable
 from scuvae.cli.parsers import Parser, subcommand, unknown
-from scuvae.cli.threads import use_threads
+from scuvae.cli.thread_limit import use_threads
 from scuvae.cli.verbs import CHECKS, VERBS
 
 
