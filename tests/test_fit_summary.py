@@ -74,3 +74,9 @@ def test_names_are_escaped_in_html() -> None:
 def test_no_fit() -> None:
     with pytest.raises(ValueError, match="holds no fit"):
         get.fit(small_counts())
+
+
+def test_a_model_says_its_size() -> None:
+    model = get.model(small_fit(small_counts()))
+    numbers = sum(p.numel() for p in model.parameters())
+    assert f"3 latent dimensions -> 40 genes, {numbers:,} parameters" in repr(model)
