@@ -1,6 +1,6 @@
 """A UMAP of the fit's neighbour graph, clusters where no column of groups is named, a picture.
 
-python umap.py INPUT OUTPUT PICTURE GROUPS
+python embedding.py INPUT OUTPUT PICTURE GROUPS
 """
 
 import sys
