@@ -430,7 +430,7 @@ def test_fit_then_project(suffix: str, tmp_path: Path, capsys: pytest.CaptureFix
     for data, name in ((reference, "in"), (new, "new")):
         data.write_zarr(paths[name]) if suffix == ".zarr" else data.write_h5ad(paths[name])
 
-    options = ["--max-epochs", "2", "--n-latent", "4", "--rng", "3"]
+    options = ["--max-epochs", "2", "--n-latent", "4", "--rng", "3", "-q"]
     assert cli.main(["fit", paths["in"], "-o", paths["fit"], *options]) == 0
     line = ["project", paths["new"], "--reference", paths["fit"], "-o", paths["out"]]
     assert cli.main(line) == 0
