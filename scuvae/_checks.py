@@ -13,6 +13,9 @@ from scuvae._errors import near
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What counts as a size: beyond it no array goes.
+_LARGEST = 2**62
+
 
 def whole(name: str, value: object, *, at_least: int = 1) -> int:
     """``value`` as an int; bools, floats and strings are refused."""
@@ -22,6 +25,8 @@ def whole(name: str, value: object, *, at_least: int = 1) -> int:
         )
     if value < at_least:
         raise ValueError(f"{name}={value!r}: pass a whole number >= {at_least}")
+    if int(value) > _LARGEST:
+        raise ValueError(f"{name}={value!r}: pass a whole number of at most {_LARGEST}")
     return int(value)
 
 
@@ -44,6 +49,11 @@ def real(
     if not math.isfinite(number) or too_low or number >= below:
         raise ValueError(f"{name}={value!r}: pass a finite number {allowed}")
     return number
+
+
+def plain(value: Any) -> Any:
+    """A string or truth value of numpy's, such as an element of an array, as Python's own."""
+    return value.item() if isinstance(value, np.str_ | np.bool_) else value
 
 
 def flag(name: str, value: object) -> bool:

@@ -10,7 +10,7 @@ DEFAULT = "scuvae"
 SCVI = "scvi"
 
 # Per-cell columns of obs: in nats, but for the split, for novelty, for labels, for shares and
-# scales, and for what says how importance weights do.
+# probabilities, for scales, and for what says how importance weights do.
 OBS_NAMES = (
     "elbo",
     "elbo_se",
@@ -41,11 +41,16 @@ OBS_NAMES = (
     "novelty_shared",
     "label",
     "label_share",
+    "label_probability",
     "split",
     "scale",
     "neighbor_stability",
     "component",
 )
+
+
+# Bytes of a key: names made from it have up to 60 more, and zarr makes files of them.
+_LONGEST = 190
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,15 @@ class Keys:
     sample: str
     calibration: str
     predictive_check: str
+    label_probabilities: str
+    label_calibration: str
 
     @classmethod
     def of(cls, key: str | None, default: str = DEFAULT) -> "Keys":
-        if key is not None and (not isinstance(key, str) or not key or "/" in key):
+        if key is not None and not _names_slots(key):
             raise ValueError(
-                f"key={key!r} cannot name a fit: pass a string without '/', or None for {default!r}"
+                f"key={key!r} cannot name a fit, whose slots must go into files: pass a string "
+                f"without '/', not '.' or '..', or None for {default!r}"
             )
         uns = default if key is None else key
         keys = cls._named(uns, f"X_{uns}" if uns == default else uns)
@@ -115,6 +123,8 @@ class Keys:
             sample=f"{uns}_sample",
             calibration=f"{uns}_calibration",
             predictive_check=f"{uns}_predictive_check",
+            label_probabilities=f"{uns}_label_probabilities",
+            label_calibration=f"{uns}_label_calibration",
         )
 
     @property
@@ -137,11 +147,24 @@ class Keys:
 
     @property
     def obsm(self) -> tuple[str, ...]:
-        return (*self.moments, *self.denoised)
+        return (*self.moments, *self.denoised, self.label_probabilities)
+
+    def check_free(self, adata: AnnData) -> None:
+        """Raise where ``uns`` holds something else than a fit under this key."""
+        entry = adata.uns.get(self.uns)
+        if entry is None or (hasattr(entry, "keys") and {"state", "manifest"} & set(entry.keys())):
+            return
+        raise ValueError(
+            f"adata.uns[{self.uns!r}] holds something else than a fit, which would be lost: pass "
+            "another key_added=, or delete it"
+        )
 
     def clear(self, adata: AnnData) -> None:
         """Remove every slot of this key, so that nothing of an earlier fit outlives it."""
-        for slot in (self.uns, self.calibration, self.predictive_check, self.loadings):
+        for slot in (
+            *(self.uns, self.calibration, self.predictive_check, self.loadings),
+            self.label_calibration,
+        ):
             adata.uns.pop(slot, None)
         if self.loadings in adata.varm:
             del adata.varm[self.loadings]
@@ -173,3 +196,35 @@ class Keys:
         for name in names:
             if self.obs[name] in adata.obs:
                 del adata.obs[self.obs[name]]
+
+
+def check_name(argument: str, name: object) -> str:
+    """A name that a slot gets, and its file's, which not every string can be."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}={name!r} is a {type(name).__name__}: pass a string")
+    if not _names_slots(name):
+        raise ValueError(
+            f"{argument}={name!r} cannot name a slot, which must go into files: pass a string "
+            f"without '/', not '.' or '..', of at most {_LONGEST} bytes"
+        )
+    return name
+
+
+def check_holds_no_fit(adata: AnnData, argument: str, name: str) -> None:
+    """Raise where ``uns`` has a fit under a name that something else is to get."""
+    entry = adata.uns.get(name)
+    if hasattr(entry, "keys") and "state" in entry:
+        raise ValueError(
+            f"{argument}={name!r} is the name of a fit, which adata.uns[{name!r}] holds: pass "
+            "another"
+        )
+
+
+def _names_slots(key: object) -> bool:
+    """Whether a key, and what is made from it, can be names in an HDF5 file and a zarr store."""
+    if not isinstance(key, str) or {"/", "\0"} & set(key) or set(key) <= {"."}:
+        return False
+    try:
+        return len(key.encode()) <= _LONGEST
+    except UnicodeEncodeError:  # half a character
+        return False

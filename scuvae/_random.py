@@ -55,6 +55,18 @@ def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
+def go_apart(number: int, device: torch.device) -> None:
+    """Go on with other numbers than processes of another ``number``, which had the same so far."""
+    own = _current.get()
+    seed = int(torch.randint(2**62, (), generator=own)) + number
+    if own is None:
+        torch.manual_seed(seed)
+    else:
+        own.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def uniform_like(values: Tensor) -> Tensor:
     """U(0, 1) of the shape, dtype and device of ``values``."""
     return torch.empty_like(values).uniform_(generator=generator_on(values.device))

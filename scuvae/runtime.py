@@ -1,6 +1,7 @@
 """What a call sets up and leaves as it was: device, random state, progress, log."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,8 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from scuvae._checks import one_of, random_generator
+from scuvae._checks import one_of, plain, random_generator
+from scuvae._launched import launched, local_number
 from scuvae._random import using
 
 logger = logging.getLogger("scuvae")
@@ -33,6 +35,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """A verb that neither minds nor changes how the process has set torch.
 
     Inside, gradients can be asked for, new tensors are float32 on the CPU, and nothing is cast.
+    Keywords that are numpy's strings or truth values become Python's.
     """
 
     @wraps(function)
@@ -48,9 +51,38 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(_single_precision())
+            if _forked and torch.get_num_threads() > 1:
+                stack.enter_context(_one_thread())
+            for name, value in kwargs.items():
+                kwargs[name] = plain(value)
             return function(*args, **kwargs)
 
     return inside
+
+
+# Whether this process is a fork of one that had torch, whose threads did not come along: work that
+# is given to them never ends.
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    logger.info("in a forked process torch's %d threads are gone: using one", n_threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 _lock = Lock()
@@ -91,6 +123,29 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r}: torch sees no Metal device. Pass device='auto' or 'cpu'"
         )
     return torch.device(device)
+
+
+def own_device(device: torch.device, n_processes: int) -> torch.device:
+    """The device of this process: of several, each has a GPU of its own."""
+    if n_processes == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    number, found = local_number(), torch.cuda.device_count()
+    if number >= found:
+        raise ValueError(
+            f"process {launched()[0]} has no GPU of its own: torch sees {found} on this machine. "
+            f"Start torchrun --nproc-per-node {found}, or pass device='cpu'"
+        )
+    return torch.device("cuda", number)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory that a device has, all told; infinite where nobody says."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return float("inf")
 
 
 def chunk_on(device: torch.device, n_vars: int) -> int:
@@ -141,7 +196,10 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 def show_progress(progress: bool | None) -> bool:
     """``progress`` itself, or by default whether anybody is watching: a terminal or a notebook."""
     if progress is not None:
-        return progress
+        return progress and sys.stderr is not None  # as where there is no console
     shell = sys.modules.get("IPython")
     notebook = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-    return notebook or bool(getattr(sys.stderr, "isatty", bool)())
+    try:
+        return notebook or bool(getattr(sys.stderr, "isatty", bool)())
+    except ValueError:  # it has been closed
+        return False

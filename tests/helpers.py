@@ -91,7 +91,7 @@ def fingerprint(value: Any) -> Any:
         flags = (value.is_view, value.isbacked, value.shape)
         return {**picture, "X": fingerprint(value.X), "raw": raw, "flags": flags}
     if isinstance(value, pd.DataFrame):
-        columns = {name: fingerprint(value[name]) for name in value}
+        columns = [fingerprint(value.iloc[:, i]) for i in range(value.shape[1])]
         return {"index": fingerprint(value.index), "columns": columns, "order": list(value)}
     if isinstance(value, pd.Series | pd.Index):
         # Pickles differ for equal strings that are one object here and two there.

@@ -60,6 +60,7 @@ def model_of(
     n_layers: int = 1,
     n_covariates: int = 0,
     linear_path: bool = False,
+    slopes: bool = False,
     gain: float = 2.0,
     encoder: bool = False,
     covariance: str = "diagonal",
@@ -74,6 +75,7 @@ def model_of(
         n_layers=n_layers,
         n_covariates=n_covariates,
         linear_path=linear_path,
+        slopes=slopes,
     )
     with torch.no_grad():
         for layer in decoder.layers:

@@ -218,7 +218,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     same(found, state_of(2.0))
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint.json",
-        _kept(folder)["tensors"],
+        _kept(folder)["parts"][0]["tensors"],
     ]
 
 
@@ -226,7 +226,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["changed", "shorter", "gone"])
 def test_damage_is_noticed(name: str, how: str, tmp_path: Path) -> None:
     Checkpoint(tmp_path, every=0, fit={}).write(state_of(1.0))
-    path = tmp_path / (name if name != "tensors" else _kept(tmp_path)["tensors"])
+    path = tmp_path / (name if name != "tensors" else _kept(tmp_path)["parts"][0]["tensors"])
     data = bytearray(path.read_bytes())
     if how == "changed":
         data[len(data) // 2] ^= 1

@@ -15,6 +15,7 @@ from scipy import sparse as sp
 from small_models import batch_of, model_of
 
 from scuvae import cli, get, pp, tl
+from scuvae.inference.mapping.covariate_columns import known_slopes, with_design
 from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
 from scuvae.inference.refinement.profile_likelihood import (
     profile_given,
@@ -274,6 +275,40 @@ def new_levels(adata: AnnData) -> AnnData:
     adata.obs["batch"] = adata.obs["batch"].astype(str).where(np.arange(adata.n_obs) % 3 > 0, "b9")
     adata.obs["site"] = adata.obs["site"].astype(int).where(np.arange(adata.n_obs) % 4 > 0, 9)
     return adata
+
+
+def test_a_new_level_has_the_mean_slopes_of_those_known() -> None:
+    """So that the estimate begins at the typical batch; others decode as they did."""
+    options = {"linear_path": True, "slopes": True, "n_covariates": 3, "n_vars": 9}
+    model = model_of("poisson", **options)
+    model.design = Design((Categorical("b", ("x", "y")),), (Continuous("age", 0.0, 1.0),))
+    wider = Design((Categorical("b", ("x", "y", "new")),), model.design.continuous)
+    found = with_design(model, wider)
+    z = torch.randn(4, 2, dtype=torch.float64)
+    age = torch.randn(4, 1, dtype=torch.float64)
+    rows = [torch.eye(2, dtype=torch.float64)[[i] * 4] for i in (0, 1)]
+    known = [model.decoder(z, torch.cat([row, age], 1)) for row in rows]
+    none = torch.zeros(4, 1, dtype=torch.float64)
+    for row, expected in zip(rows, known, strict=True):
+        again = found.decoder(z, torch.cat([row, none, age], 1))
+        torch.testing.assert_close(again, expected)
+    slopes = known_slopes(found)
+    assert slopes is not None
+    torch.testing.assert_close(slopes[:, 2], slopes[:, :2].mean(1))
+    assert slopes.shape == (9, 4, 2)
+
+
+def test_levels_have_slopes_where_they_are_few(caplog: pytest.LogCaptureFixture) -> None:
+    adata = small_counts()
+    adata.obs["many"] = [f"d{i % 17}" for i in range(adata.n_obs)]
+    few = small_fit(adata.copy(), batch_key="batch")
+    assert get.model(few).decoder.slopes
+    assert few.uns["scuvae"]["params"]["covariate_slopes"] is True
+    with caplog.at_level("INFO", logger="scuvae"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the few cells of each
+        many = small_fit(adata.copy(), batch_key="many")
+    assert not get.model(many).decoder.slopes
+    assert "covariates have 17 levels" in caplog.text
 
 
 def test_a_cells_own_covariates_do_not_move_it_on_the_map() -> None:

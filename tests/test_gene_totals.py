@@ -66,9 +66,12 @@ def test_loadings_of_values_are_least_squares() -> None:
 
 @pytest.mark.parametrize(("n_layers", "linear_path"), [(0, False), (1, True), (2, True)])
 @pytest.mark.parametrize("n_covariates", [0, 2])
-def test_the_decoder_starts_linear(n_layers: int, linear_path: bool, n_covariates: int) -> None:
+@pytest.mark.parametrize("slopes", [False, True])
+def test_the_decoder_starts_linear(
+    n_layers: int, linear_path: bool, n_covariates: int, slopes: bool
+) -> None:
     sizes = {"n_layers": n_layers, "linear_path": linear_path, "n_covariates": n_covariates}
-    model = model_of("poisson", **sizes)
+    model = model_of("poisson", slopes=slopes, **sizes)
     covariates = None
     if n_covariates:
         covariates = torch.eye(2).double()[torch.arange(30) % 2]
@@ -105,6 +108,10 @@ def test_the_prior_is_added_to_the_gradient_of_the_last_weights() -> None:
         step(batch)
         moved.append(model.decoder.output.weight.detach() - before)
     assert precision.shape == (1, 16 + 2)
+    told = model_of("poisson", linear_path=True, slopes=True, n_covariates=3).decoder
+    of_slopes, rest = told.output_precision(1000).split([16 + 3 * 2, 2 + 3], 1)
+    assert of_slopes[0, 16:].min() > rest.max()  # what batches do otherwise is believed least
+    assert (of_slopes[0, :16] == precision[0, :16]).all()
     # Hidden units are believed less than the linear path, and less among few cells.
     assert precision[0, 0] > precision[0, -1] > 0
     assert model.decoder.output_precision(100)[0, 0] > precision[0, 0]

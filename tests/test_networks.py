@@ -64,16 +64,26 @@ def test_the_linear_path_adds_z_and_batches_to_the_output(n_layers: int, n_covar
     if one_hot is not None:
         expected = expected + one_hot @ of_batch.T
     torch.testing.assert_close(decoder(z, one_hot), expected)
+    if one_hot is not None:
+        sloped = Decoder(3, 7, linear_path=True, slopes=True, **sizes).double()
+        assert sloped.n_slopes == 2 * 3
+        of_each = torch.randn(7, 2, 3, dtype=torch.float64)
+        wide = torch.cat([of_hidden, of_each.flatten(1), of_z, of_batch], 1)
+        sloped.load_state_dict(state | {last: wide})
+        own = of_each[:, [0, 1, 1, 0]]  # each cell's batch's
+        expected = expected + torch.einsum("gcl,scl->scg", own, z)
+        torch.testing.assert_close(sloped(z, one_hot), expected)
     # A linear decoder is its own linear path.
     assert not Decoder(3, 7, n_layers=0, linear_path=True).linear_path
 
 
-@pytest.mark.parametrize("linear_path", [False, True])
+@pytest.mark.parametrize("path", ["none", "linear", "slopes"])
 @pytest.mark.parametrize("n_covariates", [0, 2])
 @pytest.mark.parametrize("n_layers", [0, 1, 2, 3])
-def test_jacobian_is_autograds(n_layers: int, n_covariates: int, linear_path: bool) -> None:
+def test_jacobian_is_autograds(n_layers: int, n_covariates: int, path: str) -> None:
     sizes = {"n_hidden": 5, "n_layers": n_layers, "n_covariates": n_covariates}
-    decoder = Decoder(3, 7, dropout=0.5, linear_path=linear_path, **sizes).double()
+    paths = {"linear_path": path != "none", "slopes": path == "slopes"}
+    decoder = Decoder(3, 7, dropout=0.5, **paths, **sizes).double()
     z = torch.randn(4, 3, dtype=torch.float64)
     one_hot = torch.eye(2, dtype=torch.float64)[[0, 1, 1, 0]] if n_covariates else None
     decoder.train()

@@ -64,11 +64,22 @@ def _lazy(path: Path, adata: AnnData) -> AnnData:
     return ad.experimental.read_lazy(path / "a.h5ad")
 
 
+def _files(path: Path, adata: AnnData) -> AnnData:
+    """Several files as one data set."""
+    pytest.importorskip("dask")
+    pytest.importorskip("xarray")
+    adata[:23].write_h5ad(path / "0.h5ad")
+    adata[23:].write_h5ad(path / "1.h5ad")
+    parts = [ad.experimental.read_lazy(path / f"{number}.h5ad") for number in (0, 1)]
+    return ad.concat(parts, merge="same")
+
+
 OPENED: dict[str, Callable[[Path, AnnData], AnnData]] = {
     "h5ad": _h5,
     "zarr": _zarr,
     "dask": _dask,
     "lazy": _lazy,
+    "files": _files,
 }
 every_format = pytest.mark.parametrize("opened", OPENED)
 both_kinds = pytest.mark.parametrize("container", [sp.csr_matrix, np.asarray])
@@ -119,6 +130,29 @@ def test_values_are_those_in_memory(opened: str, container: Any, tmp_path: Path)
         assert count == (expected > 20).sum()
         row, column = np.argwhere(expected > 20)[0]
         assert place == (row, column, expected[row, column])
+
+
+@both_kinds
+@every_format
+def test_a_part_is_those_rows(opened: str, container: Any, tmp_path: Path) -> None:
+    """What a process of several sees."""
+    adata = small_counts()
+    x = np.array(adata.X)
+    adata.X = container(x)
+    whole = stored(OPENED[opened](tmp_path, adata).X, np.array([3, 5, 30]))
+    part = whole.part(slice(5, 41))
+    expected = x[5:41][:, [3, 5, 30]]
+    assert part.shape == expected.shape
+    np.testing.assert_array_equal(dense(part.read(2, 30)), expected[2:30])
+    np.testing.assert_array_equal(part.survey().totals, expected.sum(1))
+    for n_rows in (1, 16, 1000):
+        edges = part.stored.edges(n_rows)
+        assert (edges[0], edges[-1]) == (0, 36)
+        assert (np.diff(edges) > 0).all()
+    cells = Cells(source_of(part, CPU))
+    rows = torch.tensor([35, 0, 7])
+    x_of = cells.batch(rows).x
+    np.testing.assert_array_equal(getattr(x_of, "dense", x_of), expected[rows])
 
 
 def test_places_among_others(tmp_path: Path) -> None:
@@ -324,6 +358,26 @@ def test_wrong_values_are_named_as_in_memory(opened: str, bad: float, tmp_path: 
             small_fit(found, likelihood="nb")
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.usefixtures("streamed")
+def test_a_collection_of_annbatch_leaves_no_cell_out(tmp_path: Path) -> None:
+    """Its own loaders round down; as parts of one data set its cells are all there."""
+    annbatch = pytest.importorskip("annbatch")
+    whole = small_sparse()
+    whole.obs["row"] = np.arange(whole.n_obs)
+    whole.write_h5ad(tmp_path / "a.h5ad")
+    annbatch.DatasetCollection(tmp_path / "c.zarr").add_adatas([tmp_path / "a.h5ad"])
+    collection = annbatch.DatasetCollection(tmp_path / "c.zarr", mode="r")
+    adata = ad.concat([ad.experimental.read_lazy(group) for group in collection])
+    row = np.asarray(adata.obs["row"])
+    cells = Cells(source_of(stored(adata.X), CPU))
+    seen = []
+    for batch in cells.loader(torch.arange(len(cells)), 8, torch.Generator().manual_seed(0)):
+        rows = row[batch.index]
+        np.testing.assert_array_equal(batch.x.dense, whole.X[rows].toarray())
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(whole.n_obs))
 
 
 def test_csc_on_disk_is_loaded(tmp_path: Path) -> None:

@@ -270,10 +270,10 @@ class SameDraws(Posterior):
 
 @pytest.mark.parametrize("kind", POSTERIORS)
 @pytest.mark.parametrize("name", ["gaussian", "negative_binomial"])
-def test_gradients_of_two_halves_add_up_to_those_of_the_whole(
+def test_gradients_of_two_parts_add_up_to_those_of_the_whole(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes with half of the cells each; a prior of the weights counts once."""
+    """Two processes, of which one has more cells; a prior of the weights counts once."""
     n = 14
     model = model_of(name, encoder=POSTERIORS[kind].has_encoder)
     given, x = posterior_of(kind, n, 2), cells_of(model, n)
@@ -281,7 +281,7 @@ def test_gradients_of_two_halves_add_up_to_those_of_the_whole(
     precision = torch.rand(1, 16, dtype=torch.float64)
 
     def step_on(
-        rows: Tensor, n_obs: int, reduce_gradients: Callable[[list[Tensor]], None] | None
+        rows: Tensor, reduce_gradients: Callable[[list[Tensor], int], None] | None
     ) -> list[Tensor]:
         moved, posterior = copy.deepcopy(model), SameDraws(copy.deepcopy(given), noise)
         monkeypatch.setattr(objectives, "normal_like", posterior.points)
@@ -289,7 +289,7 @@ def test_gradients_of_two_halves_add_up_to_those_of_the_whole(
             moved,
             posterior,
             torch.optim.SGD(moved.parameters(), lr=1e-3),
-            n_obs=n_obs,
+            n_obs=2 * n,
             n_samples=1,
             kl_weight=0.7,
             output_precision=precision,
@@ -303,17 +303,17 @@ def test_gradients_of_two_halves_add_up_to_those_of_the_whole(
 
     first: list[Tensor] = []
 
-    def keep(gradients: list[Tensor]) -> None:
-        first.extend(gradient.clone() for gradient in gradients)
+    def keep(gradients: list[Tensor], n_cells: int) -> None:
+        first.extend(gradient * n_cells for gradient in gradients)
 
-    def add(gradients: list[Tensor]) -> None:
+    def add(gradients: list[Tensor], n_cells: int) -> None:
         for gradient, other in zip(gradients, first, strict=True):
-            gradient += other
+            gradient.mul_(n_cells).add_(other).div_(n)
 
     order = torch.randperm(n)
-    expected = step_on(order, 2 * n, None)
-    step_on(order[: n // 2], n, keep)
-    found = step_on(order[n // 2 :], n, add)
+    expected = step_on(order, None)
+    step_on(order[: n // 3], keep)
+    found = step_on(order[n // 3 :], add)
     named = [(key, parameter.detach()) for key, parameter in model.named_parameters()]
     for (key, before), value, wanted in zip(named, found, expected, strict=True):
         if kind == "semi" and key.startswith("encoder"):
@@ -328,14 +328,15 @@ def test_a_hook_that_changes_nothing_changes_nothing(kind: str) -> None:
     """It is called once a step, with every parameter's gradient in the order of parameters."""
     seen: list[list[torch.Size]] = []
 
-    def watch(gradients: list[Tensor]) -> None:
+    def watch(gradients: list[Tensor], n_cells: int) -> None:
+        assert n_cells == 15 or n_cells == 9
         seen.append([gradient.shape for gradient in gradients])
 
     results = []
     for hook in (None, watch):
         with using(torch.Generator().manual_seed(1)):
             start = begun("negative_binomial", kind, "adam", "natural", seed=1)
-            history = fit.train(**start.arguments, reduce_gradients=hook)
+            history = fit.train(**start.arguments | {"reduce_gradients": hook})
             results.append(outcome(start, history))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=0, atol=0, equal_nan=True)
@@ -353,7 +354,7 @@ def test_a_parameter_without_a_gradient_has_one_of_zeros_in_the_hook() -> None:
         n_obs=3,
         n_samples=1,
         kl_weight=1.0,
-        reduce_gradients=found.append,
+        reduce_gradients=lambda gradients, n_cells: found.append(gradients),
     )
     batch = batch_of(cells_of(model, 3))
     step.posterior.visit(batch.host_index)

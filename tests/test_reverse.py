@@ -39,10 +39,11 @@ def assert_near(found: Any, expected: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize(
-    ("n_layers", "n_covariates", "linear_path"),
+    ("n_layers", "n_covariates", "linear_path", "slopes"),
     [
-        *((0, 0, False), (0, 2, False), (1, 0, False), (1, 2, False), (2, 2, False)),
-        *((1, 0, True), (1, 2, True), (2, 2, True)),
+        *((0, 0, False, False), (0, 2, False, False), (1, 0, False, False)),
+        *((1, 2, False, False), (2, 2, False, False)),
+        *((1, 0, True, False), (1, 2, True, False), (2, 2, True, False), (1, 2, True, True)),
     ],
 )
 @pytest.mark.parametrize("name", UNIQUE)
@@ -51,11 +52,12 @@ def test_slopes_are_autograds(
     n_layers: int,
     n_covariates: int,
     linear_path: bool,
+    slopes: bool,
     n_samples: int,
     dtype: torch.dtype,
 ) -> None:
     sizes = {"n_layers": n_layers, "n_covariates": n_covariates, "linear_path": linear_path}
-    model = model_of(name, **sizes).to(dtype).train()
+    model = model_of(name, slopes=slopes, **sizes).to(dtype).train()
     model.decoder.dropout = 0.25
     covariates = None
     if n_covariates:

@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors", "_replacing", "_random"}
+HELPERS = {"_keys", "_checks", "_errors", "_launched", "_replacing", "_random", "_reliability"}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {
@@ -231,6 +231,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "project": {"key": None, "layer": None, "key_added": None},
     "novelty": {"key": None, "layer": None, "key_added": None, "rng": 0},
     "embed": {"key": None},
+    "extend_genes": {"genes": None, "mask_var": None, "layer": None, "key": None},
     "refine": {"key": None, "key_added": None},
     "score": {"key": None, "n_samples": 100, "rng": 0},
     "amortization_gap": {"key": None},

@@ -71,11 +71,14 @@ class Cells:
             self.size_of_all,
         )
 
-    def room(self, width: int) -> np.ndarray:
-        """Zeros on the host, a row a cell; beside cells on disk they are on disk as well."""
+    def room(self, width: int, n_rows: int | None = None) -> np.ndarray:
+        """Zeros on the host, a row a cell, or so many; beside cells on disk they are on disk as
+        well."""
+        if n_rows is None:
+            n_rows = len(self)
         if self.source.streamed:
-            return room(len(self), width)
-        return torch.zeros(len(self), width).numpy()
+            return room(n_rows, width)
+        return torch.zeros(n_rows, width).numpy()
 
     def loader(
         self, rows: Tensor, batch_size: int, generator: torch.Generator | None = None

@@ -50,15 +50,9 @@ def opened(
     path, like = args.input, args.input.suffix == output.suffix
     if args.backed and not like:
         raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
-    from scuvae.io.backed_files import (
-        add_backed,
-        bytes_of,
-        is_large,
-        open_backed,
-        write_backed,
-    )
+    from scuvae.io.backed_files import add_backed, bytes_of, open_backed, write_backed
 
-    if not (args.backed or (like and is_large(path))):
+    if not _stays_on_disk(args, output):
         adata = read(path)
         check_writing(adata, output)
         return adata, write
@@ -88,6 +82,23 @@ def read_slots(args: argparse.Namespace) -> "AnnData":
     if args.backed or (path.exists() and is_large(path)):
         return _reading(partial(open_backed, slots=True), path)
     return read(path)
+
+
+def reading(args: argparse.Namespace) -> "AnnData":
+    """The input alone, as :func:`opened` has it: for those processes that write nothing."""
+    if not args.input.exists():
+        raise ValueError(f"{args.input}: no such file")
+    from scuvae.io.backed_files import open_backed
+
+    if _stays_on_disk(args, args.output):
+        return _reading(open_backed, args.input)
+    return read(args.input)
+
+
+def _stays_on_disk(args: argparse.Namespace, output: Path) -> bool:
+    from scuvae.io.backed_files import is_large
+
+    return args.backed or (args.input.suffix == output.suffix and is_large(args.input))
 
 
 def read(path: Path) -> "AnnData":

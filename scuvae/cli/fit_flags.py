@@ -54,6 +54,7 @@ FIT: dict[str, Flag] = {
     "early_stopping": switch_off("run all epochs, whatever held-out cells say"),
     "checkpoint": word("keep how far training has come; go on from there", "FOLDER"),
     "checkpoint_every": fraction("seconds between checkpoints", "S"),
+    "processes": number("how many torchrun has started; 1: this one fits alone"),
 }
 FIT_GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -67,6 +68,7 @@ FIT_GROUPS: dict[str, tuple[str, ...]] = {
     "training": (
         *("max_epochs", "batch_size", "learning_rate", "optimizer", "local_step", "n_samples"),
         *("kl_weight", "dropout", "early_stopping", "checkpoint", "checkpoint_every"),
+        "processes",
         *("device", "rng", "key_added", "progress"),
     ),
 }

@@ -7,12 +7,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from scuvae._launched import launched, number_of_processes
 from scuvae.cli.arguments import passed_on
 from scuvae.cli.files import (
     checked_output,
     opened,
     read,
     read_slots,
+    reading,
     unclobbered,
     write_text,
 )
@@ -69,6 +71,13 @@ def add_no_clobber(group: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     verb: Verb = args.verb
     arguments = passed_on(args, [name for name, _ in verb.all_flags()])
+    if verb.calls == "tl.fit":
+        number, size = launched()
+        number_of_processes(arguments.get("processes"))  # said before the file is read
+        if number and size > 1:  # the first one writes, and says what would be done
+            if not args.dry_run:
+                function_of(verb.calls)(reading(args), **arguments)
+            return
     if verb.table == "genes":
         _check_table_of_genes(args, arguments)
     elif verb.table and args.output is None and args.table is None:

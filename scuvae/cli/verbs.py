@@ -17,6 +17,7 @@ from scuvae.cli.arguments import (
     pairs,
     some_or_all,
     switch,
+    switch_off,
     word,
 )
 from scuvae.cli.fit_flags import FIT, FIT_GROUPS
@@ -188,11 +189,14 @@ VERBS: dict[str, Verb] = {
         "obs: the label, and the share of votes that it has",
         (
             *("labels", "key", "layer", "key_added", "n_neighbors", "n_reference"),
-            *("rng", "device"),
+            *("calibrate", "min_probability", "max_novelty", "rng", "device"),
         ),
         {
             "labels": word("column of the reference's obs (default: cell_type)", "COLUMN"),
             "n_neighbors": number("effective number of voters at least"),
+            "calibrate": switch_off("votes as they are, no probabilities"),
+            "min_probability": fraction("cells whose label is less probable are unassigned"),
+            "max_novelty": fraction("cells that are more novel are unassigned"),
         },
         reads="reference",
     ),

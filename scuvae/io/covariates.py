@@ -3,13 +3,14 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
 
+from scuvae._checks import plain
 from scuvae._errors import near
 from scuvae.io.inputs import obs_column
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
@@ -22,8 +23,12 @@ MOST_FLOAT_LEVELS = 20
 _FEWEST_CELLS = 2
 # A continuous covariate that varies by less, relative to its size, is constant but for rounding.
 _CONSTANT = 1e-6
+# Size factors that differ from totals by such a factor are on another scale.
+_OTHER_SCALE = 2.0
 # So many of the fit's standard deviations from its mean, values are more likely in another unit.
 _FAR = 20.0
+# What missing values become where a column is made text.
+_ABSENT = {"", "nan", "none", "null", "<na>", "nat"}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
@@ -56,7 +61,9 @@ def read_covariates(
     categorical, codes = [], []
     for argument, key in labels:
         code, levels = _levels(adata, argument, key)
-        _warn_of_levels(code, levels, key, stacklevel + 1)
+        dtype = column_of(adata, argument, key).dtype
+        measured = str(dtype) if dtype.kind == "f" else ""
+        _warn_of_levels(code, levels, key, measured, stacklevel + 1)
         categorical.append(Categorical(key, tuple(levels)))
         codes.append(code)
     continuous, values = [], []
@@ -76,9 +83,27 @@ def read_covariates(
     return _covariates(adata, design, codes, values)
 
 
-def _warn_of_levels(code: np.ndarray, levels: list[str], key: str, stacklevel: int) -> None:
+def _warn_of_levels(
+    code: np.ndarray, levels: list[str], key: str, measured: str, stacklevel: int
+) -> None:
+    """``measured``: the dtype of a column of floats, else ""."""
     n_cells = np.bincount(code, minlength=len(levels))
     slot = f"adata.obs[{key!r}]"
+    if measured and len(levels) > 1:
+        warnings.warn(
+            f"{slot} has dtype {measured}, and its {len(levels)} values are taken for names: a "
+            "measurement goes into continuous_covariate_keys=. Convert names to a category, "
+            ".astype('category')",
+            stacklevel=stacklevel,
+        )
+    absent = [level for level in levels if level.lower() in _ABSENT]
+    if absent:
+        n_absent = int(n_cells[levels.index(absent[0])])
+        warnings.warn(
+            f"{slot} has a level {absent[0]!r}, of {n_absent} cells: is it a missing value that "
+            "has become text? Give these cells their own, or drop them",
+            stacklevel=stacklevel,
+        )
     if len(levels) > 2 and len(code) < _FEWEST_CELLS * len(levels):
         warnings.warn(
             f"{slot} has {len(levels)} levels for {len(code)} cells, nearly one for every cell: "
@@ -188,7 +213,7 @@ def _keys(argument: str, keys: object) -> list[str]:
         raise TypeError(
             f"{argument}={keys!r} is a {type(keys).__name__}: pass a list of columns of adata.obs"
         )
-    return list(keys)
+    return [plain(key) for key in keys]
 
 
 def _levels(
@@ -273,7 +298,7 @@ def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
     if key is None:
         return None
     column = column_of(adata, "size_factor_key", key)
-    if not pd.api.types.is_numeric_dtype(column):
+    if not pd.api.types.is_numeric_dtype(column) or column.dtype.kind in "bc":
         raise TypeError(
             f"adata.obs[{key!r}] has dtype {column.dtype}, but size factors are numbers, the total "
             "counts expected of each cell: convert it with .astype(float)"
@@ -287,3 +312,43 @@ def size_factors(adata: AnnData, key: str | None) -> np.ndarray | None:
             "must be finite and positive, in counts"
         )
     return values
+
+
+def warn_of_size_factors(
+    key: str | None,
+    values: np.ndarray | None,
+    totals: np.ndarray,
+    every: Callable[[], np.ndarray] | None,
+    *,
+    stacklevel: int,
+) -> None:
+    """Warn, with both figures, where size factors are no totals of the modelled genes.
+
+    ``totals``: the cells' over these genes; ``every``: makes those over all genes, where a mask
+    leaves some out.
+    """
+    if values is None or not (totals > 0).any():
+        return
+    there = totals > 0
+    typical, found = float(np.median(values[there])), float(np.median(totals[there]))
+    said = (
+        f"adata.obs[{key!r}], the size factors, has a median of {typical:.4g}, while the cells' "
+        f"totals over the modelled genes have one of {found:.4g}"
+    )
+    if every is not None and typical > found:
+        whole = every()
+        # Cells of which both say the same, but for roundings.
+        if np.mean(np.abs(values - whole) < 0.01 * whole) > 0.5 and typical > 1.02 * found:
+            warnings.warn(
+                f"{said}: they are the totals over all genes, also those that mask_var= leaves "
+                "out. Leave out size_factor_key=, or sum the modelled genes alone",
+                stacklevel=stacklevel,
+            )
+            return
+    if not 1 / _OTHER_SCALE < typical / found < _OTHER_SCALE:
+        warnings.warn(
+            f"{said}: size factors are expected totals, in counts, neither relative to a mean nor "
+            "logarithms. Multiply those of mean one by the mean total, or leave out "
+            "size_factor_key=",
+            stacklevel=stacklevel,
+        )

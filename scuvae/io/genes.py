@@ -1,7 +1,9 @@
 """Cells lined up with a fit's genes, by name."""
 
 import logging
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,11 @@ from scuvae.io.fit_state import Fit
 from scuvae.model.covariates import Covariates
 
 logger = logging.getLogger("scuvae")
+
+# The version of an Ensembl id, or the number that anndata gives to a name that is there twice.
+_VERSION = re.compile(r"\.\d+$")
+# Of so many of the genes that are lacking another spelling is worth a word.
+_MANY_ALIKE = 0.2
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ def match(
     if not common.any():
         raise ValueError(
             f"adata.var_names share no gene with the fit's {len(fit.var_names)}: the fit has "
-            f"{some(fit.var_names)}, adata has {some(adata.var_names)}. Are both symbols, or both "
-            "ids?"
+            f"{some(fit.var_names)}, adata has {some(adata.var_names)}. "
+            + (spelt_otherwise(adata.var_names, fit.var_names) or "Are both symbols, or both ids?")
         )
     found = common if genes is None else common & fit.var_names.isin(genes)
     if genes is not None and not found.any():
@@ -138,6 +145,37 @@ def places(adata: AnnData, fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarr
         use &= cells.observed.cpu().numpy()[position]
     columns = np.flatnonzero(use)
     return columns, position[columns]
+
+
+def spelt_otherwise(names: pd.Index, lacking: pd.Index) -> str:
+    """How a good part of the genes that are lacking would be found among the names; or ""."""
+    if not len(lacking):
+        return ""
+    names, lacking = names.astype(str), lacking.astype(str)
+    names = names.difference(lacking)
+    best = max(SPELLINGS, key=lambda how: lacking.map(how).isin(names.map(how)).sum())
+    n_found = int(lacking.map(best).isin(names.map(best)).sum())
+    if n_found < max(1, _MANY_ALIKE * len(lacking)):
+        return ""
+    return (
+        f"{n_found} of the genes that are lacking differ in {SPELLINGS[best]}: spell them alike, "
+        "before fitting or in adata.var_names"
+    )
+
+
+def _without_version(name: str) -> str:
+    return _VERSION.sub("", name)
+
+
+# What names of one gene may differ in, and how to look past it.
+SPELLINGS: dict[Callable[[str], str], str] = {
+    _without_version: (
+        "a version's suffix (adata.var_names.str.replace(r'\\.\\d+$', '', regex=True))"
+    ),
+    str.casefold: "upper and lower case (adata.var_names.str.upper())",
+    str.strip: "spaces around them (adata.var_names.str.strip())",
+    lambda name: _without_version(name.strip()).casefold(): "case, spaces and version suffixes",
+}
 
 
 def some(names: pd.Index) -> str:

@@ -36,6 +36,7 @@ def build_model(
         n_covariates=design.n_columns,
         dropout=float(params["dropout"]),
         linear_path=bool(params.get("linear_path", False)),
+        slopes=bool(params.get("covariate_slopes", False)),
         n_hidden=n_hidden,
         n_layers=n_layers,
     )

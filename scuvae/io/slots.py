@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 
 from scuvae._keys import DEFAULT, Keys
+from scuvae.batches.spill import release
 from scuvae.distributions.gaussian import Gaussian, unpack
 from scuvae.io.fit_state import read_entry
 from scuvae.model.priors import Prior
@@ -67,6 +68,7 @@ def parts_of(values: dict[str, np.ndarray]) -> Iterator[Gaussian]:
     """:func:`gaussian_of` some cells after others, in order."""
     for first in range(0, len(values["mean"]), _CHUNK):
         yield gaussian_of({name: a[first : first + _CHUNK] for name, a in values.items()})
+        release()
 
 
 def components_of(values: dict[str, np.ndarray], prior: Prior) -> np.ndarray | None:

@@ -225,6 +225,10 @@ class Covariates:
             self.codes.index_select(0, index), self.values.index_select(0, index)
         )
 
+    def part(self, rows: slice) -> "Covariates":
+        """Those of some neighbouring cells."""
+        return replace(self, codes=self.codes[rows], values=self.values[rows])
+
     def to(self, device: torch.device) -> "Covariates":
         return replace(self, codes=self.codes.to(device), values=self.values.to(device))
 

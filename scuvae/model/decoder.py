@@ -11,13 +11,16 @@ from scuvae.model.likelihoods.autograd import accumulate
 # of a gene say as much. What hidden units add to the linear path has to be earned, among few cells
 # dearly: those are fitted best by a decoder that is all but linear.
 _HIDDEN_PRECISION, _LINEAR_PRECISION, _FEW_CELLS = 30.0, 3.0, 5000
+# What z does otherwise in one batch than in the others, which types that differ in their batch
+# effects ask for, has to be earned most dearly.
+_SLOPE_PRECISION = 100.0
 
 
 class Decoder(nn.Module):
     """A multilayer perceptron L → n_hidden (ReLU) × n_layers → genes; linear for ``n_layers=0``.
 
-    With ``linear_path`` z and batches enter the last layer beside the hidden units:
-    η = b + W h(z) + V z.
+    With ``linear_path`` z and batches enter the last layer beside the hidden units,
+    η = b + W h(z) + V z + o, and with ``slopes`` each batch b has its own V + V_b.
 
     Parameters
     ----------
@@ -31,6 +34,8 @@ class Decoder(nn.Module):
         Probability that a hidden unit is dropped in training; the linear path is not.
     linear_path
         Whether z and batches enter the last layer too.
+    slopes
+        Whether their products do, where there is a linear path.
     """
 
     def __init__(
@@ -43,13 +48,15 @@ class Decoder(nn.Module):
         n_covariates: int = 0,
         dropout: float = 0.0,
         linear_path: bool = False,
+        slopes: bool = False,
     ) -> None:
         super().__init__()
         self.n_latent = n_latent
         self.linear_path = linear_path and n_layers > 0
+        self.slopes = slopes and self.linear_path and n_covariates > 0
         widths = [n_latent, *[n_hidden] * n_layers, n_vars]
         self.n_covariates = n_covariates
-        entering = [*widths[:-2], widths[-2] + self.n_beside]
+        entering = [*widths[:-2], widths[-2] + self.n_slopes + self.n_beside]
         self.layers = nn.ModuleList(map(linear, entering, widths[1:]))
         self.offset = linear(n_covariates, widths[1], bias=False) if n_covariates else None
         self.dropout = dropout
@@ -61,8 +68,13 @@ class Decoder(nn.Module):
 
     @property
     def n_beside(self) -> int:
-        """Columns of the last layer that take z and batches, in this order, behind the hidden."""
+        """The last columns of the last layer, which take z and batches, in this order."""
         return self.linear_path * (self.n_latent + self.n_covariates)
+
+    @property
+    def n_slopes(self) -> int:
+        """Columns between the hidden units' and these that take products, batches' outermost."""
+        return self.slopes * self.n_latent * self.n_covariates
 
     @property
     def output(self) -> nn.Linear:
@@ -74,8 +86,9 @@ class Decoder(nn.Module):
         weight = self.output.weight
         precision = weight.new_full((1, weight.shape[1]), _LINEAR_PRECISION)
         if len(self.layers) > 1:
-            hidden = _HIDDEN_PRECISION * (1 + _FEW_CELLS / n_obs)
-            precision[:, : weight.shape[1] - self.n_beside] = hidden
+            first = weight.shape[1] - self.n_beside
+            precision[:, :first] = _SLOPE_PRECISION
+            precision[:, : first - self.n_slopes] = _HIDDEN_PRECISION * (1 + _FEW_CELLS / n_obs)
         return precision
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
@@ -96,8 +109,12 @@ class Decoder(nn.Module):
         layers = [_linear(layer) for layer in self.layers][:-1]
         direct = None
         if self.linear_path:
-            n_hidden = slope.shape[-1] - self.n_beside
-            slope, direct = slope[..., :n_hidden], slope[..., n_hidden : n_hidden + self.n_latent]
+            parts = [self.n_slopes, self.n_latent, self.n_beside - self.n_latent]
+            n_hidden = slope.shape[-1] - sum(parts)
+            slope, products, direct, _ = slope.split([n_hidden, *parts], -1)
+            if self.slopes:
+                of_each = products.unflatten(-1, (self.n_covariates, self.n_latent))
+                direct = direct + (self._given(covariates).unsqueeze(-1) * of_each).sum(-2)
         for i, (entered, gate) in reversed(list(enumerate(trace))):
             slope = slope * gate
             rows = slope.flatten(0, -2)
@@ -132,11 +149,14 @@ class Decoder(nn.Module):
         return self._beside(out, z, covariates) if self.linear_path else out
 
     def _beside(self, hidden: Tensor, z: Tensor, covariates: Tensor | None) -> Tensor:
-        """What is hidden, z and batches, side by side."""
-        parts = [hidden, z]
-        if self.offset is not None:
-            parts.append(self._given(covariates).expand(*z.shape[:-1], -1))
-        return torch.cat(parts, -1)
+        """What is hidden, products, z and batches, side by side."""
+        if self.offset is None:
+            return torch.cat([hidden, z], -1)
+        given = self._given(covariates).expand(*z.shape[:-1], -1)
+        if not self.slopes:
+            return torch.cat([hidden, z, given], -1)
+        products = (given.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+        return torch.cat([hidden, products, z, given], -1)
 
     @property
     def last(self) -> nn.Linear | None:
@@ -169,7 +189,12 @@ class Decoder(nn.Module):
             out = F.relu(out)
         if self.linear_path:
             eye = torch.eye(self.n_latent, self.n_beside, dtype=z.dtype, device=z.device)
-            tangent = torch.cat([tangent, eye.expand(len(z), -1, -1)], -1)
+            parts = [tangent, eye.expand(len(z), -1, -1)]
+            if self.slopes:
+                given = self._given(covariates).expand(len(z), -1)
+                products = given[:, None, :, None] * eye[None, :, None, : self.n_latent]
+                parts.insert(1, products.flatten(-2))
+            tangent = torch.cat(parts, -1)
             out = self._beside(out, z, covariates)
         eta = last(out)
         return (eta if before else self._shift(eta, covariates)), tangent, last.weight

@@ -4,6 +4,7 @@ from ._arrows import refinement_arrows
 from ._calibration import calibration
 from ._embedding import embedding_scores
 from ._gap import amortization_gap
+from ._label_reliability import label_reliability
 from ._latent_dimensions import latent_dimensions
 from ._loss import loss
 from ._predicted import observed_vs_predicted
@@ -16,6 +17,7 @@ __all__ = [
     "calibration",
     "elbo_by_size",
     "embedding_scores",
+    "label_reliability",
     "latent_dimensions",
     "loss",
     "observed_vs_predicted",

@@ -196,6 +196,7 @@ def _names(name: str) -> tuple[str, str]:
         "pareto_k": "",
         "neighbor_stability": "share of neighbours that stay",
         "label_share": "share of votes",
+        "label_probability": "",
         "novelty": "−log10 share of reference cells",
         "novelty_counts": "standard deviations",
         "novelty_latent": "standard deviations",

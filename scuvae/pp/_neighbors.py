@@ -8,7 +8,7 @@ import torch
 from anndata import AnnData
 
 from scuvae._checks import flag, random_generator, random_state_alias, whole
-from scuvae._keys import DEFAULT, Keys
+from scuvae._keys import DEFAULT, Keys, check_holds_no_fit, check_name
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.mapping.embedding import Basis, place
 from scuvae.io import inputs
@@ -101,7 +101,7 @@ def neighbors(
     >>> bool(adata.obs["scuvae_neighbor_stability"].between(0, 1).all())
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_neighbors = whole("n_neighbors", n_neighbors, at_least=2)
     n_samples = whole("n_samples", n_samples, at_least=2)
     flag("copy", copy)
@@ -150,17 +150,8 @@ def _slots(adata: AnnData, key_added: str | None) -> dict[str, str]:
     """Names in ``obsp``, as scanpy makes them from ``key_added``."""
     if key_added is None:
         return {"connectivities_key": "connectivities", "distances_key": "distances"}
-    if not isinstance(key_added, str) or not key_added or "/" in key_added:
-        raise ValueError(
-            f"key_added={key_added!r} cannot name a graph: pass a string without '/', or None for "
-            "scanpy's own slots"
-        )
-    entry = adata.uns.get(key_added)
-    if hasattr(entry, "keys") and "state" in entry:
-        raise ValueError(
-            f"key_added={key_added!r} is the name of a fit, which adata.uns[{key_added!r}] holds: "
-            f"pass another, such as {key_added + '_neighbors'!r}"
-        )
+    check_name("key_added", key_added)
+    check_holds_no_fit(adata, "key_added", key_added)
     return {
         "connectivities_key": f"{key_added}_connectivities",
         "distances_key": f"{key_added}_distances",

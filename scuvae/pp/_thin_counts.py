@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy import sparse as sp
 
 from scuvae._checks import flag, names, random_generator, random_state_alias, real
+from scuvae._keys import check_name
 from scuvae.io import inputs
 from scuvae.io.slots import target
 from scuvae.io.split_counts import split_counts
@@ -70,10 +71,10 @@ def thin_counts(
     >>> bool(abs(adata.layers["thinned"] + adata.layers["rest"] - adata.X).max() == 0)
     True
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     fraction = real("fraction", fraction, above=0, below=1)
     flag("copy", copy)
-    added = names("layers_added", layers_added)
+    added = [check_name("layers_added", name) for name in names("layers_added", layers_added)]
     if len(added) != 2 or added[0] == added[1] or layer in added:
         raise ValueError(
             f"layers_added={layers_added!r}: pass two different names"

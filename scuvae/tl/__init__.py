@@ -5,6 +5,7 @@ from scuvae.tl._compare_n_latent import compare_n_latent
 from scuvae.tl._decode import decode
 from scuvae.tl._denoise import denoise
 from scuvae.tl._embed import embed
+from scuvae.tl._extend_genes import extend_genes
 from scuvae.tl._fit import fit
 from scuvae.tl._gap import amortization_gap
 from scuvae.tl._loadings import loadings
@@ -25,6 +26,7 @@ __all__ = [
     "decode",
     "denoise",
     "embed",
+    "extend_genes",
     "fit",
     "loadings",
     "novelty",

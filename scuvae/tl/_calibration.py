@@ -122,7 +122,7 @@ def calibration(
     >>> bool((table["diagonal"] < table["full"]).all())
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_cells = whole("n_cells", n_cells)
     nominal = _levels(levels)
     if covariance is not None:

@@ -1,6 +1,8 @@
 """Which fit a checkpoint is of."""
 
-from os import PathLike
+import tempfile
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,39 @@ from anndata import AnnData
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.inference.training.checkpoint import Checkpoint, digest
+from scuvae.inference.training.distributed import Processes
+from scuvae.model.covariates import Covariates
 
 # Where a fit is made does not make it another one.
 _ELSEWHERE = {"device", "torch_version", "anndata_version"}
 # Cells whose values tell a data set from another, beside every cell's total.
 _LOOKED_AT = 200
+
+
+def check_folder(checkpoint: object) -> None:
+    """Raise, before any work, if checkpoints cannot be kept there."""
+    if not isinstance(checkpoint, str | PathLike) or not isinstance(fspath(checkpoint), str):
+        raise TypeError(
+            f"checkpoint={checkpoint!r} is a {type(checkpoint).__name__}: pass the path of a folder"
+        )
+    shown = repr(fspath(checkpoint))
+    if not fspath(checkpoint).strip("\0") or "\0" in fspath(checkpoint):
+        raise ValueError(f"checkpoint={shown} is no path: pass that of a folder")
+    folder = Path(checkpoint)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "" if there == folder else f"lies in {str(there)!r}, which "
+        raise ValueError(f"checkpoint={shown} {what}is a file: pass a folder")
+    try:
+        # Permission bits do not tell; making a file does.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"checkpoint={shown}: {there} cannot be written to, {error.strerror}: pass another "
+            "folder",
+        ) from error
 
 
 def kept_in(
@@ -24,16 +54,22 @@ def kept_in(
     genes: np.ndarray | None,
     params: dict[str, Any],
     cells: Cells,
+    covariates: Covariates | None,
+    processes: Processes,
 ) -> Checkpoint:
-    """The checkpoints of a fit, which say of which cells, genes and settings it is."""
+    """The checkpoints of a fit, which say of which cells, genes and settings it is.
+
+    ``adata`` and ``covariates`` are of the cells of all processes, ``cells`` of this one's.
+    """
     found = {name: value for name, value in params.items() if name not in _ELSEWHERE}
     where = cells.size_factor.device
-    some = torch.linspace(0, len(cells) - 1, min(len(cells), _LOOKED_AT)).long()
-    values = dense(cells.batch(some.to(where)).x)
+    some = torch.linspace(0, adata.n_obs - 1, min(adata.n_obs, _LOOKED_AT)).long()
+    own = some[(some >= processes.first) & (some < processes.first + len(cells))]
+    values = processes.together(dense(cells.batch(own.to(where) - processes.first).x))
     names = adata.var_names if genes is None else adata.var_names[genes]
     found["genes"], found["cells"] = digest(names.astype(str)), digest(adata.obs_names.astype(str))
-    found["values"] = digest(cells.source.totals(), cells.size_factor, values)
-    if (told := cells.covariates) is not None:
-        parts = torch.arange(len(cells), device=where).split(2**16)
-        found["covariates"] = digest(*(told.rows(part) for part in parts))
-    return Checkpoint(folder, every=every, fit=found)
+    totals = processes.together(cells.source.totals())
+    found["values"] = digest(totals, processes.together(cells.size_factor), values)
+    if covariates is not None:
+        found["covariates"] = digest(covariates.codes, covariates.values)
+    return Checkpoint(folder, every=every, fit=found, processes=processes)

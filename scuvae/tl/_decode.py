@@ -12,7 +12,10 @@ from scuvae._checks import names
 from scuvae._errors import near
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit
+from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of
+from scuvae.model import VAE
+from scuvae.model.extended_model import ExtendedModel, total_of
 from scuvae.runtime import CHUNK, isolated, resolve_device
 from scuvae.tl._denoise import checked_library_size, chosen_covariates
 from scuvae.tl._embed import common_total
@@ -50,9 +53,11 @@ def decode(
         Values of other covariates by column, as in :func:`scuvae.tl.denoise`; those left out are
         averaged over, numbers at their mean.
     library_size
-        The total to decode at, in counts; None: the median of the fitted cells' totals.
+        The total of fitted genes to decode at, in counts; None: the median of the fitted cells'
+        totals.
     genes
-        Names of the genes wanted; None for all that were modelled.
+        Names of the genes wanted; None for all that were modelled, then those that
+        :func:`scuvae.tl.extend_genes` added.
     device
         As in :func:`scuvae.tl.fit`.
 
@@ -81,30 +86,41 @@ def decode(
     points = _points(z, fit)
     size = checked_library_size(fit, library_size)
     chosen = chosen_covariates(fit.design, batch, covariates)
-    columns = np.arange(len(fit.var_names))
+    extended = read_further(adata, key, fit)
+    known = fit.var_names if extended is None else extended.var_names
+    columns = np.arange(len(known))
     if genes is not None:
         wanted = names("genes", genes)
-        columns = fit.var_names.get_indexer(wanted)
+        columns = known.get_indexer(wanted)
         if (columns < 0).any():
             unknown = wanted[int(np.flatnonzero(columns < 0)[0])]
-            raise ValueError(f"genes: {unknown!r} was not modelled. {near(unknown, fit.var_names)}")
+            raise ValueError(f"genes: {unknown!r} was not modelled. {near(unknown, known)}")
     if size is None:
         size = _usual_total(adata, key, fit)
     where = resolve_device(device)
-    model = fit.model.to(where)
     settings, weights = (part.to(where) for part in _settings(fit, *chosen))
-    parts = []
-    with torch.no_grad():
-        for some in points.to(where).split(CHUNK):
-            total = some.new_full((len(some),), size)
-            value = some.new_zeros(len(some), len(columns))
-            for row, weight in zip(settings, weights, strict=True):
-                told = row.expand(len(some), -1) if fit.design.n_columns else None
-                mean = model.likelihood.mean(model.decoder(some, told), total, None)
-                value += weight * mean[:, columns]
-            parts.append(value.cpu().numpy())
+    n_fitted = len(fit.var_names)
+    blocks: list[tuple[VAE | ExtendedModel, np.ndarray]] = [(fit.model, columns < n_fitted)]
+    if extended is not None:
+        blocks.append((extended.model, columns >= n_fitted))
+    found = np.empty((len(points), len(columns)), np.float32)
+    for part, own in blocks:
+        if not own.any():
+            continue
+        model, rows = part.to(where), 0
+        with torch.no_grad():
+            for some in points.to(where).split(CHUNK):
+                total = some.new_full((len(some),), size)
+                value = some.new_zeros(len(some), int(own.sum()))
+                for row, weight in zip(settings, weights, strict=True):
+                    told = row.expand(len(some), -1) if fit.design.n_columns else None
+                    eta = model.decoder(some, told)
+                    mean = model.likelihood.mean(eta, total_of(model, total, eta), None)
+                    value += weight * mean[:, columns[own]]
+                found[rows : rows + len(some), own] = value.cpu().numpy()
+                rows += len(some)
     index = z.index if isinstance(z, pd.DataFrame) else None
-    return pd.DataFrame(np.concatenate(parts), index, fit.var_names[columns])
+    return pd.DataFrame(found, index, known[columns])
 
 
 def _points(z: np.ndarray | pd.DataFrame, fit: Fit) -> torch.Tensor:

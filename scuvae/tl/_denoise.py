@@ -12,17 +12,19 @@ from torch import Tensor
 
 from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
-from scuvae._keys import Keys
-from scuvae.batches import Batch
+from scuvae._keys import Keys, check_name
+from scuvae.batches import Batch, Cells
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
 from scuvae.io.covariates import find_level
 from scuvae.io.fit_state import Fit, read_fit
+from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
 from scuvae.model.covariates import Design
+from scuvae.model.extended_model import ExtendedModel
 from scuvae.runtime import CHUNK, isolated, resolve_device
 
 # An h5ad file keeps a table's column names in one attribute: h5py fails at 4,200 of them.
@@ -49,7 +51,8 @@ def denoise(
     On the scale of the data: counts at the cell's own size factor, chances of a one, or Gaussian
     means. What scvi-tools calls ``get_normalized_expression``, with ``batch`` for its
     ``transform_batch``. By default each gene's means add up to its counts over all cells of a fit
-    to counts, to some hundredths, but for what zero inflation takes of all.
+    to counts, to some hundredths, but for what zero inflation takes of all. Genes that
+    :func:`scuvae.tl.extend_genes` added are genes like others, on the same scale.
 
     Parameters
     ----------
@@ -117,7 +120,7 @@ def denoise(
     >>> scuvae.tl.denoise(adata, genes=["CD3D", "LYZ"], library_size=1e4).shape
     (700, 2)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
     if flag("scale", scale) and n_samples < 2:
         raise ValueError(f"scale=True needs draws: pass n_samples >= 2, not {n_samples}")
@@ -133,8 +136,17 @@ def denoise(
     where = resolve_device(device)
     cells = cells_of(adata, fit, device=where)
     known, positions = places(adata, fit, cells)
+    blocks: list[tuple[VAE | ExtendedModel, Cells, np.ndarray]] = [(fit.model, cells, positions)]
+    extended = read_further(adata, key, fit)
+    if extended is not None:
+        more = extended.cells(adata, cells, where)
+        others, positions = extended.places(adata, more)
+        blocks.append((extended.model, more, positions))
+        known = np.concatenate([known, others])
     columns = adata.var_names[known]
-    if wanted is not None:
+    if wanted is None:
+        at = np.argsort(known)
+    else:
         at = columns.get_indexer(wanted)
         if (at < 0).any():
             unknown = wanted[int(np.flatnonzero(at < 0)[0])]
@@ -142,23 +154,29 @@ def denoise(
                 f"genes: {unknown!r} is no gene that was modelled and observed. "
                 f"{near(unknown, columns)}"
             )
-        columns, positions = columns[at], positions[at]
+    columns = columns[at]
     whole_layer = len(known) == adata.n_vars
     if wanted is None and not whole_layer:
         _check_table(columns)
 
-    model = fit.model.to(where)
     stored = stored.to(where)
     mean = stored.mean
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
-    decode = _Decode(model, torch.as_tensor(positions, device=where), size, *chosen)
     parts = [np.empty((len(cells), len(columns)), np.float32) for _ in range(1 + scale)]
-    with torch.no_grad():
-        for some in cells.loader(torch.arange(len(cells), device=where), CHUNK):
-            z = stored[some.index].draw(points)
-            rows = some.index.cpu().numpy()
-            for part, values in zip(parts, decode.moments(some, z), strict=False):
-                part[rows] = values.cpu().numpy()
+    done = 0
+    for model, seen, positions in blocks:
+        place = np.flatnonzero((at >= done) & (at < done + len(positions)))
+        genes_of = torch.as_tensor(positions[at[place] - done], device=where)
+        done += len(positions)
+        if not len(place):
+            continue
+        decode = _Decode(model.to(where), genes_of, size, *chosen)
+        with torch.no_grad():
+            for some in seen.loader(torch.arange(len(cells), device=where), CHUNK):
+                z = stored[some.index].draw(points)
+                rows = some.index.cpu().numpy()
+                for part, values in zip(parts, decode.moments(some, z), strict=False):
+                    part[rows[:, None], place] = values.cpu().numpy()
 
     tables = [pd.DataFrame(part, adata.obs_names, columns) for part in parts]
     if wanted is not None:
@@ -183,7 +201,7 @@ class _Decode:
     """Means of ``genes`` at a total; ``which`` of the covariates' columns are not the cell's own
     but those of each of some ``rows``, over which means are averaged."""
 
-    model: VAE
+    model: VAE | ExtendedModel
     genes: Tensor
     size: float | None
     which: Tensor | None
@@ -231,8 +249,8 @@ def checked_library_size(fit: Fit, library_size: float | None) -> float | None:
 
 def _name(fit: Fit, keys: Keys, layer_added: str | None) -> str:
     """The slot to write, in layers or obsm."""
-    name = keys.layer if layer_added is None else layer_added
-    if not isinstance(name, str) or not name or name == fit.layer or name in keys.moments:
+    name = keys.layer if layer_added is None else check_name("layer_added", layer_added)
+    if name == fit.layer or name in keys.moments:
         taken = ", the layer that was fitted" if name == fit.layer else ""
         raise ValueError(
             f"layer_added={layer_added!r}{taken}: pass another name, or None for {keys.layer!r}"

@@ -82,7 +82,7 @@ def embed(
     >>> adata.obsm["X_scuvae_embed"].shape
     (700, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if n_components is not None:
         n_components = whole("n_components", n_components)
     flag("copy", copy)
@@ -96,8 +96,10 @@ def embed(
     where = resolve_device(device)
     model = fit.model.to(where)
     values, entry["embed"] = new_map(model, mean.to(where), total, n_components)
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     out.obsm[keys.embed] = values
     return out if copy else None
 

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +16,40 @@ from anndata import AnnData
 
 import scuvae.inference.training.fit as training
 from scuvae import __version__
-from scuvae._checks import flag, random_state_alias, real
+from scuvae._checks import flag, random_state_alias, real, whole
 from scuvae._keys import Keys
+from scuvae._launched import launched, number_of_processes
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
 from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
+from scuvae.inference.training.distributed import agreed_seed, joined, own_rows
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
-from scuvae.io.covariates import read_covariates, size_factors
+from scuvae.io.covariates import read_covariates, size_factors, warn_of_size_factors
 from scuvae.io.fit_state import sealed
 from scuvae.io.model_arrays import build_model, model_to_arrays
 from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
-from scuvae.runtime import isolated, logger, random_state, resolve_device
-from scuvae.tl._checkpoint import kept_in
+from scuvae.runtime import (
+    isolated,
+    logger,
+    memory_of,
+    own_device,
+    random_state,
+    resolve_device,
+)
+from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._embed import common_total, new_map, posterior_scale
-from scuvae.tl._model_parts import choose_likelihood, choose_prior, encoder_input, instance_of
+from scuvae.tl._model_parts import (
+    choose_likelihood,
+    choose_prior,
+    encoder_input,
+    instance_of,
+    with_slopes,
+)
 
 
 @isolated
@@ -68,6 +83,7 @@ def fit(
     check_values: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
+    processes: int | None = None,
     device: str = "auto",
     rng: int | np.random.Generator | None = 0,
     key_added: str | None = None,
@@ -132,7 +148,7 @@ def fit(
     max_epochs
         None: 425 / √(steps an epoch), at least 10 and at most 200.
     batch_size
-        Cells a step; ``adata.n_obs`` for full batches. None for 128.
+        Cells a step, of all processes together; ``adata.n_obs`` for full batches. None for 128.
     learning_rate
         Of the networks; None for 1e-2 (adam, rmsprop), 2e-2 (adam with natural steps and no
         encoder) or 1e-3 (sgd). With adam it falls to zero along a cosine.
@@ -160,6 +176,11 @@ def fit(
         answered after the present step, with a checkpoint. Delete the folder to begin anew.
     checkpoint_every
         In seconds; 0 after every step.
+    processes
+        How many fit together, each with some of the cells: ``torchrun`` starts them, each with the
+        whole ``adata`` (one on disk is read by each in part). None: as many as were started; 1:
+        this one alone. They give what one gives, but for draws and rounding, and the first one's
+        ``adata`` has it. See docs/scale.md.
     device
         ``"auto"`` (CUDA where there is one, else CPU), ``"cpu"``, ``"cuda"``, ``"mps"``. On CUDA
         devices training steps are recorded as graphs and replayed; with ``SCUVAE_CUDA_GRAPHS=0`` in
@@ -202,7 +223,7 @@ def fit(
     Raises
     ------
     OSError
-        The file was written to while it was read.
+        The file was written to while it was read; another process has ended or hangs.
     ValueError, TypeError
         For values, slots or arguments that cannot be fitted, before any work; a checkpoint of other
         cells, genes or settings: what differs is listed.
@@ -222,14 +243,16 @@ def fit(
     >>> adata.obsm["X_scuvae"].shape
     (700, 10)
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     flag("early_stopping", early_stopping)
     flag("check_values", check_values)
     flag("copy", copy)
     checkpoint_every = real("checkpoint_every", checkpoint_every, low=0.0)
-    if checkpoint is not None and Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint={str(checkpoint)!r} is a file: pass a folder")
+    if checkpoint is not None:
+        check_folder(checkpoint)
+    n_processes = number_of_processes(None if processes is None else whole("processes", processes))
     keys = Keys.of(key_added)
+    keys.check_free(adata)
     settings = Settings.resolve(
         adata.n_obs,
         amortized=amortized,
@@ -251,18 +274,25 @@ def fit(
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
+    where = own_device(resolve_device(device), n_processes)
+    settings.check_memory(adata.n_obs, matrix.shape[1], memory_of(where))
+    held_out = hold_out(adata.n_obs, settings.validation_fraction)
+    own, seen = slice(None), adata
+    if n_processes > 1:  # each sees its own cells
+        own = own_rows(held_out, *launched())
+        matrix, seen = inputs.rows_of(matrix, own), adata[own]
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
-    if likelihood == "auto" and chosen.support == "real":
-        inputs.warn_of_counts_meant(matrix, adata, layer, genes)
     inputs.check_values(
         matrix,
-        adata,
+        seen,
         layer,
         genes,
         likelihood=chosen.name,
         support=chosen.support,
         fractions=not check_values,
     )
+    if likelihood == "auto" and chosen.support == "real":
+        inputs.warn_of_counts_meant(matrix, seen, layer, genes)
     if dropout is None and settings.linear_path and chosen.link != "identity":
         # Its weights' prior keeps such a decoder from overfitting.
         settings = replace(settings, dropout=DROPOUT)
@@ -272,7 +302,17 @@ def fit(
     )
     size_factor = size_factors(adata, size_factor_key)
     _warn(matrix, settings, chosen)
-    where = resolve_device(device)
+    if size_factor is not None and chosen.link == "softmax":
+        every = None if genes is None else partial(_totals, seen, layer)
+        warn_of_size_factors(
+            size_factor_key, size_factor[own], inputs.totals(matrix), every, stacklevel=5
+        )
+    elif size_factor is not None:
+        warnings.warn(
+            f"size_factor_key={size_factor_key!r} has no part in likelihood={chosen.name!r}: leave "
+            "it out, or pass a likelihood for counts",
+            stacklevel=4,
+        )
     has_encoder = POSTERIORS[scheme_of(settings.amortized)].has_encoder
 
     arguments: dict[str, Any] = {
@@ -284,12 +324,14 @@ def fit(
         "encoder_input": encoder_input(chosen) if has_encoder else None,
         "layer": layer,
         **({} if covariates is None else covariates.design.to_params()),
+        "covariate_slopes": True if with_slopes(settings, chosen, covariates) else None,
         "encoder_covariates": True if has_encoder and covariates is not None else None,
         "size_factor_key": size_factor_key,
         "mask_var": mask_var if isinstance(mask_var, str) else None,
         "early_stopping": early_stopping,
         "check_values": check_values,
         "device": where.type,
+        "processes": n_processes if n_processes > 1 else None,
         "rng": int(rng) if isinstance(rng, int | np.integer) else None,
         "version": __version__,
         "torch_version": version("torch").split("+")[0],
@@ -297,37 +339,50 @@ def fit(
     }
     # Files have no place for None: an argument that is None is left out.
     params = {name: value for name, value in arguments.items() if value is not None}
-    with random_state(rng, where) as generator:
+    with (
+        joined(n_processes, where, own.start or 0) as group,
+        random_state(agreed_seed(rng, group), where) as generator,
+    ):
+        group.check_alike(params)
         n_vars = matrix.shape[1]
         model = build_model(params, n_vars, instance_of(chosen, n_vars), p_of_z).to(where)
         cells = Cells(
             source_of(matrix, where),
-            size_factor=_tensor(size_factor, where),
-            covariates=None if covariates is None else covariates.to(where),
+            size_factor=_tensor(None if size_factor is None else size_factor[own], where),
+            covariates=None if covariates is None else covariates.part(own).to(where),
         )
-        held_out = hold_out(len(cells), settings.validation_fraction)
         if early_stopping and not held_out.any():
             logger.warning("no cells are held out: early stopping is off")
         keeper = None
         if checkpoint is not None:
-            keeper = kept_in(checkpoint, checkpoint_every, adata, genes, params, cells)
+            about = (adata, genes, params, cells, covariates, group)
+            keeper = kept_in(checkpoint, checkpoint_every, *about)
         begun = training.start(
             model,
             cells,
-            held_out,
+            held_out[own],
             settings,
             early_stopping=early_stopping,
             seed=int(generator.integers(2**63)),
             checkpoint=keeper,
+            processes=group,
         )
-        bar = training.bar("fit", settings.max_epochs, progress, begun.n_done)
+        shown = False if group.rank else progress
+        bar = training.bar("fit", settings.max_epochs, shown, begun.n_done)
         with bar as on_epoch, keeper or nullcontext():
             history = training.train(**begun.arguments, on_epoch=on_epoch)
         q = training.finish(begun)
+        if n_processes > 1:
+            q["total"] = cells.size_factor.cpu().numpy()[:, None]
+            gathered = {name: group.collected(values, cells.room) for name, values in q.items()}
+            q = {name: values for name, values in gathered.items() if values is not None}
+    if group.rank:  # the first has it all
+        return target(adata, copy) if copy else None
+    total = torch.from_numpy(q.pop("total")[:, 0]) if n_processes > 1 else cells.size_factor
 
     mean = torch.as_tensor(q["mean"], device=where)
     components = components_of(q, model.prior)
-    coordinates, basis = new_map(model, mean, common_total(cells.size_factor))
+    coordinates, basis = new_map(model, mean, common_total(total))
 
     names = adata.var_names.astype(str)  # files have names, whatever an index holds
     parts = {
@@ -375,6 +430,11 @@ def _warn(matrix: Any, settings: Settings, likelihood: type[Likelihood] | Likeli
             warnings.warn(
                 f"{empty} cells have no counts at all: their posterior is the prior", stacklevel=5
             )
+
+
+def _totals(adata: AnnData, layer: str | None) -> np.ndarray:
+    """Over all genes."""
+    return inputs.totals(inputs.read_matrix(adata, layer, in_memory=False))
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

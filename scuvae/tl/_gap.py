@@ -93,7 +93,7 @@ def amortization_gap(
     >>> bool(adata.obs["scuvae_amortization_gap"].mean() > 0)
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     max_steps, n_samples = whole("max_steps", max_steps), whole("n_samples", n_samples)
     flag("decompose", decompose)
     if fit.model.encoder is None:

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scuvae._errors import near
-from scuvae.io.covariates import batch_codes
+from scuvae.io.covariates import batch_codes, column_of
 from scuvae.io.fit_state import Fit
 
 logger = logging.getLogger("scuvae")
@@ -51,6 +51,11 @@ def design_of(
     donor_key: str | None,
 ) -> Design:
     """The units of ``adata`` and its comparisons, or an error that says what is wrong with them."""
+    if not isinstance(reference, str):
+        raise TypeError(
+            f"reference={reference!r} is a {type(reference).__name__}: pass the name of a group, "
+            "or 'rest'"
+        )
     label = _column(adata, "groupby", groupby)
     known = [str(name) for name in label.categories]
     wanted = known if isinstance(groups, str) else list(dict.fromkeys(groups))
@@ -107,9 +112,7 @@ def design_of(
 
 def _column(adata: AnnData, argument: str, name: Any) -> pd.Categorical:
     """A column of names, without categories that no cell has."""
-    if name not in adata.obs:
-        raise ValueError(f"{argument}={name!r} is no column of adata.obs. {near(name, adata.obs)}")
-    values = adata.obs[name]
+    values = column_of(adata, argument, name)
     if values.dtype.kind == "f":
         raise ValueError(
             f"adata.obs[{name!r}] is {values.dtype}, a measurement: pass {argument}= a column of "
@@ -120,7 +123,10 @@ def _column(adata: AnnData, argument: str, name: Any) -> pd.Categorical:
         raise ValueError(
             f"adata.obs[{name!r}] is missing for all cells: pass {argument}= a column of names"
         )
-    return found.rename_categories([str(kind) for kind in found.categories])
+    kinds = [str(kind) for kind in found.categories]
+    if len(set(kinds)) < len(kinds):  # 1 and "1" are one group
+        return pd.Categorical(values.astype(str).where(values.notna()))
+    return found.rename_categories(kinds)
 
 
 def _check_cells(

@@ -59,7 +59,7 @@ def loadings(adata: AnnData, *, key: str | None = None, copy: bool = False) -> A
     >>> bool(abs(adata.uns["scuvae_loadings"]["variance_ratio"].sum() - 1) < 1e-6)
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     flag("copy", copy)
     keys = Keys.of(key)
     decoder = fit.model.decoder

@@ -5,7 +5,9 @@ from typing import Any
 
 from scuvae._checks import one_of
 from scuvae._errors import near
+from scuvae.inference.training.settings import Settings
 from scuvae.io import inputs
+from scuvae.model.covariates import Covariates
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import logger
@@ -62,3 +64,23 @@ def encoder_input(likelihood: type[Likelihood] | Likelihood) -> str | None:
     """How values enter an encoder; as they are where nothing is said."""
     entering = likelihood.encoder_input()
     return None if entering == "values" else entering
+
+
+# Each level of a covariate adds n_latent columns to the decoder's widest product.
+_MOST_WITH_SLOPES = 16
+
+
+def with_slopes(
+    settings: Settings, likelihood: type[Likelihood] | Likelihood, covariates: Covariates | None
+) -> bool:
+    """Whether each level of the covariates has a linear path of its own."""
+    if covariates is None or not settings.linear_path or likelihood.link == "identity":
+        return False  # of an identity the linear path has no prior that would hold them back
+    n = covariates.design.n_columns
+    if n > _MOST_WITH_SLOPES:
+        logger.info(
+            "covariates have %d levels, more than %d: they shift genes, and the latent space has "
+            "the same slopes in all of them",
+            *(n, _MOST_WITH_SLOPES),
+        )
+    return n <= _MOST_WITH_SLOPES

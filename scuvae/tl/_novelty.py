@@ -167,7 +167,7 @@ def novelty(
     >>> bool((new.obs["scuvae_novelty"] > 1).mean() > 0.5)
     True
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     keys = Keys.of(key_added)
     n_samples = whole("n_samples", n_samples)
     n_reference = whole("n_reference", n_reference, at_least=_FEWEST)
@@ -219,7 +219,7 @@ def novelty(
             ]
         # As many candidates on both sides: where cells lie closer, what they miss agrees more.
         shared = [
-            _shared(fit, cells, scores.q, rows, others, single)
+            shared_scores(fit, cells, scores.q, rows, others, single)
             for cells, scores, rows, single in zip(
                 (new, old), (found, usual), candidates, alone, strict=True
             )
@@ -315,7 +315,7 @@ def _effect_of_depth(fit: Fit, cells: Cells, usual: _Scores) -> float:
     return float((usual.kl - torch.cat(kl)).mean() / change)
 
 
-def _shared(
+def shared_scores(
     fit: Fit,
     cells: Cells,
     q: Gaussian,

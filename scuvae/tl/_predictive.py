@@ -84,7 +84,7 @@ def predictive_check(
     >>> bool(table["mean"].corr(table["mean_predicted"]) > 0.9)
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples, at_least=0)
     stored = read_posterior(adata, key)
     where = resolve_device(device)

@@ -23,8 +23,10 @@ from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.io import inputs
+from scuvae.io.covariates import warn_of_size_factors
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
-from scuvae.io.genes import Matched, match, some, warn_of_empty
+from scuvae.io.further_genes import SLOT as FURTHER
+from scuvae.io.genes import Matched, match, some, spelt_otherwise, warn_of_empty
 from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.model_files import is_hdf5, read_as
 from scuvae.io.slots import components_of, target, write_components, write_posterior
@@ -174,8 +176,9 @@ def project(
     >>> old.obsm["panel"].shape
     (600, 10)
     """
-    inputs.check_anndata(adata)
+    inputs.check_anndata(adata, copy=copy)
     keys = Keys.of(key_added)
+    keys.check_free(adata)
     flag("amortized", amortized)
     if polish is not None and one_of("polish", polish, POLISH) and amortized:
         raise ValueError(f"polish={polish!r} moves the encoder's q: pass amortized=False")
@@ -216,12 +219,18 @@ def project(
         raise ValueError(f"amortized=True, but {lacks}: pass amortized=False")
 
     _warn_of_few_genes(adata, fit, matched, chosen)
+    if fit.size_factor_key is not None and cells.observed is None:
+        factors, totals = cells.size_factor.cpu().numpy(), cells.source.totals().cpu().numpy()
+        if fit.model.likelihood.link == "softmax":
+            warn_of_size_factors(fit.size_factor_key, factors, totals, None, stacklevel=4)
     entry["genes"] = _report(fit, matched)
     model = fit.model.to(where)
     if matched.covariates is not None and matched.covariates.design != fit.design:
         model = _extended(model, cells, matched.covariates, adata, fit, covariance)
         entry["state"] = model_to_arrays(model)
         entry["params"] |= _extended_params(entry["params"], fit.design, model.design)
+        if entry.pop(FURTHER, None) is not None:
+            logger.info("genes of tl.extend_genes have no rates in new batches: not taken over")
     found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
     parts = [q for _, q in found]
     warn_of_empty(fit, cells, "they say nothing about z")
@@ -231,13 +240,15 @@ def project(
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
         coordinates = placed(model, mean, entry["embed"])
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
     keys.clear(out)
     write_posterior(out, key_added, found_moments)
     out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
     if coordinates is not None:
         out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     write_components(out, key_added, components)
     return out if copy else None
 
@@ -287,13 +298,14 @@ def _report(fit: Fit, matched: Matched) -> dict[str, Any]:
 
 def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.Index | None) -> None:
     found = matched.found
-    if found.mean() < _FEW_GENES:
+    differ = spelt_otherwise(adata.var_names, fit.var_names[~found]) if chosen is None else ""
+    if found.mean() < _FEW_GENES or differ:
         who = "adata has" if chosen is None else "genes= leaves"
         named = "" if chosen is None else f", genes= has {some(chosen)}"
+        advice = differ or "Are they all symbols, or all ids?"
         warnings.warn(
             f"{who} {found.sum()} of the reference's {len(found)} genes: the reference has "
-            f"{some(fit.var_names)}, adata has {some(adata.var_names)}{named}. Are they all "
-            "symbols, or all ids?",
+            f"{some(fit.var_names)}, adata has {some(adata.var_names)}{named}. {advice}",
             stacklevel=4,
         )
 
@@ -308,7 +320,8 @@ def _extended(
 ) -> VAE:
     """The model under the cells' design, with levels that it has not seen."""
     # By name, not by place: the same cells in any order.
-    rank = np.array([zlib.crc32(name.encode()) for name in adata.obs_names])
+    names = [str(name).encode(errors="surrogatepass") for name in adata.obs_names]
+    rank = np.array([zlib.crc32(name) for name in names])
 
     def cells_of(number: int, level: int) -> Iterable[Batch]:
         rows = (covariates.codes[:, number] == level).nonzero().squeeze(1)

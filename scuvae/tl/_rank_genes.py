@@ -10,6 +10,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scuvae._checks import names, real, whole
+from scuvae._keys import check_holds_no_fit, check_name
 from scuvae.inference.evaluation import change_from_others as others
 from scuvae.inference.evaluation.adaptive_shrinkage import clearness, expected_false, shrink
 from scuvae.inference.evaluation.differential_expression import (
@@ -22,8 +23,11 @@ from scuvae.inference.evaluation.differential_expression import (
 from scuvae.inference.evaluation.unit_totals import UnitTotals, add_cells
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_fit
+from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
+from scuvae.model import VAE
+from scuvae.model.extended_model import ExtendedModel
 from scuvae.runtime import CHUNK, isolated, resolve_device
 from scuvae.tl._groups import Comparison, Design, design_of
 
@@ -66,6 +70,8 @@ def rank_genes(
     as those cells tell: that makes some changes likelier before the counts of few cells are looked
     at.
     So pass all cells, with a column such as ``"B_stimulated"``, rather than those of one type.
+
+    Genes are those of the fit; to test others too, call :func:`scuvae.tl.extend_genes` first.
 
     Parameters
     ----------
@@ -145,13 +151,14 @@ def rank_genes(
     >>> "CD79A" in adata.uns["rank_genes_groups"]["names"]["CD19+ B"][:10]
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if fit.model.likelihood.support != "counts":
         raise ValueError(
             f"likelihood={fit.model.likelihood.name!r} is of no counts, which rank_genes compares: "
             "fit raw counts, or use scanpy.tl.rank_genes_groups"
         )
-    slot = SLOT if key_added is None else names("key_added", [key_added])[0]
+    slot = SLOT if key_added is None else check_name("key_added", key_added)
+    check_holds_no_fit(adata, "key_added", slot)
     change = real("threshold", threshold, low=0) * math.log(2)
     min_counts = whole("min_counts", min_counts, at_least=1)
     n_samples = whole("n_samples", n_samples)
@@ -197,9 +204,19 @@ class Ranking:
         stored = read_posterior(adata, key).to(where)
         self.cells = cells_of(adata, fit, device=where)
         columns, positions = places(adata, fit, self.cells)
+        model: VAE | ExtendedModel = fit.model.to(where)
+        extended = read_further(adata, key, fit)
+        if extended is not None:
+            self.cells, model = extended.cells(adata, self.cells, where), extended.model.to(where)
+            others_, more = extended.places(adata, self.cells)
+            columns, positions = (
+                np.concatenate(p) for p in ((columns, others_), (positions, more))
+            )
+            order = np.argsort(columns)
+            columns, positions = columns[order], positions[order]
         self.names, self.design = adata.var_names[columns].to_numpy(), design
         self.genes = torch.as_tensor(positions, device=where)
-        self.z, model = stored.mean, fit.model.to(where)
+        self.z = stored.mean
         unit = torch.as_tensor(design.unit, device=where)
         used = (unit >= 0).nonzero()[:, 0]
         self.totals = UnitTotals.zeros(len(design.units), len(self.genes), model.n_latent)

@@ -98,8 +98,9 @@ def refine(
     >>> adata.obsm["refined"].shape
     (700, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys = Keys.of(key if key_added is None else key_added)
+    keys.check_free(adata)
     if covariance is None:
         covariance = "full" if Keys.of(key).covariance in adata.obsm else "diagonal"
     one_of("covariance", covariance, COVARIANCES)
@@ -141,10 +142,12 @@ def refine(
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found["mean"], device=where)
         coordinates = placed(model, mean, entry["embed"])
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
     split = adata.obs.get(Keys.of(key).obs["split"])
     keys.clear(out)
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     if split is not None:
         out.obs[keys.obs["split"]] = split
     write_posterior(out, key if key_added is None else key_added, found)

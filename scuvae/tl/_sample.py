@@ -10,6 +10,7 @@ from scuvae._keys import Keys
 from scuvae._random import normal_like
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
+from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places, spread
 from scuvae.io.slots import read_posterior, target
 from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
@@ -29,7 +30,8 @@ def sample(
     """Posterior predictive draws: for each cell z ~ q, then x ~ p(x | z) at its size factor.
 
     Replicates of the data as the fit has them: what differs from ``X`` in distribution is what the
-    model does not capture. Draws are independent of each other, each with a z of its own.
+    model does not capture. Draws are independent of each other, each with a z of its own. Genes
+    that :func:`scuvae.tl.extend_genes` added are drawn too, from the same z.
 
     Parameters
     ----------
@@ -68,7 +70,7 @@ def sample(
     >>> adata.layers["scuvae_sample"].shape
     (700, 765)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples)
     keys = Keys.of(key)
     if keys.is_sample(fit.layer):
@@ -85,16 +87,34 @@ def sample(
 
     columns, position = places(adata, fit, cells)
     genes = torch.as_tensor(position, device=where)
+    extended = read_further(adata, key, fit)
     parts: list[list[sp.csr_matrix | np.ndarray]] = [[] for _ in range(n_samples)]
+    kept: list[torch.Tensor] = []  # z, for further genes
+    everyone = torch.arange(len(cells), device=where)
     with torch.no_grad(), random_state(rng, where):
-        for batch in cells.loader(torch.arange(len(cells), device=where), CHUNK):
+        for batch in cells.loader(everyone, CHUNK):
             q = stored[batch.index]
             for part in parts:
-                eta = model.decoder(q.draw(normal_like(q.mean)), batch.covariates)
+                z = q.draw(normal_like(q.mean))
+                eta = model.decoder(z, batch.covariates)
                 size = model.size_factor(batch, eta)
                 values = model.likelihood.sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)
                 part.append(_widened(drawn, columns, adata.n_vars, discrete))
+                if extended is not None:
+                    kept.append(z)
+        # After all others, whose draws then are what they are without these.
+        if extended is not None:
+            more, wide = extended.cells(adata, cells, where), extended.model.to(where)
+            columns, position = extended.places(adata, more)
+            genes = torch.as_tensor(position, device=where)
+            for n, batch in enumerate(more.loader(everyone, CHUNK)):
+                for i, part in enumerate(parts):
+                    eta = wide.decoder(kept[n * n_samples + i], batch.covariates)
+                    size = wide.size_factor(batch, eta)
+                    values = wide.likelihood.sample(eta, size, batch.observed)
+                    drawn = values[:, genes].cpu().numpy().astype(np.float32)
+                    part[n] = part[n] + _widened(drawn, columns, adata.n_vars, discrete)
 
     out = target(adata, copy)
     keys.clear_samples(out)

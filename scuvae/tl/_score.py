@@ -83,7 +83,7 @@ def score(
     >>> bool(adata.obs["scuvae_log_evidence"].mean() > adata.obs["scuvae_elbo"].mean())
     True
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     n_samples = whole("n_samples", n_samples)
     n_anneal = whole("n_anneal", n_anneal, at_least=0)
     stored = read_posterior(adata, key)

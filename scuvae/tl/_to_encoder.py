@@ -113,8 +113,9 @@ def to_encoder(
     >>> new.obsm["X_scuvae"].shape
     (100, 10)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     keys, own = Keys.of(key if key_added is None else key_added), Keys.of(key)
+    keys.check_free(adata)
     size = BATCH_SIZE if batch_size is None else whole("batch_size", batch_size)
     if max_epochs is not None:
         max_epochs = whole("max_epochs", max_epochs)
@@ -182,6 +183,8 @@ def to_encoder(
         **({"rng": int(rng)} if isinstance(rng, int | np.integer) else {}),
     }
     entry["state"] = {**entry["state"], "encoder": model_to_arrays(model)["encoder"]}
+    entry = sealed(entry)
+    # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
     if keys != own:
         kept = {slot: adata.obsm[name].copy() for slot, name in _moments(own) if name in adata.obsm}
@@ -196,7 +199,7 @@ def to_encoder(
                 out.obsm[name] = kept[slot]
         for column, values in columns_kept.items():
             out.obs[keys.obs[column]] = values
-    out.uns[keys.uns] = sealed(entry)
+    out.uns[keys.uns] = entry
     out.obsm[keys.encoder], out.obsm[keys.encoder_scale] = q["mean"], q["scale"]
     for name, values in columns.items():
         out.obs[keys.obs[name]] = values

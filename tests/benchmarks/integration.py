@@ -19,7 +19,9 @@ import torch
 from _common import Clock, medians, print_table, write_json
 from _methods import Data
 
+from scuvae.model import decoder
 from scuvae.model.decoder import Decoder
+from scuvae.tl import _fit
 
 RESOLUTIONS = tuple(np.round(np.arange(0.1, 2.01, 0.1), 1))
 COLUMNS = {
@@ -71,9 +73,11 @@ def variant(name):
 
     ``as it is``: in the first layer and at the output; ``output``: at the output alone;
     ``first``: in the first layer alone; ``free``, ``shrunk``: at the output under a prior a tenth
-    or ten times as tight.
+    or ten times as tight; ``no slopes``: as shifts alone; ``slopes 30``: slopes of levels under a
+    prior of this precision.
     """
     precision, beside, shift = Decoder.output_precision, Decoder._beside, Decoder._shift
+    with_slopes, of_slopes = _fit.with_slopes, decoder._SLOPE_PRECISION
 
     def other_precision(by):
         def changed(self, n_obs):
@@ -96,10 +100,15 @@ def variant(name):
         Decoder.output_precision = other_precision(0.1 if name == "free" else 10.0)
     elif name == "first":
         Decoder._beside = without_output
+    elif name == "no slopes":
+        _fit.with_slopes = lambda *args: False
+    elif name.startswith("slopes "):
+        decoder._SLOPE_PRECISION = float(name.removeprefix("slopes "))
     try:
         yield
     finally:
         Decoder.output_precision, Decoder._beside, Decoder._shift = precision, beside, shift
+        _fit.with_slopes, decoder._SLOPE_PRECISION = with_slopes, of_slopes
 
 
 def ours(data, seed, label, arguments, way):

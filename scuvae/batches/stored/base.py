@@ -54,6 +54,32 @@ class Stored(ABC):
         return np.append(np.arange(0, self.shape[0], step), self.shape[0])
 
 
+class RowsOf(Stored):
+    """Some neighbouring rows of a stored matrix."""
+
+    def __init__(self, whole: Stored, first: int, last: int) -> None:
+        self.whole, self.first = whole, first
+        self.shape = (last - first, whole.shape[1])
+        self.dtype, self.sparse, self.per_row = whole.dtype, whole.sparse, whole.per_row
+        self.gap = whole.gap
+
+    @classmethod
+    def takes(cls, x: Any) -> bool:
+        return False  # it is made from what has been opened
+
+    def read(self, first: int, last: int) -> Any:
+        return self.whole.read(self.first + first, self.first + last)
+
+    def edges(self, n_rows: int, most: int | None = None) -> np.ndarray:
+        # Where the whole has its chunks.
+        found = self.whole.edges(n_rows, most) - self.first
+        inside = found[(found > 0) & (found < self.shape[0])]
+        return np.concatenate([[0], inside, [self.shape[0]]])
+
+    def path(self) -> Path | None:
+        return self.whole.path()
+
+
 def state_of(path: Path | None) -> tuple[int, int, int] | None:
     """What changes when something is written to a file or folder: files, bytes, and their times."""
     if path is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scuvae.batches.ahead import ahead
 from scuvae.batches.compact_rows import is_count
-from scuvae.batches.stored.base import Stored, state_of
+from scuvae.batches.stored.base import RowsOf, Stored, state_of
 
 logger = logging.getLogger("scuvae")
 
@@ -77,6 +77,13 @@ class StoredMatrix:
         columns = np.arange(self.stored.shape[1]) if self.columns is None else self.columns
         made = StoredMatrix(self.stored, columns, places, n_vars)
         made._survey = self._survey
+        return made
+
+    def part(self, rows: slice) -> "StoredMatrix":
+        """Some neighbouring rows, of which nothing is known yet."""
+        stored = RowsOf(self.stored, rows.start, rows.stop)
+        made = StoredMatrix(stored, self.columns, self.places, self.shape[1])
+        made.state = self.state
         return made
 
     def read(self, first: int, last: int) -> Any:

@@ -57,11 +57,11 @@ def annealed_log_evidence(
         beta = step / (n_anneal + 1)
         log_weight += ratio / (n_anneal + 1)
         if step <= n_anneal:
-            u, ratio, slope = _move(look, u, ratio, slope, beta)
+            u, ratio, slope = move(look, u, ratio, slope, beta)
     return log_mean(log_weight)
 
 
-def _move(
+def move(
     look: Callable[[Tensor], tuple[Tensor, Tensor]],
     u: Tensor,
     ratio: Tensor,

@@ -10,6 +10,8 @@ from scuvae.distributions.gaussian import Gaussian
 
 # A dimension is active where posterior means vary by more (Burda, Grosse & Salakhutdinov, 2016).
 ACTIVE = 0.01
+# Cells whose means are taken in double precision at once.
+_AT_ONCE = 2**16
 
 
 class Dimensions(NamedTuple):
@@ -34,9 +36,11 @@ def latent_dimensions(mean: Tensor, parts: Iterable[Gaussian]) -> Dimensions:
     Under N(0, I) a rotation of z changes nothing but what the axes are called, hence the principal
     ones: a dimension that is not needed has means near 0 and variances near 1.
     """
-    mean = mean.double()
-    centred = mean - mean.mean(0)
-    variance, axes = torch.linalg.eigh(centred.T @ centred / max(1, len(mean) - 1))
+    n_cells = len(mean)
+    centre = sum(some.double().sum(0) for some in mean.split(_AT_ONCE)) / n_cells
+    centred = (some.double() - centre for some in mean.split(_AT_ONCE))
+    scatter = sum(some.T @ some for some in centred)
+    variance, axes = torch.linalg.eigh(scatter / max(1, n_cells - 1))
     axes = axes.flip(1)
     uncertainty, kl = torch.zeros_like(variance), torch.zeros_like(variance)
     for q in parts:
@@ -44,4 +48,4 @@ def latent_dimensions(mean: Tensor, parts: Iterable[Gaussian]) -> Dimensions:
         at = q.mean.double() @ axes
         uncertainty += own.sum(0)
         kl += 0.5 * (at.square() + own - 1 - own.log()).sum(0)
-    return Dimensions(variance.flip(0).clamp_min(0), uncertainty / len(mean), kl / len(mean))
+    return Dimensions(variance.flip(0).clamp_min(0), uncertainty / n_cells, kl / n_cells)

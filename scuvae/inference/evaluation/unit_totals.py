@@ -18,6 +18,7 @@ from scuvae.batches.sparse_rows import dense
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.model import VAE
+from scuvae.model.extended_model import ExtendedModel
 
 _LEAST = 1e-12
 
@@ -64,7 +65,7 @@ class UnitTotals:
 @torch.no_grad()
 def add_cells(
     totals: UnitTotals,
-    model: VAE,
+    model: VAE | ExtendedModel,
     batch: Batch,
     unit: Tensor,
     q: Gaussian,

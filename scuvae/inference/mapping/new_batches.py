@@ -21,7 +21,6 @@ alike and at once. Three steps that raise F take turns until it stands still:
 All cells are of the one batch: its offsets are looked for as intercepts of the two layers.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -30,6 +29,12 @@ from torch import Tensor, nn
 
 from scuvae.batches import Batch
 from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.mapping.covariate_columns import (
+    known_offsets,
+    known_slopes,
+    with_design,
+    with_offsets,
+)
 from scuvae.inference.refinement.initialization import initial_posteriors
 from scuvae.inference.refinement.refine import THOROUGH, refine
 from scuvae.model import VAE
@@ -58,57 +63,6 @@ class Offset:
     end: float
     n_turns: int
     n_cells: int
-
-
-def with_offsets(model: VAE, offsets: Tensor) -> VAE:
-    """A copy of ``model`` whose covariates have the columns of ``offsets``: see known_offsets."""
-    model = copy.deepcopy(model)
-    decoder = model.decoder
-    assert decoder.offset is not None
-    first, last = offsets.detach().clone().tensor_split([decoder.offset.out_features])
-    decoder.offset.weight = nn.Parameter(first)
-    decoder.offset.in_features = n_columns = first.shape[1]
-    if decoder.linear_path:
-        others = decoder.output.weight.detach()[:, : -decoder.n_covariates]
-        decoder.output.weight = nn.Parameter(torch.cat([others, last], 1))
-        decoder.output.in_features = others.shape[1] + n_columns
-    decoder.n_covariates = n_columns
-    return model
-
-
-def known_offsets(model: VAE) -> Tensor:
-    """What each column of the covariates adds to the first layer and, where there is a linear path,
-    to η below it: (width, columns), or (width + genes, columns)."""
-    decoder = model.decoder
-    if decoder.offset is None:
-        raise ValueError("this decoder was fitted without batches: there is no offset to estimate")
-    first = decoder.offset.weight.detach()
-    if not decoder.linear_path:
-        return first
-    return torch.cat([first, decoder.output.weight.detach()[:, -decoder.n_covariates :]])
-
-
-def with_design(model: VAE, design: Design) -> VAE:
-    """A copy of ``model`` under a design with further levels, each the mean of those known."""
-    wider = with_offsets(model, _widened(known_offsets(model), model.design, design))
-    wider.design = design
-    encoder = wider.encoder
-    if encoder is not None and encoder.n_covariates:
-        for layer in encoder.entered:
-            others, told = layer.weight.detach().tensor_split([-encoder.n_covariates], 1)
-            told = _widened(told, model.design, design)
-            layer.weight = nn.Parameter(torch.cat([others, told], 1))
-            layer.in_features = layer.weight.shape[1]
-        encoder.n_covariates = design.n_columns
-    return wider
-
-
-def _widened(columns: Tensor, known: Design, design: Design) -> Tensor:
-    parts = []
-    for number, (few, many) in enumerate(zip(known.n_levels, design.n_levels, strict=True)):
-        part = columns[:, known.columns_of(number)]
-        parts += [part, part.mean(1, keepdim=True).expand(-1, many - few)]
-    return torch.cat([*parts, columns[:, sum(known.n_levels) :]], 1)
 
 
 def estimate_levels(
@@ -222,6 +176,12 @@ class _Climb:
             offsets = offsets.clone()
             offsets[:, column] = 0.0
         self.model = with_offsets(model, offsets).requires_grad_(False)
+        none = offsets.new_zeros(1, offsets.shape[1])
+        self.batches = [
+            replace(b, covariates=none.expand(len(b), -1)) if b.covariates is None else b
+            for b in cells
+        ]
+        self.n_cells = sum(map(len, self.batches))
         decoder = self.model.decoder
         first = decoder.layers[0]
         assert isinstance(first, nn.Linear)
@@ -232,13 +192,14 @@ class _Climb:
         if decoder.linear_path:
             output = decoder.output
             of_z = output.weight.detach()[:, output.in_features - decoder.n_beside :]
-            self.blocks.append(_Block(output.bias, of_z[:, : model.n_latent], levels[width:]))
-        none = offsets.new_zeros(1, offsets.shape[1])
-        self.batches = [
-            replace(b, covariates=none.expand(len(b), -1)) if b.covariates is None else b
-            for b in cells
-        ]
-        self.n_cells = sum(map(len, self.batches))
+            of_z = of_z[:, : model.n_latent]
+            slopes = known_slopes(self.model)
+            if slopes is not None:  # those of the typical cell, exact with one covariate
+                typical = torch.cat(
+                    [b.covariates for b in self.batches if b.covariates is not None]
+                ).mean(0)
+                of_z = of_z + torch.einsum("gcl,c->gl", slopes, typical)
+            self.blocks.append(_Block(output.bias, of_z, levels[width:]))
         self.covariance, self.kl_weight = covariance, kl_weight
         self.n_samples = 2 * min(4, max(1, round(_ALL_DRAWS / (2 * max(1, self.n_cells)))))
         self.options = THOROUGH | {"kl_weight": kl_weight, "n_samples": self.n_samples}

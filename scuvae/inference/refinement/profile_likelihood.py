@@ -9,7 +9,7 @@ from scuvae.batches.sparse_rows import dense, select
 from scuvae.model import VAE
 
 # Logits of points held at once: 64 MB.
-_NUMBERS = 2**24
+NUMBERS_AT_ONCE = 2**24
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def profile_log_likelihood(model: VAE, batch: Batch, z: Tensor) -> Tensor:
     -------
     (cells, points), in nats.
     """
-    some = z.split(max(1, _NUMBERS // model.n_vars))
+    some = z.split(max(1, NUMBERS_AT_ONCE // model.n_vars))
     if batch.covariates is None:
         return torch.cat([profile_given(model, batch, points, None) for points in some], 1)
     out = z.new_empty(len(batch), len(z))

@@ -1,9 +1,10 @@
 """How far a fit has come, in one dict; and a folder that keeps it, whatever ends the process.
 
-The folder holds the tensors, ``state-N.safetensors``, and ``checkpoint.json``: all else, which
-fit it is of, and the digest of the tensors' file. Each is written under another name, synced and
-renamed; the JSON comes last, and old tensors go after that, so that at any moment the folder holds
-one complete checkpoint, once it held one.
+The folder holds the tensors, ``state-N-R.safetensors`` of each process R, and ``checkpoint.json``:
+all else, which fit it is of, and the digests of the tensors' files. Each is written under another
+name, synced and renamed; the JSON comes last, once every process has written its tensors, and old
+tensors go after that, so that at any moment the folder holds one complete checkpoint, once it held
+one.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from scuvae._random import random_state, set_random_state
 from scuvae.batches import Batch
+from scuvae.inference.training.distributed import ALONE, Processes
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.history import Losses
 from scuvae.inference.training.step import Step
@@ -140,8 +142,10 @@ class Progress:
 
 
 # What the folder's JSON says first: another layout has another number.
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "checkpoint.json"
+# Steps between two questions to other processes, whether one of them wants a checkpoint.
+_ASK_EVERY = 16
 
 
 class Checkpoint:
@@ -158,14 +162,23 @@ class Checkpoint:
         Seconds from a checkpoint to the next.
     fit
         What makes the fit this one, by name: plain values.
+    processes
+        Those that fit together: all keep their state after the same step, in a folder that all of
+        them see.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, every: float, fit: dict[str, Any]
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: float,
+        fit: dict[str, Any],
+        processes: Processes = ALONE,
     ) -> None:
-        self.folder, self.every = Path(folder), every
+        self.folder, self.every, self.processes = Path(folder), every, processes
         self.fit: dict[str, Any] = _plain(fit)
         self._last = time.monotonic()
+        self._n_steps = 0
         self._number = 0
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -195,47 +208,58 @@ class Checkpoint:
                 f"{_FORMAT}): go on with that one, or delete the folder and fit anew"
             )
         _check_same(content["fit"], self.fit, self.folder)
-        tensors = self.folder / content["tensors"]
-        if not tensors.exists() or _digest_of(tensors) != content["sha256"]:
+        part = content["parts"][self.processes.rank]
+        tensors = self.folder / part["tensors"]
+        if not tensors.exists() or _digest_of(tensors) != part["sha256"]:
             raise ValueError(f"{tensors} is damaged or gone: delete the folder, and fit anew")
         self._number = int(content["number"])
-        return _joined(content["state"], load_file(tensors))
+        return _joined(part["state"], load_file(tensors))
 
     def __call__(self, state: Callable[[], dict[str, Any]], last: bool) -> None:
         """After a step, or at the end: write where it is time to."""
         due = last or time.monotonic() - self._last >= self.every
-        if not due and self._signal is None:
+        number = self._signal or 0
+        if self.processes.several:
+            self._n_steps += 1
+            if self._n_steps % _ASK_EVERY and self.every and not last:
+                return
+            # All do the same: what one of them wants.
+            wanted = int(self.processes.most(number or -1 + due))
+            due, number = wanted >= 0, max(wanted, 0)
+        if not due and not number:
             return
         self.write(state())
-        if self._signal == signal.SIGINT:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt(f"interrupted: the fit goes on from {self.folder}")
-        if self._signal is not None:
-            raise SystemExit(128 + self._signal)
+        if number:
+            raise SystemExit(128 + number)
 
     def write(self, state: dict[str, Any]) -> None:
         """Put a state into the folder, in place of the last; not one that holds no numbers."""
-        if not _finite(state["model"]) or not _finite(state["posterior"]):
+        processes = self.processes
+        finite = _finite(state["model"]) and _finite(state["posterior"])
+        if processes.most(not finite):
             return  # training is about to find it out
         self.folder.mkdir(parents=True, exist_ok=True)
         self._number += 1
-        name = f"state-{self._number}.safetensors"
+        name = f"state-{self._number}-{processes.rank}.safetensors"
         tensors: dict[str, Tensor] = {}
         plain = _split(state, "", tensors)
         _put(self.folder / name, lambda path: save_file(_own(tensors), path))
-        content = {
-            "format": _FORMAT,
-            "number": self._number,
-            "fit": self.fit,
-            "tensors": name,
-            "sha256": _digest_of(self.folder / name),
-            "state": plain,
-        }
+        part = {"tensors": name, "sha256": _digest_of(self.folder / name), "state": plain}
+        parts = processes.texts(_text(part))  # all are there, once they are here
+        if not processes.rank:
+            self._write_manifest([json.loads(text) for text in parts])
+        processes.most(0)  # nobody ends before it is written
+        self._last = time.monotonic()
+
+    def _write_manifest(self, parts: list[dict[str, Any]]) -> None:
+        content = {"format": _FORMAT, "number": self._number, "fit": self.fit, "parts": parts}
         text = _text({"sha256": _digest(_text(content).encode()), "content": content})
         _put(self.folder / _MANIFEST, lambda path: path.write_text(text))
         for old in self.folder.glob("state-*"):
-            if old.name != name:
+            if old.name not in [part["tensors"] for part in parts]:
                 old.unlink(missing_ok=True)
-        self._last = time.monotonic()
 
     def __enter__(self) -> "Checkpoint":
         if threading.current_thread() is threading.main_thread():

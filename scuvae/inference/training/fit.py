@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from scuvae._random import permutation
+from scuvae._random import go_apart, permutation
 from scuvae.batches import Batch, Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.batches.spill import release
@@ -23,6 +23,7 @@ from scuvae.inference.posteriors.whitened_pca import MOST_CELLS, WhitenedPCA
 from scuvae.inference.refinement.initialization import encoded
 from scuvae.inference.refinement.refine import LOCAL_STEPS, refine
 from scuvae.inference.training.checkpoint import Checkpoint
+from scuvae.inference.training.distributed import ALONE, Processes
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
@@ -68,6 +69,7 @@ class Start:
     validation: torch.Tensor
     settings: Settings
     arguments: dict[str, Any]
+    processes: Processes = ALONE
 
     @property
     def n_done(self) -> int:
@@ -90,10 +92,12 @@ def start(
     early_stopping: bool,
     seed: int,
     checkpoint: Checkpoint | None = None,
+    processes: Processes = ALONE,
 ) -> Start:
     """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool.
 
-    What a checkpoint holds already takes the place of all this when training begins.
+    What a checkpoint holds already takes the place of all this when training begins. Of several
+    processes each has its own cells, and all start where one alone would.
     """
     state = None if checkpoint is None else checkpoint.read()
     if checkpoint is not None and state is not None:
@@ -101,35 +105,42 @@ def start(
     where = next(model.parameters()).device
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
-    posterior = _posterior(model, cells, training, settings).to(where)
+    n_obs = sum(processes.numbers(len(training)))
+    posterior = _posterior(model, cells, training, settings, processes).to(where)
     table = posterior.rows()
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.measured
     if measured and table is not None:
-        some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
-        start_decoder(model, cells.batch(some), table.mean[some])
+        some = _drawn(training, _MOST_TO_START, processes)
+        means = processes.together(table.mean[some])
+        start_decoder(model, processes.batch(cells.batch(some)), means)
+    processes.alike(*(values for values in model.state_dict().values() if values.numel()))
     precision = None
     if measured and model.likelihood.link != "identity":  # η is no value then: a prior fits all
-        precision = model.decoder.output_precision(len(training))
+        precision = model.decoder.output_precision(n_obs)
     judge = None
-    if len(validation):
+    if processes.most(len(validation)):
         judge = HeldOutCells(
             cells.loader(validation, chunk_on(where, model.n_vars)),
             covariance=settings.covariance,
             local_step=settings.local_step,
+            processes=processes,
         )
     every = max(1, settings.max_epochs // 20)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed((seed + processes.rank) % 2**63)
     refit = None
     if model.prior.learns:
-        some = training[permutation(len(training))[:_MOST_TO_START].sort().values]
+        some = _drawn(training, _MOST_TO_START, processes)
         few = cells.loader(some, chunk_on(where, model.n_vars))
-        refit = partial(_refit_prior, model, posterior, few, settings)
-    arguments = {
+        refit = partial(_refit_prior, model, posterior, few, settings, processes)
+    if processes.several:
+        go_apart(processes.rank, where)
+    batches = cells.loader(training, processes.share(settings.batch_size), order)
+    arguments: dict[str, Any] = {
         "model": model,
         "posterior": posterior,
-        "cells": cells.loader(training, settings.batch_size, order),
-        "n_obs": len(training),
+        "cells": processes.paced(batches),
+        "n_obs": n_obs,
         "optimizer": OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.learning_rate),
         "max_epochs": settings.max_epochs,
         "n_samples": settings.n_samples,
@@ -141,10 +152,12 @@ def start(
         "early_stopping": EarlyStopping(6 * every) if early_stopping and judge else None,
         "after_epoch": refit,
         "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
+        "reduce_gradients": processes.reduce_gradients if processes.several else None,
+        "processes": processes,
     }
     if checkpoint is not None:
         arguments |= {"state": state, "on_step": checkpoint}
-    return Start(model, posterior, cells, training, validation, settings, arguments)
+    return Start(model, posterior, cells, training, validation, settings, arguments, processes)
 
 
 @contextmanager
@@ -174,31 +187,40 @@ def bar(
 
 
 def finish(begun: Start) -> dict[str, np.ndarray]:
-    """After training every cell's posterior under the final decoder: its moments."""
+    """After training every cell's posterior under the final decoder: its moments.
+
+    Of several processes each has those of its own cells.
+    """
     model, posterior, cells, settings = begun.model, begun.posterior, begun.cells, begun.settings
+    processes = begun.processes
     judge, table = begun.held_out, posterior.rows()
     counts = model.likelihood.support == "counts"
     if model.encoder is not None:
-        settling = cells.loader(begun.training, settings.batch_size)
+        settling = cells.loader(begun.training, processes.share(settings.batch_size))
         seen = with_shallow if counts else lambda batch: batch
         model.encoder.settle((dense(batch.x), batch.covariates) for batch in map(seen, settling))
-    if judge is not None and table is not None:
+        averages = [values for values in model.encoder.buffers() if values.is_floating_point()]
+        processes.add(*averages)
+        for values in averages:
+            values /= processes.size
+    if judge is not None and table is not None and len(begun.validation):
         table.store(begun.validation, judge.q())
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
         return _moments(parts, cells, settings)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
-    totals = _totals(model, posterior, cells, settings, 2)
+    totals = _totals(begun, 2)
     totals.give_back()
     totals = GeneTotals(model, DENOISING_DRAWS)
     found = _moments(final_posterior(model, posterior, cells, settings, totals), cells, settings)
+    processes.add(totals.observed, totals.predicted)
     for _ in range(_MOST_ROUNDS):
         off = totals.off
         totals.give_back()
         if off < _OFF:
             break
-        totals = _totals(model, posterior, cells, settings, DENOISING_DRAWS)
+        totals = _totals(begun, DENOISING_DRAWS)
     if off > _FAR_OFF:
         logger.warning(
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
@@ -221,13 +243,12 @@ def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dic
     return found
 
 
-def _totals(
-    model: VAE, posterior: Posterior, cells: Cells, settings: Settings, n_samples: int
-) -> GeneTotals:
-    """Genes' totals by the q that there are."""
-    totals = GeneTotals(model, n_samples)
-    for batch in _everyone(model, cells):
-        totals.add(batch, _present(model, posterior, batch, settings)[0])
+def _totals(begun: Start, n_samples: int) -> GeneTotals:
+    """Genes' totals over the cells of all processes, by the q that there are."""
+    totals = GeneTotals(begun.model, n_samples)
+    for batch in _everyone(begun.model, begun.cells):
+        totals.add(batch, _present(begun.model, begun.posterior, batch, begun.settings)[0])
+    begun.processes.add(totals.observed, totals.predicted)
     return totals
 
 
@@ -274,12 +295,17 @@ def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings)
 
 
 def _refit_prior(
-    model: VAE, posterior: Posterior, cells: Iterable[Batch], settings: Settings
+    model: VAE,
+    posterior: Posterior,
+    cells: Iterable[Batch],
+    settings: Settings,
+    processes: Processes,
 ) -> None:
     """Let a prior that learns see some cells' posteriors."""
     model.eval()
     found = [_present(model, posterior, batch, settings)[0] for batch in cells]
-    model.prior.refit(concatenate(found))
+    model.prior.refit(processes.posterior(concatenate(found)))
+    processes.alike(*model.prior.state_dict().values())
 
 
 def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
@@ -287,7 +313,21 @@ def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:
     return cells.loader(torch.arange(len(cells), device=where), chunk_on(where, model.n_vars))
 
 
-def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Settings) -> Posterior:
+def _drawn(training: torch.Tensor, most: int, processes: Processes) -> torch.Tensor:
+    """Some of all processes' training cells, as one alone draws them: this one's, in order."""
+    n_training = processes.numbers(len(training))
+    before = sum(n_training[: processes.rank])
+    some = permutation(sum(n_training))[:most].sort().values - before
+    return training[some[(some >= 0) & (some < len(training))]]
+
+
+def _posterior(
+    model: VAE,
+    cells: Cells,
+    training: torch.Tensor,
+    settings: Settings,
+    processes: Processes = ALONE,
+) -> Posterior:
     kind = POSTERIORS[scheme_of(settings.amortized)]
     if not kind.has_rows:
         return kind()
@@ -297,8 +337,9 @@ def _posterior(model: VAE, cells: Cells, training: torch.Tensor, settings: Setti
     raw_of_each = like.new_zeros(1, n_raw)
     if LOCAL_STEPS[settings.local_step].pca_start:
         # From random or zero means the decoder needs many epochs to tell the cells apart.
-        some = training[permutation(len(training))[:MOST_CELLS].sort().values]
-        pca = WhitenedPCA(cells.batch(some), settings.n_latent, inputs=model.likelihood.pca_input())
+        some = processes.batch(cells.batch(_drawn(training, MOST_CELLS, processes)))
+        pca = WhitenedPCA(some, settings.n_latent, inputs=model.likelihood.pca_input())
+        processes.alike(pca.basis, pca.centre)
         for batch in cells.loader(training, _AT_ONCE):
             mean[batch.index] = pca(batch)
         diagonal = torch.full((1, settings.n_latent), -1.0)  # a standard deviation of .3

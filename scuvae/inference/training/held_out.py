@@ -12,6 +12,7 @@ from scuvae.distributions.gaussian import Gaussian, concatenate
 from scuvae.inference.posteriors.objectives import elbo
 from scuvae.inference.refinement.initialization import initial_posterior
 from scuvae.inference.refinement.refine import LOCAL_STEPS
+from scuvae.inference.training.distributed import ALONE, Processes
 from scuvae.model import VAE
 
 # Draws that an evaluation takes of each q.
@@ -37,10 +38,20 @@ class HeldOutCells:
         Batches in a fixed order.
     covariance, local_step
         The family of q, and how it is optimised.
+    processes
+        Those whose held-out cells judge together; a process may have none.
     """
 
-    def __init__(self, cells: Iterable[Batch], *, covariance: str, local_step: str) -> None:
+    def __init__(
+        self,
+        cells: Iterable[Batch],
+        *,
+        covariance: str,
+        local_step: str,
+        processes: Processes = ALONE,
+    ) -> None:
         self.cells = cells
+        self.processes = processes
         self.covariance = covariance
         self.local_step = local_step
         self.posterior: list[Gaussian] = []
@@ -66,6 +77,9 @@ class HeldOutCells:
                 total += elbo(model, batch, q, points).elbo.sum().item()
             n_cells += len(batch)
         self.posterior = renewed
+        sums = torch.tensor([total, n_cells], dtype=torch.float64)
+        self.processes.add(sums)
+        total, n_cells = sums.tolist()
         return total / n_cells if math.isfinite(total) else math.nan
 
     def q(self) -> Gaussian:

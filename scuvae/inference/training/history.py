@@ -33,10 +33,13 @@ class Losses:
     ----------
     n_obs, kl_weight
         As in :func:`scuvae.inference.training.loop.train`.
+    first
+        The row number of this process's first cell among those of all.
     """
 
     n_obs: int
     kl_weight: float
+    first: int = 0
     n_epochs: int = 0
     """Epochs read so far."""
     _blocks: list[Tensor] = field(default_factory=list)
@@ -63,7 +66,7 @@ class Losses:
         """Epoch, batch and cells of the last step."""
         begin = self._ends[-2] if len(self._ends) > 1 else 0
         epoch = self.n_epochs + len(self._ends) - 1
-        return epoch, self.n_steps - begin - 1, self._cells[-1].tolist()
+        return epoch, self.n_steps - begin - 1, (self._cells[-1] + self.first).tolist()
 
     def read(self) -> tuple[list[dict[str, float]], Bad | None]:
         """A row for each epoch that was not read yet, in nats a cell; or no rows, and the first
@@ -111,5 +114,5 @@ class Losses:
     def _bad(self, step: int, values: Tensor) -> Bad:
         epoch = sum(end <= step for end in self._ends)
         batch = step - (self._ends[epoch - 1] if epoch else 0)
-        cells = self._cells[step].tolist()
+        cells = (self._cells[step] + self.first).tolist()
         return Bad(values[step].item(), self.n_epochs + epoch, batch, cells, step == 0)

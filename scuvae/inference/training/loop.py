@@ -13,6 +13,7 @@ from scuvae.batches.spill import release
 from scuvae.inference.posteriors import Posterior
 from scuvae.inference.training.checkpoint import HeldOut, Progress
 from scuvae.inference.training.cuda_graphs import steps_over
+from scuvae.inference.training.distributed import ALONE, Processes
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.history import Losses
 from scuvae.inference.training.optimizers import Optimizer
@@ -65,6 +66,7 @@ def train(
     after_epoch: Callable[[], None] | None = None,
     look_every: int = 1,
     reduce_gradients: ReduceGradients | None = None,
+    processes: Processes = ALONE,
     state: dict[str, Any] | None = None,
     on_step: Callable[[Callable[[], dict[str, Any]], bool], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
@@ -78,8 +80,9 @@ def train(
     cells
         Its iteration is an epoch: every training cell in one batch.
     n_obs
-        Number of training cells n: the loss of a batch of B cells weighs n/B, so that its
-        gradient estimates that of all cells; a cell's own parameters are moved by its own loss.
+        Number of training cells n, those of other processes too: the loss of a batch of B cells
+        weighs n/B, so that its gradient estimates that of all cells; a cell's own parameters are
+        moved by its own loss.
     optimizer
         Over the model's parameters, or some; a posterior's rows have their own. On a GPU steps are
         recorded and replayed where it can do all its part there, as those of ``OPTIMIZERS`` but SGD
@@ -98,10 +101,12 @@ def train(
         Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
         ``on_epoch`` is called for every epoch, when it is looked at.
     reduce_gradients
-        Called once a step, after the backward pass and before the optimiser, with the gradients of
-        all parameters that the optimiser has: the one place where those of several processes can be
-        summed, in place. Each process gives the ``n_obs`` of its own cells. Steps are then not
-        recorded.
+        Called once a step, after the backward pass, with the gradients of all parameters that the
+        optimiser has and the number of cells they are from: the one place where those of several
+        processes can be averaged, in place. What it returns, if anything, is called before the
+        optimiser. Steps are then not recorded.
+    processes
+        What all of them have to agree on is decided on sums over their cells.
     state
         What an earlier call gave, with the same arguments: training goes on from there.
     on_step
@@ -126,7 +131,7 @@ def train(
         reduce_gradients=reduce_gradients,
     )
     visits, take = steps_over(cells, step)
-    losses = Losses(n_obs, kl_weight)
+    losses = Losses(n_obs, kl_weight, processes.first)
     progress = Progress(step, cells, losses, held_out, early_stopping)
     if state is not None:
         progress.load_state_dict(state)
@@ -140,7 +145,12 @@ def train(
         step.set_rate(learning_rate_at(epoch / max_epochs))
         _to_training(model)
         for batch, index in visits(progress.begin()):
-            losses.add(take(batch), index)
+            try:
+                losses.add(take(batch), index)
+            except torch.linalg.LinAlgError as error:  # a precision that is no longer positive
+                _restore(last_good or before, model, posterior)
+                visited = [int(row) for row in index]
+                raise TrainingError(math.nan, epoch, progress.batch, visited) from error
             progress.batch += 1
             if on_step is not None:
                 on_step(progress.state_dict, False)
@@ -151,7 +161,7 @@ def train(
         if losses.n_steps < look_every and judge is None and not last_epoch:
             continue
         last_step = losses.last()
-        rows, bad = losses.read()
+        rows, bad = processes.losses(*losses.read())
         if bad is not None:
             # A last step can ruin what only the next loss shows: a first loss that is no number
             # condemns the state that its steps began with.
@@ -159,7 +169,7 @@ def train(
             raise TrainingError(bad.loss, bad.epoch, bad.batch, bad.cells)
         last_good = before
         # The last of the steps has no loss after it that would show what it did.
-        if not _all_finite(model, posterior):
+        if processes.most(not _all_finite(model, posterior)):
             _restore(last_good, model, posterior)
             raise TrainingError(math.nan, *last_step)
         if judge is not None:

@@ -123,6 +123,37 @@ class Settings:
             linear_path=not plain and n_layers > 0,
         )
 
+    def check_memory(self, n_obs: int, n_vars: int, available: float) -> None:
+        """Raise where the least that a fit has in memory is more than there is, in bytes.
+
+        That is the networks with their gradients and, of one step's cells, q and what the decoder
+        has in its narrowest place. All cells' q may lie on disk.
+        """
+        wide, deep, latent = self.n_hidden, self.n_layers, self.n_latent
+        weights = n_vars * latent if not deep else (n_vars + latent + (deep - 1) * wide) * wide
+        covariance = latent * (latent + 1) // 2 if self.covariance == "full" else latent
+        cells = min(self.batch_size, n_obs)
+        arrays = {
+            "n_hidden": 2 * weights,
+            "n_latent": cells * (latent + covariance),
+            "n_samples": cells * min(n_vars, wide if deep else n_vars) * self.n_samples,
+        }
+        needed = 4 * sum(arrays.values())
+        if needed <= available:
+            return
+        largest = max(arrays, key=lambda name: arrays[name])
+        blamed = f"{largest}={getattr(self, largest)}"
+        if largest == "n_hidden" and deep:
+            blamed += f" with n_layers={deep}"
+        elif largest == "n_hidden":  # a linear decoder
+            largest = "n_latent"
+            blamed = f"n_latent={latent}"
+        raise ValueError(
+            f"{blamed}: such a fit of {n_obs:,} cells and {n_vars:,} genes needs "
+            f"{needed / 2**30:,.4g} GiB of memory at least, and there are "
+            f"{available / 2**30:,.4g}. Pass less"
+        )
+
 
 def _measured(optimizer: str, local_step: str) -> bool:
     return optimizer == "adam" and LOCAL_STEPS[local_step].measured

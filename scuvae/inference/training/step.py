@@ -13,8 +13,9 @@ from scuvae.inference.posteriors.objectives import descend
 from scuvae.inference.training.optimizers import Optimizer, load_state, state_of
 from scuvae.model import VAE
 
-# Takes the gradients of all that processes share, once a step, and may put their sum in place.
-ReduceGradients = Callable[[list[Tensor]], None]
+# Takes the gradients of all that processes share and how many cells they are from, once a step, and
+# begins to put in their place those from the cells of all; what it returns, if anything, ends that.
+ReduceGradients = Callable[[list[Tensor], int], Callable[[], None] | None]
 
 
 class Step:
@@ -75,35 +76,51 @@ class Step:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take the step. Returned are sums over the batch, (3,), in nats: reconstruction, KL, and
-        what the posterior minimises beside their loss."""
+        what the posterior minimises beside their loss.
+
+        A batch without cells is one of which other processes have some.
+        """
         model, posterior, kl_weight = self.model, self.posterior, self.kl_weight
+        for parameter in self.parameters:  # as zero_grad does, without its hooks
+            parameter.grad = None
+        if not len(batch):
+            self._move(self._reduced(0))
+            return batch.size_factor.new_zeros(3)
         seen = posterior.seen(model, batch)
         q = posterior(model, seen, kl_weight)
         weight = self.n_obs / len(batch)
-        for parameter in self.parameters:  # as zero_grad does, without its hooks
-            parameter.grad = None
         terms, slope = descend(model, seen, q, self.n_samples, weight=weight, kl_weight=kl_weight)
         losses = F.pad(terms.sums(len(batch)), (0, 1))
         extra = posterior.descend(model, batch, weight=weight, kl_weight=kl_weight)
         if extra is not None:
             losses[2] = extra
+        # Gradients are under way while the rows take their step.
+        end = self._reduced(len(batch))
         posterior.step(model, batch, slope, scale=weight, kl_weight=kl_weight, rate=self._rate)
-        if self.reduce_gradients is not None:
-            self.reduce_gradients(self._gradients())
-        # Of the weights, not of cells: however many processes see these, it counts once.
-        if self.output_precision is not None:
-            output = model.decoder.output.weight
-            if output.grad is not None:
-                output.grad.addcmul_(output.detach(), self.output_precision)
-        self.optimizer.step()
+        self._move(end)
         return losses
 
-    def _gradients(self) -> list[Tensor]:
-        """Of all shared parameters, in one order in every process: zero where a loss has none."""
+    def _reduced(self, n_cells: int) -> Callable[[], None] | None:
+        """Begin to reduce the gradients of all shared parameters, in one order in every process:
+        zero where a loss has none."""
+        if self.reduce_gradients is None:
+            return None
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return self.reduce_gradients(found, n_cells)
+
+    def _move(self, end: Callable[[], None] | None) -> None:
+        """Move what all cells share."""
+        if end is not None:
+            end()
+        # Of the weights, not of cells: however many processes see these, it counts once.
+        if self.output_precision is not None:
+            output = self.model.decoder.output.weight
+            if output.grad is not None:
+                output.grad.addcmul_(output.detach(), self.output_precision)
+        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """All that steps move, by reference as torch has it, in nested dicts of tensors and plain

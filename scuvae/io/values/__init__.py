@@ -1,0 +1,1 @@
+"""The values of a matrix: looked at before any work."""
