@@ -9,7 +9,7 @@ costs next to nothing.
 from importlib import import_module
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SUBMODULES = ("datasets", "external", "get", "io", "pl", "pp", "tl")
 __all__ = ["__version__", *_SUBMODULES]

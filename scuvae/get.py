@@ -5,12 +5,46 @@ from anndata import AnnData
 from torch.distributions import Distribution
 
 from scuvae.io.fit_state import read_entry, read_fit
+from scuvae.io.fit_summary import FitSummary, summary_of
 from scuvae.io.inputs import check_anndata, check_type
 from scuvae.io.slots import read_posterior
 from scuvae.model import VAE
 from scuvae.runtime import isolated
 
-__all__ = ["history", "model", "posterior"]
+__all__ = ["fit", "history", "model", "posterior"]
+
+
+def fit(adata: AnnData, *, key: str | None = None) -> FitSummary:
+    """What a fit is: on what, how, how good, what it wrote and what can be done next.
+
+    Parameters
+    ----------
+    adata, key
+        As in :func:`model`.
+
+    Returns
+    -------
+    An object that prints as some lines, and as a table in a notebook; its ``to_dict()`` has the
+    same as numbers: ``n_obs``, ``epochs``, ``held_out_elbo`` (nats per cell), ...
+
+    Raises
+    ------
+    ValueError
+        ``adata`` holds no fit under ``key``.
+
+    Examples
+    --------
+    >>> import scuvae
+    >>> adata = scuvae.datasets.pbmc68k_counts()[:100].copy()
+    >>> scuvae.tl.fit(adata, max_epochs=2)
+    >>> print(scuvae.get.fit(adata))  # doctest: +ELLIPSIS
+    scuvae fit 'scuvae', made by version ...
+      on          100 cells × 765 genes, values of X
+      model       negative_binomial likelihood, standard_normal prior, 10 latent dimensions ...
+    >>> scuvae.get.fit(adata).to_dict()["epochs"]
+    2
+    """
+    return summary_of(check_type(adata), key)
 
 
 @isolated

@@ -195,3 +195,32 @@ def test_stored_files_can_be_remade() -> None:
     command = [sys.executable, str(DATA / "make.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_treatment_changes_what_the_truth_says() -> None:
+    """Pooled counts against the truth: many donors and cells leave little noise."""
+    adata = datasets.two_conditions(n_donors=24, n_cells=300, depth=3000, rng=5)
+    truth = adata.varm["log2_change"]
+    treated = (adata.obs["condition"] == "treated").to_numpy()
+    assert adata.obs.groupby("donor", observed=True)["condition"].nunique().eq(1).all()
+    for kind in truth:
+        of_type = (adata.obs["cell_type"] == kind).to_numpy()
+        sums = [
+            np.asarray(adata.X[of_type & arm].sum(0), float).ravel() for arm in (treated, ~treated)
+        ]
+        enough = (sums[0] > 500) & (sums[1] > 500)
+        ratio = np.log2(sums[0] / sums[1])
+        ratio -= np.median(ratio[enough])  # composition moves all genes alike
+        off = (ratio - truth[kind].to_numpy())[enough]
+        # Donors: a mean of 12 against one of 12 with sd .15 in ln is .09 in log2.
+        assert np.abs(off).mean() < 0.15
+        assert np.abs(off).max() < 0.6
+    assert adata.X.sum(1).mean() == pytest.approx(3000 * np.exp(0.35**2 / 2), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_donors": 5}, {"n_donors": 2}, {"n_cells": 0}, {"depth": 0}, {"rng": True}]
+)
+def test_wrong_donors(wrong: dict) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        datasets.two_conditions(**wrong)

@@ -14,7 +14,7 @@ from scuvae.cli import command_line
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 README = PAGES["README.md"]
 # Pages whose links are looked at, though nothing in them is run.
@@ -50,7 +50,9 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_parse(command: str) -> None:
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "genes.txt").write_text("CD3D\n")  # which is read with the command's words
     command_line.parser().parse_args(shlex.split(command))
 
 
@@ -88,7 +90,18 @@ def test_paths_exist(page: str) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     assert len(PAGES) > 1
     assert blocks(README, "python")  # what the test of snippets runs is not empty
-    assert {page for page in PAGES if f"]({page})" not in README} == {"README.md"}
+    # Those of docs/site/ are the reference site's own, which lists them.
+    pages = {page for page in PAGES if not page.startswith("docs/site/")}
+    assert {page for page in pages if f"]({page})" not in README} == {"README.md"}
+
+
+def test_the_site_lists_every_page() -> None:
+    index = (ROOT / "docs" / "site" / "index.md").read_text(encoding="utf-8")
+    listed = {line.rstrip(">").split("<")[-1] for line in index.splitlines()}
+    pages = [ROOT / page for page in PAGES if page != "docs/site/index.md"]
+    if (ROOT / "tutorials").exists():  # source distributions go without
+        pages += sorted((ROOT / "tutorials").glob("*.ipynb"))
+    assert not [p for p in pages if p.relative_to(ROOT).with_suffix("").as_posix() not in listed]
 
 
 def test_hooks_run_what_ci_runs() -> None:

@@ -1,114 +1,168 @@
-"""Flags that several commands have, and what their words become."""
+"""Flags: what a verb's keyword arguments are called, take and mean on the command line.
+
+A flag carries the name of its argument, and arguments of one name mean the same in every verb:
+:data:`FLAGS` has each once, and a verb's table (:mod:`scuvae.cli.verbs`) names those that it takes.
+A test compares these tables with the verbs' own signatures.
+"""
 
 import argparse
-import codecs
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-SUFFIXES = (".h5ad", ".zarr")
-# First lines of lists of genes that name none.
-_HEADERS = {
-    *("gene", "genes", "gene_name", "gene_names", "gene_id", "gene_ids", "gene_symbol", "x", "v1"),
-    *("gene_symbols", "symbol", "symbols", "name", "names", "id", "ids", "index", "ensembl_id"),
-    *("feature", "features", "feature_name", "feature_id", "var_names", "gene symbol", "gene name"),
-}
-
-# Flag, type, metavar, help. Names are checked by tl, which knows what is registered.
-Flag = tuple[str, Any, str, str]
-LAYER: Flag = ("--layer", str, "NAME", "layer with the counts, if not X")
-COVARIANCE: Flag = ("--covariance", str, "KIND", "full or diagonal: of a cell's posterior")
-DEVICE: Flag = ("--device", str, "NAME", "auto, cpu, cuda or mps")
-KEY: Flag = ("--key", str, "KEY", "the fit to use, where there are several")
-KEY_ADDED: Flag = ("--key-added", str, "KEY", "name of the slots written (default: X_scuvae, ...)")
-
-# What the command line keeps for itself; every other argument goes to tl under its own name.
-OWN = {"run", "input", "output", "reference", "backed", "verbose", "debug"}
+from scuvae.cli.paths import lines
 
 
-def subcommand(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None] | None = None
-) -> argparse.ArgumentParser:
-    """A parser with the flags of all commands; ``run`` is what main calls."""
-    sub: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    if run is not None:
-        sub.add_argument(
-            "-v",
-            "--verbose",
-            action="count",
-            default=0,
-            help="log what is done; twice for more",
-        )
-        sub.add_argument(
-            "--debug", action="store_true", default=False, help="show the traceback of an error"
-        )
-        sub.set_defaults(run=run)
-    return sub
+@dataclass(frozen=True)
+class Flag:
+    """``takes`` makes an argument's value of a word; None: the flag stands for ``stands_for``.
+
+    ``slot``: the part of AnnData in which there has to be what the flag names.
+    """
+
+    text: str
+    takes: Callable[[str], Any] | None = str
+    metavar: str | None = None
+    slot: str | None = None
+    stands_for: bool = True
+    name: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, group: Any, argument: str) -> None:
+        flag = self.name or f"--{argument.replace('_', '-')}"
+        if self.takes is None:
+            action = "store_true" if self.stands_for else "store_false"
+            flags = [flag if self.stands_for else f"--no-{flag.removeprefix('--')}"]
+            if argument == "progress":
+                flags.insert(0, "-q")
+            group.add_argument(*flags, dest=argument, action=action, help=self.text)
+            return
+        words = {"type": self.takes, "metavar": self.metavar, **self.more}
+        group.add_argument(flag, dest=argument, help=self.text, **words)
 
 
-def passed_on(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in OWN}
+def column(text: str, slot: str = "obs") -> Flag:
+    return Flag(text, str, "COLUMN", slot)
 
 
-def input_and_output(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("input", type=data_path, help=".h5ad or .zarr; never written to")
-    text = ".h5ad or .zarr; if it exists, replaced once the new one is complete"
-    sub.add_argument("-o", "--output", type=data_path, required=True, metavar="FILE", help=text)
-    text = "leave matrices on disk and read them as needed; inputs of 1 GB and more are by default"
-    sub.add_argument("--backed", action="store_true", default=False, help=text)
+def columns(text: str) -> Flag:
+    return Flag(text, str, "COLUMN", "obs", more={"nargs": "+", "action": "extend"})
 
 
-# Any: the class of an argument group is private to argparse.
-def switch(group: Any, flag: str, text: str) -> None:
+def number(text: str, metavar: str = "N") -> Flag:
+    return Flag(text, int, metavar)
+
+
+def fraction(text: str, metavar: str = "F") -> Flag:
+    return Flag(text, float, metavar)
+
+
+def word(text: str, metavar: str = "NAME") -> Flag:
+    return Flag(text, str, metavar)
+
+
+def switch(text: str) -> Flag:
+    """``--x`` passes ``x=True``."""
+    return Flag(text, None)
+
+
+def switch_off(text: str) -> Flag:
     """``--no-x`` passes ``x=False``."""
-    name = flag.removeprefix("--no-").replace("-", "_")
-    group.add_argument(flag, dest=name, action="store_false", help=text)
+    return Flag(text, None, stands_for=False)
 
 
-def progress(sub: argparse.ArgumentParser) -> None:
-    text = "no progress bar"
-    sub.add_argument("-q", "--no-progress", dest="progress", action="store_false", help=text)
+def pairs(text: str) -> Flag:
+    return Flag(text, _pair, "NAME=VALUE", more={"nargs": "+", "action": _Pairs})
 
 
-def data_path(text: str) -> Path:
-    return _path(text, SUFFIXES)
+class _Pairs(argparse.Action):
+    """Stores NAME=VALUE words as a dict."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | dict(values))
 
 
-def model_path(text: str) -> Path:
-    return _path(text, (".scuvae",))
-
-
-def reference_path(text: str) -> Path:
-    return _path(text, (*SUFFIXES, ".scuvae"))
-
-
-def _path(text: str, suffixes: tuple[str, ...]) -> Path:
-    path = Path(text)
-    if path.suffix not in suffixes:
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
-    return path
-
-
-def lines(text: str) -> list[str]:
-    """The names in a file, one a line, as editors, spreadsheets and R write them."""
+def _pair(text: str) -> tuple[str, str | float]:
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE, such as sex=F or age=40")
     try:
-        data = Path(text).read_bytes()
-        # A byte-order mark says which; UTF-8 has one too where Windows wrote it.
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = data.decode("utf-16" if wide else "utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no text in UTF-8"
-        raise argparse.ArgumentTypeError(f"cannot read {text!r}: {why}") from error
-    names = [line.strip().strip("\"'").strip() for line in lines]
-    names = [name for name in names if name]
-    if names and names[0].lower() in _HEADERS:
-        names = names[1:]
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no names")
-    return names
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+class One(argparse.Action):
+    """Stores a single word as it is, several as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
+
+
+class Some(argparse.Action):
+    """Stores words as a list, but the single word ``all`` as it is."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, "all" if values == ["all"] else list(values))
+
+
+def one_or_more(text: str, metavar: str) -> Flag:
+    return Flag(text, str, metavar, more={"nargs": "+", "action": One})
+
+
+def some_or_all(text: str, metavar: str) -> Flag:
+    return Flag(text, str, metavar, more={"nargs": "+", "action": Some})
+
+
+FLAGS: dict[str, Flag] = {
+    "key": word("the fit to use, where there are several", "KEY"),
+    "key_added": word("name of the slots written (default: scuvae, X_scuvae, ...)", "KEY"),
+    "layer": Flag("layer with the counts (default: that of the fit; of a new fit X)", str, "NAME",
+                  "layers"),
+    "genes": Flag("text file with names of genes, one a line (default: all)", lines, "FILE"),
+    "covariance": word("full or diagonal: of a cell's posterior", "KIND"),
+    "local_step": word("natural or gradient: how a cell's posterior is updated"),
+    "max_steps": number("local steps at most"),
+    "max_epochs": number("stop after so many passes over the cells"),
+    "batch_size": number("cells in a batch"),
+    "learning_rate": fraction("step size of the optimizer"),
+    "n_samples": number("draws per cell: more take longer and vary less"),
+    "n_reference": number("reference cells at most; of more, so many drawn at random"),
+    "polish": Flag(
+        "further steps on each posterior; with the word moments, then its moments as they are",
+        str,
+        "moments",
+        more={"nargs": "?", "const": True},
+    ),
+    "device": word("auto, cpu, cuda or mps"),
+    "rng": number("seed of all draws", "SEED"),
+    "progress": switch_off("no progress bar, and no lines in its place"),
+}  # fmt: skip
+
+
+def choose(names: Sequence[str], own: dict[str, Flag]) -> dict[str, Flag]:
+    """The flags of some arguments: a verb's ``own``, or what is said of all."""
+    return {name: own.get(name) or FLAGS[name] for name in names}
+
+
+def passed_on(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of a verb's arguments that were given: defaults stand in the verb alone."""
+    return {name: value for name, value in vars(args).items() if name in names}

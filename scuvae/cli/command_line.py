@@ -2,28 +2,24 @@
 
 import argparse
 from collections.abc import Sequence
-from types import ModuleType
 
 import scuvae.cli.demo_command as demo_command
-import scuvae.cli.fit_command as fit_command
 import scuvae.cli.model_command as model_command
-import scuvae.cli.project_command as project_command
+import scuvae.cli.plot_command as plot_command
+import scuvae.cli.verb_command as verb_command
 from scuvae import __version__
-from scuvae.cli.arguments import subcommand
-from scuvae.cli.messages import Terminated, messages, one_line, say, terminable
-
-COMMANDS: dict[str, ModuleType] = {
-    "fit": fit_command,
-    "project": project_command,
-    "model": model_command,
-    "demo": demo_command,
-}
+from scuvae.cli.messages import Terminated, located, messages, say, terminable
+from scuvae.cli.parsers import Parser, subcommand, unknown
+from scuvae.cli.thread_limit import use_threads
+from scuvae.cli.verbs import CHECKS, VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if rest:
+        unknown(args.parser, rest)
     try:
-        with terminable(), messages(args.verbose):
+        with terminable(), messages(args.verbose), use_threads(args.threads):
             args.run(args)
     except KeyboardInterrupt:
         return say("interrupted", 130)
@@ -32,18 +28,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        return say(f"error: {one_line(error)}", 1)
+        return say(f"error: {located(error, args)}", 1)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="scuvae",
         description="Variational autoencoders for single-cell counts, with or without an encoder.",
+        epilog="scuvae COMMAND --help says what each takes. Flags have the names of the arguments "
+        "of scuvae's functions.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"scuvae {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.add(subcommand(commands, name, command.TEXT, getattr(command, "run", None)))
+    for name, verb in VERBS.items():
+        verb_command.add(commands, name, verb)
+    text = "check a fit: what it predicts, or how far its intervals can be trusted"
+    kinds = subcommand(commands, "check", text).add_subparsers(
+        title="checks", required=True, metavar="CHECK"
+    )
+    for name, verb in CHECKS.items():
+        verb_command.add(kinds, name, verb)
+    plot_command.add(commands, "plot")
+    model_command.add(commands, "model")
+    demo_command.add(commands, "demo")
     return top

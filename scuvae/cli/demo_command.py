@@ -2,14 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from scuvae.cli.arguments import passed_on, progress
-from scuvae.cli.files import checked_output, write
+from scuvae.cli.arguments import FLAGS, passed_on
+from scuvae.cli.files import checked_output, unclobbered, write
+from scuvae.cli.parsers import runs, subcommand
+from scuvae.cli.verb_command import add_no_clobber
 
 TEXT = "fit 700 real cells with and without an encoder, and draw both"
 
 
-def add(sub: argparse.ArgumentParser) -> None:
+def add(commands: Any, name: str) -> None:
+    sub = subcommand(commands, name, TEXT, "[flags]")
     sub.add_argument(
         "-o",
         "--output",
@@ -18,14 +22,22 @@ def add(sub: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for demo.h5ad and the pictures, made if missing (default: %(default)s)",
     )
-    progress(sub)
+    add_no_clobber(sub)
+    FLAGS["progress"].add(sub, "progress")
+    runs(sub, run)
 
 
 def run(args: argparse.Namespace) -> None:
+    file = args.output / "demo.h5ad"
+    if args.no_clobber:
+        unclobbered(args, {"output": file})
+    if args.dry_run:
+        print(f"writes     {file} and pictures beside it\ndry run: nothing was computed or written")
+        return
     args.output.mkdir(parents=True, exist_ok=True)
-    output = checked_output(args.output / "demo.h5ad")
+    output = checked_output(file)
     from scuvae import _demo
 
-    adata, report = _demo.run(args.output, **passed_on(args))
+    adata, report = _demo.run(args.output, **passed_on(args, ["progress"]))
     write(adata, output)
     print(report)

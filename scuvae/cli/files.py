@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,24 @@ def checked_output(output: Path, *inputs: Path) -> Path:
     return checked_target(output, folder=zarr)
 
 
+def unclobbered(args: argparse.Namespace, targets: dict[str, Path]) -> None:
+    """With --no-clobber, raise if one of the outputs is there."""
+    for name, target in targets.items():
+        if args.no_clobber and os.path.lexists(target):
+            raise ValueError(f"{getattr(args, name)} exists, and stays as it is (--no-clobber)")
+
+
 def opened(
-    args: argparse.Namespace, output: Path
+    args: argparse.Namespace, output: Path, *, fitted: bool = False
 ) -> tuple["AnnData", Callable[["AnnData", Path], None]]:
-    """The input, and what writes it with the results: a large one's matrices stay on disk."""
+    """The input, and what writes it with the results: a large one's matrices stay on disk.
+
+    ``fitted``: the input holds a fit, which is read as well.
+    """
     path, like = args.input, args.input.suffix == output.suffix
     if args.backed and not like:
         raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
-    from scuvae.io.backed_files import bytes_of, open_backed, write_backed
+    from scuvae.io.backed_files import add_backed, bytes_of, open_backed, write_backed
 
     if not _stays_on_disk(args, output):
         adata = read(path)
@@ -54,9 +65,23 @@ def opened(
 
     def copy(adata: "AnnData", target: Path) -> None:
         with replacing(target) as new:
-            write_backed(adata, path, new, getattr(args, "key_added", None))
+            if fitted:
+                add_backed(adata, path, new)
+            else:
+                write_backed(adata, path, new, getattr(args, "key_added", None))
 
-    return _reading(open_backed, path), copy
+    return _reading(partial(open_backed, slots=fitted), path), copy
+
+
+def read_slots(args: argparse.Namespace) -> "AnnData":
+    """The input, for a command that does not write it: a large one's matrices stay on disk."""
+    from scuvae.io.backed_files import is_large, open_backed
+
+    path = args.input
+    # A path that is not there: the reader says so.
+    if args.backed or (path.exists() and is_large(path)):
+        return _reading(partial(open_backed, slots=True), path)
+    return read(path)
 
 
 def reading(args: argparse.Namespace) -> "AnnData":
@@ -133,19 +158,10 @@ def write(adata: "AnnData", target: Path) -> None:
         ) from error
 
 
+def write_text(text: str, target: Path) -> None:
+    with replacing(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 def _write(adata: "AnnData", path: Path) -> None:
     adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
-
-
-def described(model: "AnnData") -> str:
-    """What a model file holds, some lines."""
-    from scuvae._keys import DEFAULT
-
-    entry = model.uns[DEFAULT]
-    params, history = entry["params"], entry["history"]
-    width = max(len(name) for name in params)
-    lines = [f"{name:<{width}}  {value}" for name, value in sorted(params.items())]
-    numbers = sum(a.size for part in entry["state"].values() for a in part.values())
-    genes = ", ".join([*model.var_names[:5], *(["..."] if model.n_vars > 5 else [])])
-    lines += [f"{'parameters':<{width}}  {numbers:,}", f"{'epochs':<{width}}  {len(history)}"]
-    return "\n".join([*lines, f"{'genes':<{width}}  {model.n_vars:,}: {genes}"])

@@ -1,5 +1,6 @@
 """What the command line says, and how it ends."""
 
+import argparse
 import logging
 import signal
 import sys
@@ -34,13 +35,18 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def messages(verbose: int) -> Iterator[None]:
-    """scuvae's log and Python's warnings as plain lines on stderr."""
-    logger = logging.getLogger("scuvae")
+    """scuvae's log and Python's warnings as plain lines on stderr.
+
+    Where a bar would be drawn on a terminal and there is none, now and then a line says how far
+    training has come.
+    """
+    logger, progress = logging.getLogger("scuvae"), logging.getLogger("scuvae.progress")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("scuvae: %(message)s"))
-    level = logger.level
+    levels = logger.level, progress.level
     logger.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    progress.setLevel(logging.INFO)
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         say(f"warning: {' '.join(str(message).split())}")
@@ -56,7 +62,8 @@ def messages(verbose: int) -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(levels[0])
+        progress.setLevel(levels[1])
 
 
 def say(text: str, status: int = 0) -> int:
@@ -71,3 +78,10 @@ def one_line(error: Exception) -> str:
     if text and isinstance(error, EXPECTED):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)" if text else type(error).__name__
+
+
+def located(error: Exception, args: argparse.Namespace) -> str:
+    """:func:`one_line`, after the command and the file that it was about."""
+    text, file = one_line(error), str(getattr(args, "input", ""))
+    where = f"{args.command} {file}" if file and file not in text else str(args.command)
+    return f"{where}: {text}"

@@ -1,9 +1,12 @@
 """Files whose matrices stay on disk: opened, and written anew with what a call has added."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset, write_elem
 
@@ -23,15 +26,22 @@ def is_large(path: Path) -> bool:
     return bytes_of(path) >= LARGE
 
 
-def open_backed(path: Path) -> AnnData:
+# What is not a matrix of cells and genes, and fits memory.
+_SLOTS = ("uns", "obsm", "varm", "obsp", "varp")
+
+
+def open_backed(path: Path, *, slots: bool = False) -> AnnData:
     """An AnnData whose matrices, X and layers, are those of an .h5ad file or a .zarr store.
 
-    Of the rest it has ``obs`` and ``var``. Other than anndata's backed mode it leaves layers on
-    disk too, and opens .zarr. The file stays open for as long as its matrices are in use.
+    Of the rest it has ``obs`` and ``var``, and with ``slots`` all. Other than anndata's backed mode
+    it leaves layers on disk too, and opens .zarr. The file stays open for as long as its matrices
+    are in use.
     """
     file = _opened(path, "r")
     layers = file.get("layers", {})
+    rest = {name: read_elem(file[name]) for name in _SLOTS if slots and name in file}
     return AnnData(
+        **rest,
         X=_matrix(file["X"]) if "X" in file else None,
         obs=read_elem(file["obs"]),
         var=read_elem(file["var"]),
@@ -44,12 +54,7 @@ def write_backed(adata: AnnData, source: Path, target: Path, key: str | None) ->
 
     ``key`` names a fit, of which nothing that the file has outlives the new one.
     """
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
-    file = _opened(target, "r+")
-    try:
+    with _copied(source, target) as file:
         keys = Keys.of(key)
         for group, slots in (
             ("obsm", keys.obsm),
@@ -65,6 +70,35 @@ def write_backed(adata: AnnData, source: Path, target: Path, key: str | None) ->
                 write_elem(file, group, {})
             for name, value in values.items():
                 write_elem(file[group], name, value)
+
+
+def add_backed(adata: AnnData, source: Path, target: Path) -> None:
+    """A copy of ``source`` with what a verb made of ``adata``, opened from there with its slots.
+
+    X and the layers that are on disk are as they were; layers in memory are new.
+    """
+    with _copied(source, target) as file:
+        for name in ("obs", *_SLOTS):
+            if name in file:
+                del file[name]
+            write_elem(file, name, adata.obs if name == "obs" else dict(getattr(adata, name)))
+        new = {name: layer for name, layer in adata.layers.items() if isinstance(layer, np.ndarray)}
+        if new and "layers" not in file:
+            write_elem(file, "layers", {})
+        for name, layer in new.items():
+            write_elem(file["layers"], name, layer)
+
+
+@contextmanager
+def _copied(source: Path, target: Path) -> Iterator[Any]:
+    """A copy, open to be changed."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+    file = _opened(target, "r+")
+    try:
+        yield file
     finally:
         if hasattr(file, "close"):
             file.close()

@@ -51,6 +51,11 @@ class VAE(nn.Module):
         self.prior = StandardNormal(decoder.n_latent) if prior is None else prior
         self.design = design or Design()
 
+    def extra_repr(self) -> str:
+        """The first line of what ``print`` shows."""
+        numbers = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.n_latent} latent dimensions -> {self.n_vars} genes, {numbers:,} parameters"
+
     @property
     def n_latent(self) -> int:
         return self.decoder.n_latent

@@ -1,5 +1,7 @@
 """Where refinement moved the cells: from the encoder's means to the refined ones."""
 
+from os import PathLike
+
 import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
@@ -8,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 
 from .._checks import whole
-from ._cells import categories, coloured
+from ._cells import categories, coloured, legend_width
 from ._common import finish, point_size
 from ._latent import bare, coordinates, latent, slots
 
@@ -27,6 +29,7 @@ def refinement_arrows(
     max_arrows: int = 300,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """An arrow for each cell, from the encoder's posterior mean to the refined one.
@@ -62,6 +65,9 @@ def refinement_arrows(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -111,7 +117,7 @@ def refinement_arrows(
 
     own = ax is None
     if ax is None:
-        size = (4.2, 3.9) if groups is None else (6.2, 3.9)
+        size = (4.2 + legend_width(groups), 3.9)
         _, ax = plt.subplots(figsize=size, layout="constrained")
     x, y = place[moved].T
     ax.scatter(x, y, s=point_size(len(moved)), c=GROUND, linewidths=0, rasterized=True)
@@ -138,7 +144,7 @@ def refinement_arrows(
     which = "all" if len(arrows) == len(moved) else f"{len(arrows):,} of"
     said = "" if share is None else f"\nthe plane shows {share:.0%} of the squared moves"
     ax.set_title(f"Encoder to refined means, {which} {len(moved):,} cells{said}", fontsize="medium")
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _means(

@@ -1,6 +1,7 @@
 """Whether posterior intervals cover what they should."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def calibration(
     key: str | None = None,
     ax: Sequence[Axes] | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> list[Axes] | Figure | None:
     """Coverage of central posterior intervals against their nominal level.
@@ -42,6 +44,9 @@ def calibration(
         Two axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -109,7 +114,7 @@ def calibration(
     right.legend(
         frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), borderpad=0
     )
-    return finish(axes, left, own=ax is None, show=show, return_fig=return_fig)
+    return finish(axes, left, own=ax is None, show=show, save=save, return_fig=return_fig)
 
 
 def _predicted(ratio: np.ndarray) -> np.ndarray:

@@ -102,6 +102,19 @@ def category_colours(
     return dict(zip(names, colours(len(names)), strict=True))
 
 
+# A legend's lines a column, and inches that a column takes beside its longest name, per letter.
+_ROWS, _MARK, _LETTER = 15, 0.45, 0.075
+
+
+def legend_width(groups: pd.Categorical | None) -> float:
+    """Inches that a legend of the categories takes beside the axes."""
+    if groups is None:
+        return 0.0
+    names = [str(name) for name in groups.categories]
+    columns = 1 + (len(names) - 1) // _ROWS
+    return columns * (_MARK + _LETTER * max(map(len, names), default=0))
+
+
 def coloured(
     ax: Axes, adata: AnnData, groupby: str, groups: pd.Categorical, drawn: np.ndarray
 ) -> np.ndarray:
@@ -123,7 +136,8 @@ def coloured(
         fontsize="small",
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
-        ncols=1 + (len(handles) - 1) // 15,
+        ncols=1 + (len(handles) - 1) // _ROWS,
+        columnspacing=1.0,
     )
     colours_of_cells: np.ndarray = palette[groups.codes]
     return colours_of_cells

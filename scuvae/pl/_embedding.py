@@ -1,6 +1,7 @@
 """Per-cell scores of a fit on a two-dimensional embedding."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ USUAL = ("scale", "neighbor_stability", "elbo", "novelty", "amortization_gap")
 def embedding_scores(
     adata: AnnData,
     *,
-    basis: str = "umap",
+    basis: str | None = None,
     key: str | None = None,
     color: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> list[Axes] | Figure | None:
     """Cells on an embedding, coloured by how well their posterior was found and how wide it is.
@@ -46,6 +48,7 @@ def embedding_scores(
         :func:`scuvae.external.scvi.refine`.
     basis
         The embedding, ``obsm["X_umap"]`` or ``obsm["umap"]`` for ``"umap"``; its first two columns.
+        None: the UMAP where there is one, else the fit's own map (:func:`scuvae.tl.embed`).
     key
         The fit; None for the default.
     color
@@ -59,6 +62,9 @@ def embedding_scores(
         Axes to draw in, one per panel; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -89,7 +95,7 @@ def embedding_scores(
         names = [color] if isinstance(color, str) else list(color)
     if not names:
         raise ValueError("color is empty: pass one or several scores, such as 'amortization_gap'")
-    place, label = coordinates(adata, basis)
+    place, label = coordinates(adata, basis or _basis(adata, key))
     values = [_values(adata, key, name) for name in names]
 
     own = ax is None
@@ -97,7 +103,7 @@ def embedding_scores(
     for panel, name, value in zip(axes, names, values, strict=True):
         _draw(panel, place, name, value)
         bare(panel, label)
-    return finish(axes, axes[0], own=own, show=show, return_fig=return_fig)
+    return finish(axes, axes[0], own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _usual(adata: AnnData, key: str | None) -> list[str]:
@@ -116,6 +122,12 @@ def _usual(adata: AnnData, key: str | None) -> list[str]:
             f"posteriors. {near(keys.scale, adata.obsm)}"
         )
     return found
+
+
+def _basis(adata: AnnData, key: str | None) -> str:
+    """The UMAP, or the fit's map where there is none."""
+    own = slots(adata, key).embed
+    return own if own in adata.obsm and not {"X_umap", "umap"} & set(adata.obsm) else "umap"
 
 
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What the encoder costs the cells of each category."""
 
+from os import PathLike
 from typing import Any
 
 import matplotlib as mpl
@@ -21,6 +22,7 @@ def amortization_gap(
     key: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """Amortization gap per cell by category, as box plots; the largest median is at the top.
@@ -44,6 +46,9 @@ def amortization_gap(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -125,7 +130,7 @@ def amortization_gap(
     said += left_out(int((labelled & ~measured).sum()), adata.n_obs, "have no gap")
     ax.set_xlabel(f"Amortization gap (nats per cell){said}")
 
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _scale(ax: Axes, whiskers: float, values: np.ndarray) -> bool:

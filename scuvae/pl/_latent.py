@@ -43,10 +43,11 @@ def coordinates(adata: AnnData, basis: str) -> tuple[np.ndarray, str]:
                 )
             name = slot.removeprefix("X_")
             names = {"umap": "UMAP", "pca": "PC", "tsne": "tSNE"}
-            return values[:, :2], names.get(name, f"{name} ") + "{}"
+            known = "Map " if name.endswith("_embed") else f"{name} "
+            return values[:, :2], names.get(name, known) + "{}"
     advice = ""
     if basis in ("umap", "X_umap"):
-        slot = Keys.of(None).mean
+        slot = Keys.of(None).embed
         advice = (
             f" Call scanpy.pp.neighbors(adata, use_rep={slot!r}) and scanpy.tl.umap(adata) first."
         )

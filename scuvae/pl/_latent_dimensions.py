@@ -1,6 +1,7 @@
 """How much each latent dimension of a fit is used."""
 
 from collections.abc import Sequence
+from os import PathLike
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,7 @@ def latent_dimensions(
     keys: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """Average KL to the prior along each principal axis of the latent space, one line per fit.
@@ -36,6 +38,9 @@ def latent_dimensions(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -77,4 +82,4 @@ def latent_dimensions(
     ax.set_xlabel("Principal latent axis")
     ax.set_ylabel("KL to the prior (nats per cell)")
     ax.legend(frameon=False)
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)

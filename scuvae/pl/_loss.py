@@ -1,6 +1,7 @@
 """How the loss fell while fitting."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,13 +22,15 @@ def loss(
     keys: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """Loss against epoch, one line per fit.
 
     Solid: the training loss. Dashed, where it was measured: minus the ELBO of held-out cells. Both
-    are in nats per cell, lower is better. The loss axis is logarithmic when every value is
-    positive.
+    are in nats per cell, lower is better; a dot marks the best held-out cells. The loss axis is
+    logarithmic when every value is positive, and holds what comes after the first tenth of the
+    epochs: where lines begin far above, they enter from there.
 
     Parameters
     ----------
@@ -39,6 +42,9 @@ def loss(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -76,16 +82,19 @@ def loss(
 
     drawn = []
     held_out = False
-    for key, colour in zip(chosen, colours(len(chosen)), strict=True):
+    for i, (key, colour) in enumerate(zip(chosen, colours(len(chosen)), strict=True)):
         history = histories[key]
-        drawn.append(_line(ax, history["loss"], color=colour, linewidth=1.0, label=key))
+        # A refined fit has the history of the one that it came from: both are to be seen.
+        hidden = any(history.equals(histories[later]) for later in chosen[i + 1 :])
+        width = 3.0 if hidden else 1.0
+        drawn.append(_line(ax, history["loss"], color=colour, linewidth=width, label=key))
         if "validation_elbo" in history and history["validation_elbo"].notna().any():
             held_out = True
-            drawn.append(
-                _line(ax, -history["validation_elbo"], color=colour, linewidth=1.0, linestyle="--")
-            )
+            lost = -history["validation_elbo"]
+            drawn.append(_line(ax, lost, color=colour, linewidth=width, linestyle="--"))
+            ax.scatter(lost.idxmin(), lost.min(), s=14, color=colour, zorder=3)
 
-    _scale(ax, np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in drawn]))
+    _scale(ax, drawn)
     ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     ax.set_xlabel("Epoch")
     ax.set_ylabel("Loss (nats per cell)")
@@ -99,7 +108,7 @@ def loss(
         where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     ax.legend(handles=handles, frameon=False, fontsize="small", **where)
 
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _history(adata: AnnData, key: str) -> pd.DataFrame:
@@ -117,13 +126,34 @@ def _line(ax: Axes, values: pd.Series, **style: Any) -> Line2D:
     return line
 
 
-def _scale(ax: Axes, values: np.ndarray) -> None:
+def _scale(ax: Axes, drawn: list[Line2D]) -> None:
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in drawn])
     values = values[np.isfinite(values)]
-    if not len(values) or values.min() <= 0:
+    if not len(values):
         return
-    ax.set_yscale("log")
-    if values.max() / values.min() < 10:
+    if values.min() > 0:
+        ax.set_yscale("log")
+    low, high = float(values.min()), float(values.max())
+    late = [_late(line) for line in drawn]
+    top = max((float(part.max()) for part in late if len(part)), default=high)
+    # A start that takes more than half of the height hides how the fits end.
+    if top > low and high - top > top - low:
+        high = top
+        margin = 0.06 * (high - low)
+        ax.set_ylim(low - margin if low > margin or low <= 0 else low, high + margin)
+    if values.min() > 0 and high / low < 10:
         # Within one decade a log axis would have one tick or none; round numbers read better.
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _late(line: Line2D) -> np.ndarray:
+    """A line's finite values after the first tenth of its epochs."""
+    x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+    seen = np.isfinite(y)
+    if not seen.any():
+        return y[seen]
+    first, last = x[seen].min(), x[seen].max()
+    found: np.ndarray = y[seen & (x >= first + 0.1 * (last - first))]
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def observed_vs_predicted(
     max_points: int = 200_000,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> list[Axes] | Figure | None:
     """Observed value against predicted value, one panel per fit.
@@ -52,6 +54,9 @@ def observed_vs_predicted(
         Axes to draw in, one per panel; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -97,7 +102,7 @@ def observed_vs_predicted(
         if i % COLUMNS == 0 or not own:
             panel.set_ylabel(f"Observed {kind}")
 
-    return finish(axes, axes[0], own=own, show=show, return_fig=return_fig)
+    return finish(axes, axes[0], own=own, show=show, save=save, return_fig=return_fig)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """How well cells are modelled, by how much was counted of them."""
 
+from os import PathLike
+
 import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
@@ -8,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .._keys import Keys
-from ._cells import categories, coloured, left_out, scores
+from ._cells import categories, coloured, left_out, legend_width, scores
 from ._common import BLOCK, finish, fits, fitted_to, point_size
 
 
@@ -20,6 +22,7 @@ def elbo_by_size(
     layer: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """ELBO against library size, one point per cell.
@@ -45,6 +48,9 @@ def elbo_by_size(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -84,7 +90,7 @@ def elbo_by_size(
 
     own = ax is None
     if ax is None:
-        size = (4.2, 3.2) if groups is None else (6.2, 3.2)
+        size = (4.2 + legend_width(groups), 3.2)
         _, ax = plt.subplots(figsize=size, layout="constrained")
     colour = np.full((adata.n_obs, 4), (0.0, 0.0, 0.0, 1.0))
     if groups is not None and groupby is not None:
@@ -108,7 +114,7 @@ def elbo_by_size(
     ax.set_xlabel(f"{what} {n_genes:,} genes{said}")
     ax.set_ylabel("ELBO (nats per cell)")
 
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _known(adata: AnnData) -> list[str]:

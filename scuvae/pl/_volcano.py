@@ -1,6 +1,7 @@
 """Change and probability of each gene."""
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,8 @@ GROUND = "0.75"
 LEAST = 1e-12
 # The height of a label, in parts of the axes.
 _LINE = 0.055
+# What the names take at either side, in parts of the range of changes.
+_ROOM = 0.3
 
 
 def volcano(
@@ -29,6 +32,7 @@ def volcano(
     n_genes: int = 10,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """log2 change of each gene against the probability that it is none.
@@ -48,11 +52,14 @@ def volcano(
     fdr
         The expected share of false genes in the list.
     n_genes
-        Genes of the list to name, those with the highest |score|.
+        Genes of the list to name, those with the highest absolute scores.
     ax
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -98,9 +105,17 @@ def volcano(
     score = np.abs(np.asarray(found["scores"][group], dtype=float))
     named = np.flatnonzero(listed)
     best = named[np.argsort(-score[named], kind="stable")[:n_genes]]
-    # In a column at their side, with a line to each: the surest genes lie all at one height.
+    # In a column at their side, with a line to each: the surest genes lie all at one height. The
+    # highest is named first, of several the outermost, so that lines hardly cross; the axis makes
+    # room for the names.
+    low, high = float(change.min()), float(change.max())
+    room = _ROOM * (high - low)
     for side, genes in (("right", best[change[best] > 0]), ("left", best[change[best] <= 0])):
-        for row, gene in enumerate(genes):
+        if side == "right" and len(genes):
+            ax.set_xlim(right=high + room)
+        elif len(genes):
+            ax.set_xlim(left=low - room)
+        for row, gene in enumerate(genes[np.lexsort((-np.abs(change[genes]), sure[genes]))]):
             ax.annotate(
                 str(found["names"][group][gene]),
                 (change[gene], sure[gene]),
@@ -109,7 +124,12 @@ def volcano(
                 ha=side,
                 va="top",
                 fontsize="small",
-                arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": "0.7",
+                    "linewidth": 0.5,
+                    "relpos": (0 if side == "right" else 1, 0.5),
+                },
             )
     ax.set_yscale("log")
     ax.set_ylim(2, min(float(sure.min()), 0.1) / 3)
@@ -118,7 +138,7 @@ def volcano(
     ax.set_xlabel(f"log2 change, {group} against {reference}")
     ax.set_ylabel("1 − probability of a change")
     ax.set_title(f"{listed.sum():,} genes, {fdr:.0%} expected to be false", fontsize="medium")
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _result(adata: AnnData, slot: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ _MOST_ROUNDS, _OFF, _FAR_OFF = 4, 0.02, 0.2
 _LOOK_EVERY = 64
 # Cells that a pass over all takes at once where each costs next to nothing.
 _AT_ONCE = 8192
+# Between two lines about progress where there is no bar.
+SECONDS_A_LINE = 15.0
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,24 @@ def start(
 def bar(
     name: str, max_epochs: int, progress: bool | None, n_done: int = 0
 ) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A bar over the epochs, and what to call with the row of each."""
+    """A bar over the epochs, and what to call with the row of each.
+
+    Where there is none for want of a terminal, a line in the log ``scuvae.progress`` now and then.
+    """
     hidden = not show_progress(progress)
+    lines = hidden and progress is None
+    said, epoch = monotonic(), n_done
     with tqdm(total=max_epochs, initial=n_done, desc=name, disable=hidden) as shown:
 
         def on_epoch(row: dict[str, float]) -> None:
+            nonlocal said, epoch
+            epoch += 1
             shown.update()
             shown.set_postfix(loss=f"{row['loss']:.1f}")
+            if lines and monotonic() - said > SECONDS_A_LINE:
+                said = monotonic()
+                line = "%s: epoch %d of at most %d, loss %.1f nats per cell"
+                logger.getChild("progress").info(line, name, epoch, max_epochs, row["loss"])
 
         yield on_epoch
 

@@ -1,0 +1,25 @@
+"""How many threads a command may take."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def use_threads(n: int | None) -> Iterator[None]:
+    """At most ``n`` by torch, numba and the libraries of numpy and scipy; None leaves them."""
+    if n is None:
+        yield
+        return
+    import numba
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    with threadpool_limits(n):
+        torch.set_num_threads(n)
+        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            numba.set_num_threads(before[1])
