@@ -9,9 +9,9 @@ from scipy import sparse as sp
 
 from scuvae._checks import flag, names, random_generator, random_state_alias, real
 from scuvae._keys import check_name
+from scuvae.batches.split_counts import split_counts
 from scuvae.io import inputs
 from scuvae.io.slots import target
-from scuvae.io.split_counts import split_counts
 from scuvae.runtime import isolated
 
 

@@ -12,12 +12,12 @@ from scipy import sparse as sp
 from scuvae._checks import random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT
 from scuvae.batches.sparse_rows import dense
+from scuvae.batches.split_counts import split_counts
 from scuvae.distributions.quasi_random import normal_points
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import read_posterior
-from scuvae.io.split_counts import split_counts
 from scuvae.runtime import CHUNK, isolated
 from scuvae.tl._fit import fit
 
