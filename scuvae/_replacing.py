@@ -72,8 +72,11 @@ def temporary(target: Path) -> Iterator[Path]:
     while True:
         prefix = f".{target.name[:50]}{MARK}"
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-        lock = _locked(folder, wait=True)
-        # Between the two lines above it may have been taken for one that was left.
+        # Between these lines it may be taken for one that was left.
+        try:
+            lock = _locked(folder, wait=True)
+        except FileNotFoundError:
+            continue
         if folder.is_dir():
             break
         _unlock(lock)

@@ -641,7 +641,7 @@ def test_fits_under_two_names_do_not_meet() -> None:
         now = fingerprint(adata)[slot]
         before = first[slot]
         if slot == "obs":
-            now, before = now["columns"], before["columns"]
+            now, before = (dict(zip(t["order"], t["columns"], strict=True)) for t in (now, before))
         assert {name: now[name] for name in before} == before
 
 

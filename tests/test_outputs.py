@@ -5,7 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,8 @@ def test_threads_write_side_by_side(tmp_path: Path) -> None:
                 new.write_text(str(number % 2) * 1000)
             sweep(tmp_path)
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # which raises what a thread did
     assert names(tmp_path) == {"0.txt", "1.txt"}
     for number in range(2):
         assert (tmp_path / f"{number}.txt").read_text() == str(number) * 1000

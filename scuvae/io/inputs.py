@@ -129,7 +129,8 @@ def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:
         values = _by_gene(adata, mask_var)
     if getattr(values, "hasnans", False):
         raise ValueError(f"{name} is missing for {int(pd.isna(values).sum())} genes: fill it")
-    mask = np.asarray(values)
+    # pandas 2.1 makes objects of its nullable bools.
+    mask = np.asarray(values, bool if pd.api.types.is_bool_dtype(values) else None)
     if mask.dtype != bool or mask.shape != (adata.n_vars,):
         hint = ""
         if mask.dtype.kind in "US" or (mask.dtype == object and isinstance(next(mask.flat), str)):
