@@ -24,7 +24,7 @@ SCHEMES = list(INFERENCE)
 WITH_REFERENCE = ("novelty", "project", "transfer_labels")
 
 # Verbs that return a table and leave adata alone, and that are for some fits only.
-TABLES, OF_SOME_FITS = ("compare_n_latent", "decode"), ("loadings",)
+TABLES, OF_SOME_FITS = ("compare_n_latent", "decode"), ("loadings", "extend_genes")
 VERBS = [name for name in tl.__all__ if name not in TABLES + OF_SOME_FITS]
 
 # Verbs that take a column of groups there.

@@ -161,7 +161,7 @@ def test_data_sets_survive_h5ad(name: str, tmp_path: Path) -> None:
     again = ad.read_h5ad(tmp_path / "a.h5ad")
     assert abs(again.X - adata.X).max() == 0
     assert again.obs.equals(adata.obs)
-    assert dict(again.uns[name]) == adata.uns[name]
+    assert dict(again.uns.get(name, {})) == adata.uns.get(name, {})
 
 
 def test_data_sets_do_not_import_torch() -> None:

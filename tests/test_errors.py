@@ -256,6 +256,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "compare_n_latent": tl.compare_n_latent,
     "decode": lambda adata: tl.decode(adata, np.zeros((2, 3))),
     "rank_genes": tl.rank_genes,
+    "extend_genes": tl.extend_genes,
     "transfer_labels": lambda adata: tl.transfer_labels(adata, fitted(), labels="batch"),
     "model": lambda adata: get.model(adata),
     "posterior": lambda adata: get.posterior(adata),

@@ -219,3 +219,17 @@ def test_counts_only() -> None:
     adata.X[3, 0] = 0.5
     with unchanged(adata), pytest.raises(ValueError, match=r"0\.5 at cell 'cell3', gene 'gene0'"):
         tl.extend_genes(adata)
+
+
+def test_a_copy_and_a_view_leave_adata_alone() -> None:
+    adata = small_fit(small_counts(), **FEW)
+    with unchanged(adata):
+        result = tl.extend_genes(adata, min_counts=1, copy=True)
+        view = adata[:40]
+        with pytest.warns(UserWarning, match="view"):
+            tl.extend_genes(view, min_counts=1)
+    assert result is not None
+    assert len(result.uns["scuvae"]["further"]["var_names"]) == 14
+    assert tl.extend_genes(adata, min_counts=1) is None
+    assert fingerprint(result) == fingerprint(adata)
+    assert "further" in view.uns["scuvae"]

@@ -108,7 +108,7 @@ def extend_genes(
     >>> scuvae.tl.denoise(adata, genes=["CD3D", "LYZ"]).shape
     (700, 2)
     """
-    fit = read_fit(inputs.check_anndata(adata), key)
+    fit = read_fit(inputs.check_anndata(adata, copy=copy), key)
     if fit.model.likelihood.link != "softmax":
         raise ValueError(
             f"likelihood={fit.model.likelihood.name!r} is of no counts, whose rates extend_genes "
@@ -116,6 +116,7 @@ def extend_genes(
         )
     min_counts = whole("min_counts", min_counts)
     n_samples = whole("n_samples", n_samples)
+    where = resolve_device(device)
     inputs.check_unique_genes(adata)
     columns = _columns(adata, fit, genes, mask_var)
     layer = fit.layer if layer is None else layer
@@ -143,7 +144,6 @@ def extend_genes(
     if not kept.all():
         logger.info("%d genes have fewer than %d counts, left out", (~kept).sum(), min_counts)
     counts, columns = counts[:, kept], columns[kept]
-    where = resolve_device(device)
     stored = read_posterior(adata, key).to(where)
     cells = cells_of(adata, fit, device=where)
     model = fit.model.to(where).requires_grad_(False)
