@@ -450,7 +450,9 @@ def test_demo(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "scuvae", "demo", "-o", str(folder)], capture_output=True, text=True
     )
-    assert (run.returncode, run.stderr) == (0, "")
+    # On a slow machine a fit says how far it is.
+    said = [line for line in run.stderr.splitlines() if " of at most " not in line]
+    assert (run.returncode, said) == (0, [])
     pictures = {"loss.png", "observed_vs_predicted.png", "umap.png"}
     assert {path.name for path in folder.iterdir()} == {"demo.h5ad", *pictures}
     for name in pictures:

@@ -371,7 +371,9 @@ def joined(size: int, device: torch.device, first: int = 0) -> Iterator[Processe
             return
         limit = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
-        store = dist.PrefixStore(f"scuvae/{next(_groups)}", store)
+        # torchrun may hand the store of processes that were killed to those that follow them.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"scuvae/{life}/{next(_groups)}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
