@@ -144,7 +144,7 @@ WARNED = {
     ),
     "missing values that became text": Row(
         ["adata.obs['b'] has a level 'nan', of 10 cells", "missing value"],
-        obs("b", lambda adata: pd.Series([np.nan] * 10 + ["a"] * 50).astype(str).to_numpy()),
+        obs("b", ["nan"] * 10 + ["a"] * 50),
         BATCH,
     ),
     "None that became text": Row(

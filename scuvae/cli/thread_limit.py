@@ -15,11 +15,11 @@ def use_threads(n: int | None) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads(), numba.get_num_threads()
-    with threadpool_limits(n):
-        torch.set_num_threads(n)
-        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-        try:
+    try:
+        with threadpool_limits(n):
+            torch.set_num_threads(n)
+            numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
             yield
-        finally:
-            torch.set_num_threads(before[0])
-            numba.set_num_threads(before[1])
+    finally:  # last: the limits that end give torch's library back a number of their own
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
