@@ -55,6 +55,12 @@ def test_every_argument_has_a_flag_and_every_flag_an_argument(command: str) -> N
     assert flags == arguments, f"give {flags ^ arguments} a flag in scuvae/cli/verbs.py"
 
 
+def test_every_picture_has_a_command_and_can_be_written() -> None:
+    assert {picture.calls for picture in PLOTS.values()} == {f"pl.{n}" for n in scuvae.pl.__all__}
+    for picture in PLOTS.values():
+        assert "save" in inspect.signature(function_of(picture)).parameters, picture.calls
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flags_reach_their_arguments(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -110,6 +110,7 @@ def test_a_process_that_dies_or_hangs_is_named(played: tuple[Path, str]) -> None
 def test_the_first_process_of_a_command_writes(played: tuple[Path, str]) -> None:
     one, two = (anndata.read_h5ad(played[0] / f"output {n}.h5ad") for n in (1, 2))
     assert two.uns["scuvae"]["params"]["processes"] == 2
+    tl.score(two, n_samples=2)  # as any other fit
     assert "processes" not in one.uns["scuvae"]["params"]
     assert set(one.obsm) == set(two.obsm)
     elbos = [a.uns["scuvae"]["history"]["validation_elbo"].iloc[-1] for a in (one, two)]

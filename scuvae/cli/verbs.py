@@ -21,6 +21,7 @@ from scuvae.cli.arguments import (
     word,
 )
 from scuvae.cli.fit_flags import FIT, FIT_GROUPS
+from scuvae.cli.paths import lines
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ VERBS: dict[str, Verb] = {
             "new_batches": word("error, or estimate: what a batch adds that the fit lacks", "HOW"),
             "genes": Flag(
                 "text file with the names of the genes to condition on, one a line (default: all)",
-                choose(["genes"], {})["genes"].takes,
+                lines,
                 "FILE",
             ),
             "amortized": switch("the encoder's posterior as it is, without local steps"),
@@ -135,7 +136,7 @@ VERBS: dict[str, Verb] = {
             "library_size": fraction("one total for all cells (default: each cell's own)"),
             "genes": Flag(
                 "text file with names of genes, one a line: these alone, as a table",
-                choose(["genes"], {})["genes"].takes,
+                lines,
                 "FILE",
             ),
             "batch": one_or_more(
@@ -186,7 +187,7 @@ VERBS: dict[str, Verb] = {
     "transfer-labels": Verb(
         "tl.transfer_labels",
         "label new cells by the reference cells that explain them best",
-        "obs: the label, and the share of votes that it has",
+        "obs: the label, its probability and its share of the votes; obsm: all probabilities",
         (
             *("labels", "key", "layer", "key_added", "n_neighbors", "n_reference"),
             *("calibrate", "min_probability", "max_novelty", "rng", "device"),
@@ -225,45 +226,6 @@ VERBS: dict[str, Verb] = {
     ),
 }
 
-PLOTS: dict[str, Verb] = {
-    "loss": Verb(
-        "pl.loss", "how the loss fell while fitting", "", ("keys",),
-    ),
-    "observed-vs-predicted": Verb(
-        "pl.observed_vs_predicted", "counts against their predictions (denoise first)", "",
-        ("keys", "oracle", "layer", "max_points"),
-    ),
-    "embedding-scores": Verb(
-        "pl.embedding_scores", "per-cell scores on a UMAP or another embedding", "",
-        ("basis", "key", "color"),
-    ),
-    "latent-dimensions": Verb(
-        "pl.latent_dimensions", "how much each latent dimension is used", "", ("keys",),
-    ),
-    "amortization-gap": Verb(
-        "pl.amortization_gap", "what the encoder costs by group (gap first)", "",
-        ("groupby", "key"),
-    ),
-    "calibration": Verb(
-        "pl.calibration", "coverage of intervals (check calibration first)", "", ("key",),
-    ),
-    "predictive-check": Verb(
-        "pl.predictive_check", "genes' zeros, means, variances (check predictive first)", "",
-        ("key", "n_genes"),
-    ),
-    "elbo-by-size": Verb(
-        "pl.elbo_by_size", "ELBO against library size (score first)", "",
-        ("key", "groupby", "layer"),
-    ),
-    "refinement-arrows": Verb(
-        "pl.refinement_arrows", "where refinement moved the cells", "",
-        ("key", "refined_key", "basis", "groupby", "max_arrows"),
-    ),
-    "volcano": Verb(
-        "pl.volcano", "change and probability of each gene (rank-genes first)", "",
-        ("group", "key", "fdr", "n_genes"),
-    ),
-}  # fmt: skip
 PLOT_FLAGS: dict[str, Flag] = {
     "keys": Flag("the fits to draw (default: all)", str, "KEY", more={"nargs": "+"}),
     "oracle": Flag("layer with the true means, where they are known", str, "NAME", "layers"),
@@ -274,11 +236,72 @@ PLOT_FLAGS: dict[str, Flag] = {
         "scores, such as scale, elbo, novelty (default: what the fit has)", "SCORE"
     ),
     "groupby": column("column of obs with categories"),
+    "labels": column("column of obs with the true labels (default: the reference's own cells)"),
     "refined_key": word("the fit with the refined posteriors", "KEY"),
     "max_arrows": number("cells with an arrow"),
     "group": word("the group to draw (default: the first)"),
     "fdr": fraction("expected share of false genes in the list"),
     "n_genes": number("genes to name"),
 }
-for _verb in PLOTS.values():
-    _verb.own.update({name: PLOT_FLAGS[name] for name in _verb.names if name in PLOT_FLAGS})
+
+
+def _picture(calls: str, text: str, *names: str) -> Verb:
+    return Verb(calls, text, "", names, PLOT_FLAGS)
+
+
+PLOTS: dict[str, Verb] = {
+    "loss": _picture("pl.loss", "how the loss fell while fitting", "keys"),
+    "observed-vs-predicted": _picture(
+        "pl.observed_vs_predicted",
+        "counts against their predictions (denoise first)",
+        "keys",
+        "oracle",
+        "layer",
+        "max_points",
+    ),
+    "embedding-scores": _picture(
+        "pl.embedding_scores",
+        "per-cell scores on a UMAP or another embedding",
+        "basis",
+        "key",
+        "color",
+    ),
+    "latent-dimensions": _picture(
+        "pl.latent_dimensions", "how much each latent dimension is used", "keys"
+    ),
+    "amortization-gap": _picture(
+        "pl.amortization_gap", "what the encoder costs by group (gap first)", "groupby", "key"
+    ),
+    "calibration": _picture(
+        "pl.calibration", "coverage of intervals (check calibration first)", "key"
+    ),
+    "predictive-check": _picture(
+        "pl.predictive_check",
+        "genes' zeros, means, variances (check predictive first)",
+        "key",
+        "n_genes",
+    ),
+    "elbo-by-size": _picture(
+        "pl.elbo_by_size", "ELBO against library size (score first)", "key", "groupby", "layer"
+    ),
+    "refinement-arrows": _picture(
+        "pl.refinement_arrows",
+        "where refinement moved the cells",
+        "key",
+        "refined_key",
+        "basis",
+        "groupby",
+        "max_arrows",
+    ),
+    "volcano": _picture(
+        "pl.volcano",
+        "change and probability of each gene (rank-genes first)",
+        "group",
+        "key",
+        "fdr",
+        "n_genes",
+    ),
+    "label-reliability": _picture(
+        "pl.label_reliability", "how often labels of a probability are right", "labels", "key"
+    ),
+}

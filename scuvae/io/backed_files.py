@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset, write_elem
+from scipy import sparse as sp
 
 from scuvae._keys import Keys
 
@@ -82,7 +83,11 @@ def add_backed(adata: AnnData, source: Path, target: Path) -> None:
             if name in file:
                 del file[name]
             write_elem(file, name, adata.obs if name == "obs" else dict(getattr(adata, name)))
-        new = {name: layer for name, layer in adata.layers.items() if isinstance(layer, np.ndarray)}
+        new = {
+            name: layer
+            for name, layer in adata.layers.items()
+            if isinstance(layer, np.ndarray) or sp.issparse(layer)
+        }
         if new and "layers" not in file:
             write_elem(file, "layers", {})
         for name, layer in new.items():

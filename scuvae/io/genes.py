@@ -95,24 +95,14 @@ def match(
         logger.info("%d genes that the fit knows are not used by choice", chosen_out)
 
     matrix = inputs.read_matrix(adata, layer, columns, in_memory=False)
-    likelihood = fit.model.likelihood
-    inputs.check_values(
-        matrix,
-        adata,
-        layer,
-        columns,
-        likelihood=likelihood.name,
-        support=likelihood.support,
-        fractions=not fit.params.get("check_values", True),
-        fitting=False,
-    )
+    check_values(matrix, adata, fit, layer, columns)
     covariates = match_covariates(adata, fit.design, extend=extend)
     if covariates is not None:
         covariates = covariates.to(device)
     size_factor = size_factors(adata, fit.size_factor_key)
     observed = None
     if not found.all():
-        if size_factor is not None and likelihood.link == "softmax":
+        if size_factor is not None and fit.model.likelihood.link == "softmax":
             logger.info(
                 "adata.obs[%r] is taken for each cell's total over all of the fit's genes",
                 fit.size_factor_key,
@@ -145,6 +135,24 @@ def places(adata: AnnData, fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarr
         use &= cells.observed.cpu().numpy()[position]
     columns = np.flatnonzero(use)
     return columns, position[columns]
+
+
+def check_values(
+    x: Any, adata: AnnData, fit: Fit, layer: str | None, columns: Any, *, stacklevel: int = 6
+) -> None:
+    """Raise where values of some columns are none that the fit's likelihood can have."""
+    likelihood = fit.model.likelihood
+    inputs.check_values(
+        x,
+        adata,
+        layer,
+        columns,
+        likelihood=likelihood.name,
+        support=likelihood.support,
+        fractions=not fit.params.get("check_values", True),
+        fitting=False,
+        stacklevel=stacklevel,
+    )
 
 
 def spelt_otherwise(names: pd.Index, lacking: pd.Index) -> str:

@@ -28,7 +28,7 @@ SETTINGS = _NEEDED | {
     *("categorical_covariate_keys", "categorical_covariate_levels", "categorical_covariate_sizes"),
     *("continuous_covariate_keys", "continuous_covariate_means", "continuous_covariate_scales"),
     *("prior", "has_encoder", "encoder_input", "encoder_covariates", "linear_path", "distilled"),
-    "covariate_slopes",
+    *("covariate_slopes", "processes"),
     *("validation_fraction", "max_epochs", "batch_size", "learning_rate", "optimizer", "n_samples"),
     *("early_stopping", "check_values"),
 }

@@ -75,7 +75,7 @@ def bounded(log_theta: Any) -> Any:
 
 
 def log_rising_factorial(value: Tensor, col: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`scuvae.model.likelihoods.rising_factorial.rising`."""
+    """As :func:`scuvae.model.likelihoods.rising_factorial.log_rising_factorial`."""
     out, slope = torch.empty_like(value), torch.empty_like(value)
     arguments = value, col, log_theta, out, slope
     _rising(*(argument.detach().numpy() for argument in arguments))

@@ -1,6 +1,7 @@
 """Whether labels are right as often as their probabilities say."""
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,7 @@ def label_reliability(
     key: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
+    save: str | PathLike[str] | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """A reliability diagram of transferred labels: how often those of a probability are right.
@@ -50,6 +52,9 @@ def label_reliability(
         Axes to draw in; None makes a figure.
     show
         Whether to show the figure. None: if it was made here and can be seen.
+    save
+        A file to write the picture to, such as ``"loss.png"`` or ``"loss.pdf"``; it is then not
+        shown unless ``show=True``.
     return_fig
         Return the figure instead of the axes.
 
@@ -123,7 +128,7 @@ def label_reliability(
     ax.set_xlabel("Probability of the label")
     ax.set_ylabel("Share of right labels")
     ax.legend(loc="upper left", frameon=False, fontsize="small")
-    return finish(ax, ax, own=own, show=show, return_fig=return_fig)
+    return finish(ax, ax, own=own, show=show, save=save, return_fig=return_fig)
 
 
 def _judged(adata: AnnData, labels: str, keys: Keys) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from scipy import sparse as sp
 from scuvae._checks import names, whole
 from scuvae._errors import near
 from scuvae._keys import Keys
-from scuvae.inference.training.gene_regressions import (
+from scuvae.inference.mapping.gene_regressions import (
     GENES_AT_ONCE,
     FurtherGenes,
     Seen,
@@ -24,7 +24,7 @@ from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
 from scuvae.io.further_genes import SLOT, further_entry, likelihood_of
-from scuvae.io.genes import cells_of
+from scuvae.io.genes import cells_of, check_values
 from scuvae.io.slots import read_posterior, target
 from scuvae.runtime import CHUNK, isolated, resolve_device
 
@@ -121,17 +121,7 @@ def extend_genes(
     columns = _columns(adata, fit, genes, mask_var)
     layer = fit.layer if layer is None else layer
     matrix = inputs.read_matrix(adata, layer, columns)
-    likelihood = fit.model.likelihood
-    inputs.check_values(
-        matrix,
-        adata,
-        layer,
-        columns,
-        likelihood=likelihood.name,
-        support=likelihood.support,
-        fractions=not fit.params.get("check_values", True),
-        fitting=False,
-    )
+    check_values(matrix, adata, fit, layer, columns, stacklevel=5)
     rows = _training(adata, key)
     counts = sp.csc_matrix(matrix)
     total = np.asarray(counts[rows].sum(0)).ravel()

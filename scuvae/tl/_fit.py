@@ -131,7 +131,8 @@ def fit(
     batch_key
         Column of ``adata.obs`` with each cell's batch, which decoder and encoder are told: what
         differs between batches is not in the latent variable. Levels are what values say: 1, 1.0,
-        True and "1" are one; unused categories do not count.
+        True and "1" are one; unused categories do not count. Of counts and of zeros and ones, up to
+        16 levels of all covariates together also change how genes go with the latent variable.
     categorical_covariate_keys
         Further such columns, as a list.
     continuous_covariate_keys

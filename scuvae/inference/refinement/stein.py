@@ -24,7 +24,7 @@ from scuvae.batches import Batch
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.precision import cap_length, expected_precision, scale_tril
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.posteriors.objectives import Elbo
+from scuvae.inference.posteriors.objectives import tempered
 from scuvae.inference.refinement.gauss_newton import (
     LONGEST_STEP,
     ROUNDING,
@@ -198,13 +198,13 @@ def _evaluate(
     """
     points = normal_points(n_points, q.mean, seed=seed)
     log_likelihood, slopes = model.log_likelihood_and_slope(batch, q.draw(points))
+    prior = model.prior
+    value, slope = tempered(prior, q, log_likelihood, slopes, kl_weight)
     slopes = slopes / kl_weight
     pairs = log_likelihood / kl_weight
     pairs = 0.5 * (pairs[: n_points // 2] + pairs[n_points // 2 :])
     curvature = torch.einsum("scj,sk->cjk", slopes, points.squeeze(1)) / n_points
     curvature = torch.linalg.solve_triangular(q.factor, curvature, upper=False, left=False)
-    prior = model.prior
     precision = expected_precision(-0.5 * (curvature + curvature.mT), prior.precision(q))
     state = _State(q.mean, q.factor, pairs.var(0) / len(pairs), precision)
-    value = Elbo(log_likelihood, prior.kl(q)).tempered(kl_weight)
-    return value, slopes.mean(0) + prior.slope(q), state
+    return value, slope, state
