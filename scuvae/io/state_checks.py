@@ -13,6 +13,7 @@ from scuvae._random import using
 from scuvae.distributions.gaussian import COVARIANCES
 from scuvae.io.manifest import Damaged
 from scuvae.io.model_arrays import build_model
+from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS
 from scuvae.model.priors import PRIORS
 
@@ -132,6 +133,28 @@ def check_state(
                 f"{where}['embed'] has shapes {centre} and {components} for {n_vars} genes: call "
                 "scuvae.tl.embed"
             )
+    _check_alignment(embed, params, where)
+
+
+def _check_alignment(embed: dict[str, np.ndarray], params: Mapping[str, Any], where: str) -> None:
+    """Raise where a map's alignment over covariates is none of such a model."""
+    found = {p.removeprefix("alignment/"): a.shape for p, a in embed.items() if "/" in p}
+    if not found:
+        return
+    n_kinds, n_latent = len(embed.get("alignment/weight", ())), int(params["n_latent"])
+    n_columns = Design.from_params(params).n_columns
+    expected = {
+        "weight": (n_kinds,),
+        "centre": (n_kinds, n_latent),
+        "effect": (n_kinds, n_columns, n_latent),
+        "factor": (n_latent, n_latent),
+        "size": (n_columns,),
+    }
+    if found != expected:
+        raise Damaged(
+            f"{where}['embed']['alignment'] has shapes {found} for {n_latent} latent dimensions "
+            f"and {n_columns} columns of covariates: call scuvae.tl.embed"
+        )
 
 
 def _expected(params: dict[str, Any], n_vars: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

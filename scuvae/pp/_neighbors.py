@@ -10,8 +10,10 @@ from anndata import AnnData
 from scuvae._checks import flag, random_generator, random_state_alias, whole
 from scuvae._keys import DEFAULT, Keys, check_holds_no_fit, check_name
 from scuvae.distributions.gaussian import Gaussian
+from scuvae.inference.mapping.alignment import aligned
 from scuvae.inference.mapping.embedding import Basis, place
 from scuvae.io import inputs
+from scuvae.io.covariates import match_covariates
 from scuvae.io.fit_state import read_entry, read_fit
 from scuvae.io.slots import read_posterior, target
 from scuvae.model import VAE
@@ -121,6 +123,7 @@ def neighbors(
         )
     basis = Basis.of(saved, torch.device("cpu"))
     q = read_posterior(adata, key)
+    q = q.moved(aligned(q.mean, saved, match_covariates(adata, fit.design)) - q.mean)
 
     k, seed = n_neighbors - 1, int(generator.integers(2**31 - 1))
     draws = draws_in_map(fit.model, q, basis, n_samples, generator)

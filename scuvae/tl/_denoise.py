@@ -15,10 +15,11 @@ from scuvae._errors import near
 from scuvae._keys import Keys, check_name
 from scuvae.batches import Batch, Cells
 from scuvae.distributions.quasi_random import normal_points
+from scuvae.inference.mapping.alignment import Alignment
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
 from scuvae.io.covariates import find_level
-from scuvae.io.fit_state import Fit, read_fit
+from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places
 from scuvae.io.slots import read_posterior, target
@@ -71,7 +72,8 @@ def denoise(
         Decode every cell as if it came from this batch of the fit; the average over several for a
         list of them, or over all of the fit's for ``"average"``, even where a batch has that name
         (``["average"]`` is that batch). None for each cell's own. Names are compared by what they
-        say: 1, 1.0 and "1" are one.
+        say: 1, 1.0 and "1" are one. Each cell's z is moved to where cells of its kind are that come
+        from there, as far as :func:`scuvae.tl.embed` has found it.
     covariates
         The same of any of the fit's covariates, by the names of their columns, such as
         ``{"sex": "F", "age": 40.0}``: a level, several to average over, or ``"average"``; a value
@@ -161,6 +163,8 @@ def denoise(
 
     stored = stored.to(where)
     mean = stored.mean
+    saved = read_entry(adata, key).get("embed", {}).get("alignment")
+    alignment = None if saved is None else Alignment.of(saved, mean)
     points = normal_points(n_samples, mean) if n_samples else mean.new_zeros(1, 1, mean.shape[1])
     parts = [np.empty((len(cells), len(columns)), np.float32) for _ in range(1 + scale)]
     done = 0
@@ -170,7 +174,7 @@ def denoise(
         done += len(positions)
         if not len(place):
             continue
-        decode = _Decode(model.to(where), genes_of, size, *chosen)
+        decode = _Decode(model.to(where), genes_of, size, *chosen, alignment)
         with torch.no_grad():
             for some in seen.loader(torch.arange(len(cells), device=where), CHUNK):
                 z = stored[some.index].draw(points)
@@ -199,13 +203,15 @@ def denoise(
 @dataclass(frozen=True)
 class _Decode:
     """Means of ``genes`` at a total; ``which`` of the covariates' columns are not the cell's own
-    but those of each of some ``rows``, over which means are averaged."""
+    but those of each of some ``rows``, over which means are averaged; ``alignment`` says where z of
+    a cell is as if told so."""
 
     model: VAE | ExtendedModel
     genes: Tensor
     size: float | None
     which: Tensor | None
     rows: Tensor | None
+    alignment: Alignment | None
 
     def moments(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over draws of E[x | z], (cells, genes) each."""
@@ -225,8 +231,13 @@ class _Decode:
         if self.which is None or self.rows is None or own is None:
             return self._mean(batch, z, own)
         value = torch.zeros((), device=z.device)
+        alignment = self.alignment
+        r = None if alignment is None else alignment.responsibilities(z, own)
         for row in self.rows.to(z):
-            value = value + self._mean(batch, z, torch.where(self.which.to(z.device), row, own))
+            told, at = torch.where(self.which.to(z.device), row, own), z
+            if alignment is not None and r is not None:
+                at = z + alignment.added(r, told - own)
+            value = value + self._mean(batch, at, told)
         return value / len(self.rows)
 
     def _mean(self, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:

@@ -373,7 +373,7 @@ def fit(
 
     mean = torch.as_tensor(q["mean"], device=where)
     components = components_of(q, model.prior)
-    coordinates, basis = new_map(model, mean, common_total(total))
+    coordinates, basis = new_map(model, mean, covariates, common_total(total))
 
     names = adata.var_names.astype(str)  # files have names, whatever an index holds
     parts = {

@@ -18,6 +18,7 @@ from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch, Cells
 from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
+from scuvae.inference.mapping.alignment import Alignment
 from scuvae.inference.mapping.new_batches import estimate_levels
 from scuvae.inference.refinement.infer import POLISH, Polish, infer
 from scuvae.inference.refinement.initialization import encoded
@@ -239,7 +240,11 @@ def project(
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found_moments["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"])
+        if matched.covariates is not None and "alignment" in entry["embed"]:
+            known = Alignment.of(entry["embed"]["alignment"], mean)
+            own = known.with_levels(fit.design, mean, matched.covariates)
+            entry["embed"]["alignment"] = own.to_entry()
+        coordinates = placed(model, mean, entry["embed"], matched.covariates)
     entry = sealed(entry)
     # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)

@@ -20,6 +20,7 @@ from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.inference.refinement.refine import refine as refine_batch
 from scuvae.inference.refinement.stein import polish as polish_batch
 from scuvae.io import inputs
+from scuvae.io.covariates import match_covariates
 from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import cells_of
 from scuvae.io.slots import (
@@ -141,7 +142,7 @@ def refine(
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found["mean"], device=where)
-        coordinates = placed(model, mean, entry["embed"])
+        coordinates = placed(model, mean, entry["embed"], match_covariates(adata, fit.design))
     entry = sealed(entry)
     # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)

@@ -1,68 +1,64 @@
-"""Do batches mix where they should? Plain numpy kin of scib-metrics' batch figures.
+"""Do batches mix where they should, and do types stay apart? scib-metrics', and one more."""
 
-scib-metrics itself pulls in jax. These follow the same definitions but for the kernel of LISI
-(inverse Simpson of unweighted neighbours) and exact neighbours. Each is 0 to 1, 1 best.
-"""
+import contextlib
+import io
+import warnings
 
 import numpy as np
 from _views import neighbours
-from scipy import sparse as sp
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import chi2
+
+# scib-metrics' names of a figure, and ours.
+SCIB = {
+    "Total": "total",
+    "Batch correction": "batch",
+    "Bio conservation": "bio",
+    "iLISI": "ilisi",
+    "KBET": "kbet",
+    "Graph connectivity": "graph",
+    "BRAS": "bras",
+    "PCR comparison": "pcr",
+    "KMeans NMI": "nmi",
+    "KMeans ARI": "ari",
+    "Silhouette label": "silhouette",
+    "Isolated labels": "isolated",
+    "cLISI": "clisi",
+}
 
 
-def kbet(points, labels, batches, k=30, level=0.05, fewest=20):
-    """Share of cells whose neighbours' batches pass a χ² test against their type's (Büttner 2019).
+def scib(points, labels, batches, before):
+    """scib-metrics' ``Benchmarker`` with its defaults, but for exact neighbours.
 
-    Within each type of at least ``fewest`` cells from two batches; the mean over types.
+    ``before``: principal components without integration, which its PCR comparison starts from.
     """
-    shares = []
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        names, code, count = np.unique(batches[mine], return_inverse=True, return_counts=True)
-        if len(names) < 2 or len(mine) < fewest:
-            continue
-        n = min(k, len(mine) // 2)
-        near = neighbours(points[mine], n)
-        expected = n * count / count.sum()
-        seen = np.stack([(code[near] == j).sum(1) for j in range(len(names))], 1)
-        statistic = ((seen - expected) ** 2 / expected).sum(1)
-        shares.append((chi2.sf(statistic, len(names) - 1) > level).mean())
-    return float(np.mean(shares)) if shares else float("nan")
+    import anndata as ad
+    from scib_metrics.benchmark import Benchmarker
+    from scib_metrics.nearest_neighbors import NeighborsResults
+    from sklearn.neighbors import NearestNeighbors
 
+    def exact(values, k):
+        near = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(values)
+        distances, indices = near.kneighbors(values)
+        return NeighborsResults(indices=indices, distances=distances)
 
-def connectivity(near, labels):
-    """Share of each type's cells in the largest component of its own neighbour graph, mean."""
-    n, k = near.shape
-    rows = np.repeat(np.arange(n), k)
-    graph = sp.csr_matrix((np.ones(n * k), (rows, near.ravel())), (n, n))
-    shares = []
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        _, part = connected_components(graph[mine][:, mine], directed=False)
-        shares.append(np.bincount(part).max() / len(mine))
-    return float(np.mean(shares))
-
-
-def bras(points, labels, batches):
-    """1 − |silhouette of batches| within types, the other batches' mean distance in place of the
-    nearest's, by cosine (Rautenstrauch & Ohler 2025)."""
-    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    scores = []
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        names, code, count = np.unique(batches[mine], return_inverse=True, return_counts=True)
-        if len(names) < 2 or count.min() < 2:
-            continue
-        distance = 1 - points[mine] @ points[mine].T
-        one_hot = np.eye(len(names))[code]
-        total = distance @ one_hot  # to all cells of each batch
-        own = total[np.arange(len(mine)), code]
-        within = own / (count[code] - 1)
-        between = (total.sum(1) - own) / (len(mine) - count[code])
-        width = 1 - np.abs((between - within) / np.maximum(np.maximum(between, within), 1e-12))
-        scores.append(np.mean([width[code == j].mean() for j in range(len(names))]))
-    return float(np.mean(scores)) if scores else float("nan")
+    adata = ad.AnnData(
+        np.asarray(before, np.float32),
+        obs={"batch": batches.astype(str), "label": labels.astype(str)},
+        obsm={"before": np.asarray(before, np.float32), "points": np.asarray(points, np.float32)},
+    )
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        found = Benchmarker(
+            adata,
+            "batch",
+            "label",
+            ["points"],
+            pre_integrated_embedding_obsm_key="before",
+            progress_bar=False,
+        )
+        found.prepare(exact)
+        found.benchmark()
+        table = found.get_results()
+    return {ours: float(table.loc["points", theirs]) for theirs, ours in SCIB.items()}
 
 
 def told_apart(points, labels, batches, k=15, n_shuffles=5):

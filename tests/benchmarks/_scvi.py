@@ -102,9 +102,10 @@ def seconds_per_epoch(
     likelihood: str = "nb",
     batch_size: int = 128,
     device: str = "cpu",
+    setting: dict[str, Any] | None = None,
 ) -> float:
     """What an epoch of SCVI costs now, the machine as busy as it is; the first is not counted."""
-    run = _train(train, 0, n_epochs + 1, n_epochs + 1, likelihood, batch_size, device)
+    run = _train(train, 0, n_epochs + 1, n_epochs + 1, likelihood, batch_size, device, setting)
     return (run.cpu_s[-1] - run.cpu_s[0]) / n_epochs
 
 
@@ -116,6 +117,7 @@ def _train(
     likelihood: str = "nb",
     batch_size: int = 128,
     device: str = "cpu",
+    setting: dict[str, Any] | None = None,
 ) -> Trace:
     threads = torch.get_num_threads()
     warnings.filterwarnings("ignore", module="lightning")
@@ -129,7 +131,7 @@ def _train(
     torch.set_num_threads(threads)
     adata = train.copy()
     scvi.model.SCVI.setup_anndata(adata)
-    options = {**MODEL, "gene_likelihood": likelihood}
+    options = {**MODEL, "gene_likelihood": likelihood, **(setting or {})}
     needed = _NEEDED if likelihood == "nb" else (*_NEEDED, _INFLATION)
     model = scvi.model.SCVI(adata, **options)
     # Often at first, every fifth epoch of the first 200, then every twentieth.

@@ -62,17 +62,27 @@ def stabilised(
     return out / weights.sum().item()
 
 
+@torch.no_grad()
+def pulled_back(model: VAE, mean: Tensor, total: float) -> Tensor:
+    """The map's distances as a metric of z, (latent, latent), of cells about ``mean`` on the whole.
+
+    Coordinates of some cells are regressed on z: of J in JᵀJ this is what all cells share.
+    """
+    mean = _some(model, mean)
+    values = torch.cat([stabilised(model, z, total) for z in mean.split(CHUNK)])
+    z = (mean - mean.mean(0)).cpu().double()
+    slope = torch.linalg.pinv(z) @ (values - values.mean(0)).cpu().double()
+    return slope @ slope.T
+
+
 def find_basis(model: VAE, mean: Tensor, total: float, n_components: int) -> Basis:
     """The principal components of cells at posterior means ``mean``, (cells, latent).
 
     From all cells, or evenly spaced ones where there are many, by subspace iteration; each
     component's largest entry is positive, so that the same cells give the same map.
     """
-    most = max(1, min(_MOST_CELLS, _MOST_NUMBERS // model.n_vars))
-    if len(mean) > most:
-        mean = mean[torch.linspace(0, len(mean) - 1, most, dtype=torch.float64).long()]
-    parts = [stabilised(model, z, total) for z in mean.split(CHUNK)]
-    values = torch.cat(parts)
+    mean = _some(model, mean)
+    values = torch.cat([stabilised(model, z, total) for z in mean.split(CHUNK)])
     centre = values.mean(0)
     values -= centre
     width = min(n_components + _SPARE, *values.shape)
@@ -95,3 +105,11 @@ def place(model: VAE, mean: Tensor, basis: Basis) -> Tensor:
         values = stabilised(model, z, basis.total, basis.n_levels) - basis.centre
         torch.mm(values, basis.components, out=found)
     return out
+
+
+def _some(model: VAE, mean: Tensor) -> Tensor:
+    """All cells, or evenly spaced ones where there are many."""
+    most = max(1, min(_MOST_CELLS, _MOST_NUMBERS // model.n_vars))
+    if len(mean) <= most:
+        return mean
+    return mean[torch.linspace(0, len(mean) - 1, most, dtype=torch.float64).long()]

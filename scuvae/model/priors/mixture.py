@@ -9,6 +9,7 @@ from torch import Tensor
 from scuvae._random import normal_like, uniform_like
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.distributions.quasi_random import normal_points
+from scuvae.distributions.spread_out import spread_out
 from scuvae.model.priors.base import Prior
 
 # Rounds of expectation and maximisation in a renewal, and in the first, which starts from anew.
@@ -122,7 +123,7 @@ class Mixture(Prior):
         else:
             factor = torch.linalg.cholesky(pooled).expand(self.n_components, -1, -1)
             equal = torch.full_like(self.weight, 1 / self.n_components, dtype=torch.float64)
-            places = [_spread_out(q.mean, self.n_components) for _ in range(_STARTS)]
+            places = [spread_out(q.mean, self.n_components) for _ in range(_STARTS)]
             starts = [(Gaussian(q.mean[rows], factor), equal) for rows in places]
             rounds = _FIRST_ROUNDS
         found = [_converged(q, *start, pooled, rounds) for start in starts]
@@ -219,22 +220,3 @@ def _covariance(mean: Tensor, covariance: Tensor, weight: Tensor) -> tuple[Tenso
     square = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     second = torch.einsum("ck,cab->kab", share, square)
     return centre, second - centre.unsqueeze(-1) * centre.unsqueeze(-2)
-
-
-def _spread_out(points: Tensor, n: int) -> Tensor:
-    """Rows of n points that lie apart: each the farthest of a few drawn by squared distance.
-
-    The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007).
-    """
-    centre = (points - points.mean(0)).square().sum(1).argmin()
-    chosen = [centre]
-    apart = (points - points[centre]).square().sum(1)
-    for _ in range(n - 1):
-        steps = apart.cumsum(0)
-        at = uniform_like(apart.new_empty(4)) * steps[-1]
-        tried = torch.searchsorted(steps, at).clamp_max(len(points) - 1)
-        after = torch.minimum(apart, torch.cdist(points[tried], points).square())
-        best = after.sum(1).argmin()
-        chosen.append(tried[best])
-        apart = after[best]
-    return torch.stack(chosen)
