@@ -179,7 +179,7 @@ def test_curvature_is_the_expected_one(gene_likelihood: str, dispersion: str) ->
         cells(), COVARIATES, gene_likelihood=gene_likelihood, dispersion=dispersion, n_layers=2
     )
     read, tensors, batch, q = one_batch(model)
-    n_draws = 40_000
+    n_draws = 10_000
     cell = torch.tensor([0])
     few = batch.take(cell)
     z = q.mean[cell]

@@ -181,7 +181,7 @@ def test_one_latent_dimension_is_fitted_as_well_as_by_its_moments(
 
 
 def long_adam(model: VAE, batch: Batch, start: Distribution) -> Distribution:
-    """The optimum by plain means: Adam on mean and factor, 64 antithetic draws, 600 steps."""
+    """The optimum by plain means: Adam on mean and factor, 64 antithetic draws, 300 steps."""
     mean = start.mean.clone().requires_grad_()
     full = start.full
     n_cells, n_latent = mean.shape
@@ -190,8 +190,8 @@ def long_adam(model: VAE, batch: Batch, start: Distribution) -> Distribution:
     noise = torch.randn(32, 1, n_latent, 1, dtype=mean.dtype)
     noise = torch.cat([noise, -noise])
     optimizer = torch.optim.Adam([mean, log_scale, below], lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for _ in range(600):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
         factor = torch.diag_embed(log_scale.exp()) + (below.tril(-1) if full else 0)
         q = Gaussian(mean, factor)
         expected = model.log_likelihood(batch, mean + (factor @ noise)[..., 0]).mean(0)
