@@ -1,8 +1,8 @@
 """Mistakes planted in a copy of the package, one after another: which do the tests catch?
 
-``python tests/mutations.py [--only WORDS] [--skip N] [--list]``. Each mistake is a replacement of text that
-occurs once in a file; the tests named beside it, run on the copy, must fail. What is heavy is
-imported once; every mistake then has a process of its own, so that all take some minutes.
+``python tests/mutations.py [--only WORDS] [--skip N] [--list]``. Each mistake is a replacement of
+text that occurs once in a file; the tests named beside it, run on the copy, must fail. What is
+heavy is imported once; every mistake then has a process of its own, so that all take some minutes.
 """
 
 import argparse

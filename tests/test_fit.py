@@ -658,7 +658,7 @@ def test_scanpy_goes_on() -> None:
 
 @pytest.mark.slow
 def test_scanpy_goes_on_by_the_path_of_many_cells() -> None:
-    """Above 8,192 cells scanpy takes its neighbours from pynndescent, which compiles for minutes."""
+    """Above 8,192 cells scanpy takes its neighbours from pynndescent, which compiles long."""
     adata = fitted("negative_binomial", SCHEMES[0])
     sc.pp.neighbors(adata, use_rep="X_scuvae", n_neighbors=10, transformer="pynndescent")
     assert (np.diff(adata.obsp["distances"].indptr) > 0).all()

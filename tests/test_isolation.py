@@ -141,7 +141,7 @@ def test_with_other_threads_a_fit_is_the_same_but_for_roundings(amortized: bool 
     for n in (1, 2):
         torch.set_num_threads(n)
         adata = small_counts(n_obs=300, n_vars=200)
-        small_fit(adata, amortized=amortized, max_epochs=4, n_hidden=64)
+        small_fit(adata, amortized=amortized, max_epochs=2, n_hidden=64)
         elbos.append(adata.uns["scuvae"]["history"]["elbo"].to_numpy())
         means.append(adata.obsm["X_scuvae"])
     if amortized is False:

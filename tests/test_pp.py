@@ -197,12 +197,17 @@ def test_cells_are_drawn_in_the_map_of_the_fit(amortized: bool) -> None:
         assert wrong.sum() < 0.01 * is_near.sum()
 
 
-def test_scanpy_runs_on_it(fitted: AnnData) -> None:
+def in_two_groups(adata: AnnData) -> np.ndarray:
     rng = np.random.default_rng(0)
     group = np.repeat([0, 1], N // 2)
     mean = rng.normal(size=(N, 3)) + 20 * group[:, None]
     mean[0], mean[-1] = 9, 11  # two cells between: paga fails on groups without an edge
-    set_posterior(fitted, mean, np.full((N, 3), 0.3))
+    set_posterior(adata, mean, np.full((N, 3), 0.3))
+    return group
+
+
+def test_scanpy_runs_on_it(fitted: AnnData) -> None:
+    group = in_two_groups(fitted)
     for key, added in ((None, ""), ("own", "own_")):
         pp.neighbors(fitted, n_neighbors=K, key_added=key)
         assert {f"{added}connectivities", f"{added}distances"} <= set(fitted.obsp)
@@ -215,6 +220,13 @@ def test_scanpy_runs_on_it(fitted: AnnData) -> None:
         assert 0 < fitted.uns["paga"]["connectivities"].max() < 0.5
         sc.tl.diffmap(fitted, n_comps=5, **arguments)
         assert np.isfinite(fitted.obsm["X_diffmap"]).all()
+
+
+@pytest.mark.slow
+def test_a_umap_of_it_keeps_groups_apart(fitted: AnnData) -> None:
+    """Half a minute, for which umap compiles; what it asks of a graph is asked in test_embed."""
+    group = in_two_groups(fitted)
+    pp.neighbors(fitted, n_neighbors=K)
     sc.tl.umap(fitted, maxiter=100)
     place = fitted.obsm["X_umap"]
     centres = np.array([place[group == g].mean(0) for g in (0, 1)])

@@ -29,7 +29,7 @@ from scuvae import get, tl
 Written = Callable[[str, bool | str, str], tuple[AnnData, AnnData]]
 
 every_suffix = pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
-# "semi" has the slots of the others. A zarr store is hundreds of small files, and takes ten seconds:
+# "semi" has the slots of the others. A zarr store is hundreds of small files, which take seconds:
 # one fit stands for them.
 every_file = pytest.mark.parametrize(
     ("likelihood", "amortized", "suffix"),
