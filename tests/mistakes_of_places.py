@@ -92,7 +92,7 @@ SLOTS = [
         "runtime.py",
         "stack.enter_context(torch.enable_grad())",
         "pass",
-        "test_isolation.py -k no_gradients",
+        "test_isolation.py -k gradients",
     ),
     Mistake(
         "counts are fitted as real values without a word",

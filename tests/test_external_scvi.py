@@ -255,8 +255,8 @@ def test_slopes_made_in_blocks(
 # --- refinement -----------------------------------------------------------------------------------
 
 
-def adam(model: Any, batch: Any, q: Distribution, n_steps: int = 1000) -> Distribution:
-    """1,000 steps over 10 fresh draws each, the rate falling to zero."""
+def adam(model: Any, batch: Any, q: Distribution, n_steps: int = 400) -> Distribution:
+    """400 steps over 10 fresh draws each, the rate falling to zero."""
     mean = q.mean.clone().requires_grad_()
     log_scale = q.stddev.log().requires_grad_()
     optimizer = torch.optim.Adam([mean, log_scale], lr=0.03)
