@@ -249,7 +249,7 @@ FORMULAS = [
         "model/likelihoods/zero_inflated_negative_binomial.py",
         "return mu * torch.sigmoid(-self.logit_dropout[genes])",
         "return mu",
-        "test_likelihoods.py test_denoise.py",
+        "test_likelihoods.py -k moments",
     ),
     Mistake(
         "zero inflation is not in the variance",
@@ -319,7 +319,7 @@ FORMULAS = [
         f"{IN}/training/step.py",
         "output.grad.addcmul_(output.detach(), self.output_precision)",
         "pass",
-        "test_train.py test_fit.py test_networks.py",
+        "test_gene_totals.py -k prior",
     ),
     Mistake(
         "natural steps take the prior twice",

@@ -246,8 +246,9 @@ def test_project_needs_no_cells_in_the_reference() -> None:
     assert fingerprint(other) == fingerprint(adata)
 
 
-@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
-@every_scheme
+@pytest.mark.parametrize(
+    ("amortized", "suffix"), [*((scheme, "h5ad") for scheme in SCHEMES), ("semi", "zarr")]
+)
 def test_project_from_a_file(amortized: bool | str, suffix: str, tmp_path: Path) -> None:
     reference, adata, other = fitted(amortized=amortized), new_cells(), new_cells()
     path = tmp_path / f"fit.{suffix}"
