@@ -298,7 +298,7 @@ FORMULAS = [
         "model/vae.py",
         "batch.size_factor * share.exp()",
         "batch.size_factor",
-        "test_project_genes.py test_project.py",
+        "test_project_genes.py -k missing",
     ),
     Mistake(
         "curvature is not centred for the softmax",
@@ -333,14 +333,14 @@ FORMULAS = [
         f"{IN}/refinement/gauss_newton.py",
         "log_likelihood / kl_weight + prior.log_prob(mean)",
         "log_likelihood / kl_weight",
-        "test_refine.py",
+        "test_refine.py -k climb",
     ),
     Mistake(
         "steps that lower the objective are kept",
         f"{IN}/refinement/gauss_newton.py",
         "better = value >= self.value - slack",
         "better = value >= self.value - 1e9",
-        "test_refine.py",
+        "test_refine.py -k stuck",
     ),
     Mistake(
         "a totals' shift in the wrong direction",
@@ -396,13 +396,13 @@ FORMULAS = [
         f"{IN}/mapping/tail_probabilities.py",
         "        if self.itself:\n            weight[torch.arange(len(rows)), rows] = 0.0\n",
         "",
-        "test_novelty.py test_depth.py",
+        "test_novelty.py test_depth.py -k tails",
     ),
     Mistake(
         "regressions keep the cell itself",
         f"{IN}/mapping/tail_probabilities.py",
         "(score - design @ (inverse @ score)) / (1 - leverage)",
         "(score - design @ (inverse @ score))",
-        "test_novelty.py test_depth.py",
+        "test_novelty.py -k leaving_each",
     ),
 ]
