@@ -96,6 +96,20 @@ def test_batches_chunks_and_missing_genes_do_not_matter(monkeypatch) -> None:
     )
 
 
+def test_it_is_centred_and_has_signs_of_its_own() -> None:
+    """Principal coordinates of the cells: mean zero, uncorrelated, the widest first; of each
+    component the largest entry is positive, so that two processes draw one map."""
+    adata = small_fit(small_counts())
+    found = adata.obsm["X_scuvae_embed"].astype(np.float64)
+    spread = np.cov(found.T)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(spread - np.diag(np.diag(spread)), 0, atol=1e-3 * spread.max())
+    assert (np.diff(np.diag(spread)) <= 1e-6).all()
+    components = adata.uns["scuvae"]["embed"]["components"]
+    largest = np.take_along_axis(components, np.abs(components).argmax(0)[None], axis=0)
+    assert (largest > 0).all()
+
+
 def test_neighbours_are_those_of_the_posteriors() -> None:
     adata = small_fit(small_counts())
     pp.neighbors(adata, n_neighbors=8)

@@ -74,7 +74,7 @@ def test_a_linear_encoder_reaches_the_exact_posterior(
         batches,
         held_out=None,
         learning_rate=0.1,
-        max_epochs=150,
+        max_epochs=300,
         share_simulated=share,
         weight_decay=0.0,
     )
