@@ -340,7 +340,7 @@ FORMULAS = [
         f"{IN}/refinement/gauss_newton.py",
         "better = value >= self.value - slack",
         "better = value >= self.value - 1e9",
-        "test_refine.py -k no_cell",
+        "test_refine.py -k lowers",
     ),
     Mistake(
         "a totals' shift in the wrong direction",

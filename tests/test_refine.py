@@ -29,7 +29,7 @@ from scuvae.distributions.gaussian import (
     select,
 )
 from scuvae.distributions.quasi_random import normal_points
-from scuvae.inference.refinement.gauss_newton import climb
+from scuvae.inference.refinement.gauss_newton import Ascent, climb
 from scuvae.inference.refinement.initialization import likeliest_start, prior_start
 from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, fixed_elbo, refine
 from scuvae.model import VAE
@@ -424,6 +424,20 @@ def test_few_cells_are_stuck_under_a_sharp_decoder() -> None:
     from_the_mean = stuck(prior_start(model, 60, "diagonal"))
     assert from_the_mean > 5  # else there is nothing to be seen here
     assert stuck(likeliest_start(model, batch, "diagonal")) <= from_the_mean / 2
+
+
+def test_a_step_that_lowers_the_objective_is_taken_back() -> None:
+    """And is a quarter as long next time; one that is lower by rounding is taken."""
+    x = torch.zeros(3, 4).double()
+    before, slope = torch.tensor([-5.0, -5.0, -5.0]).double(), torch.ones(3, 2).double()
+    cells = Ascent(batch_of(x), before, slope)
+    after = before + torch.tensor([1.0, -1e-4, -1.0]).double()
+    better, gain = cells.settle(after, 2 * slope)
+    assert better.tolist() == [True, True, False]
+    torch.testing.assert_close(cells.value, torch.where(better, after, before))
+    torch.testing.assert_close(cells.slope, torch.tensor([2.0, 2.0, 1.0]).double()[:, None] * slope)
+    assert cells.rate.tolist() == [1.0, 1.0, 0.25]
+    assert gain.tolist() == pytest.approx([1.0, -1e-4, math.inf])
 
 
 def test_a_climb_with_points_around_the_mean() -> None:
