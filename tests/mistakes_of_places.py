@@ -78,7 +78,7 @@ SLOTS = [
         "runtime.py",
         "seed = int(rng) % 2**63",
         "seed = 0",
-        "test_isolation.py -k fits_in_threads",
+        "test_isolation.py -k each_seed",
     ),
     Mistake(
         "held-out cells are judged by new draws each time",

@@ -12,6 +12,8 @@ from anndata import AnnData
 from helpers import SCHEMES, fingerprint, random_states, small_counts, small_fit
 
 from scuvae import get, pp, tl
+from scuvae._random import normal_like
+from scuvae.runtime import random_state
 
 
 @contextmanager
@@ -122,6 +124,20 @@ def test_nor_does_it_when_it_fails(setting: str, fitted: AnnData) -> None:
         with pytest.raises(ValueError, match="holds no fit"):
             tl.score(fitted, key="missing")
         assert state() == before
+
+
+def test_each_seed_has_draws_of_its_own() -> None:
+    """Those of ``torch.manual_seed``; of another seed a verb's are others."""
+    for seed in (0, 1, 2**40):
+        with random_state(seed, torch.device("cpu")):
+            found = normal_like(torch.zeros(40))
+        generator = torch.Generator().manual_seed(seed)
+        torch.testing.assert_close(found, torch.zeros(40).normal_(generator=generator))
+    adata = small_fit(small_counts())
+    layers = [tl.sample(adata, rng=rng, copy=True).layers["scuvae_sample"] for rng in (1, 2, 2)]
+    layers = [layer.toarray() for layer in layers]
+    assert (layers[0] != layers[1]).any()
+    np.testing.assert_array_equal(layers[1], layers[2])
 
 
 @pytest.mark.parametrize("amortized", SCHEMES)
