@@ -51,12 +51,12 @@ def files_of(sources: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise ValueError(f"{path}: no such file")
         parts = [path]
-        if path.suffix == ".zarr" and not _is_anndata(path):
-            parts = [part for part in path.iterdir() if _is_anndata(part)] or parts
-        elif path.is_dir() and path.suffix != ".zarr":
+        if path.is_dir() and path.suffix != ".zarr":
             parts = [part for part in path.iterdir() if part.suffix in SUFFIXES]
             if not parts:
                 raise ValueError(f"{path}: a folder without {' and '.join(SUFFIXES)} files")
+        elif path.is_dir() and not _is_anndata(path):
+            parts = [part for part in path.iterdir() if _is_anndata(part)] or parts
         found += sorted(parts, key=lambda part: [_number(piece) for piece in _pieces(part.name)])
     for number, path in enumerate(found):
         if any(path.samefile(other) for other in found[:number]):
