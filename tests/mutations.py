@@ -1,8 +1,8 @@
 """Mistakes planted in a copy of the package, one after another: which do the tests catch?
 
-``python tests/mutations.py [--only WORDS] [--list]``. Each mistake is a replacement of text that
-occurs once in a file; the tests named beside it, run on the copy, must fail. What is heavy is
-imported once; every mistake then has a process of its own, so that all take some minutes.
+``python tests/mutations.py [--only WORDS] [--skip N] [--list]``. Each mistake is a replacement of
+text that occurs once in a file; the tests named beside it, run on the copy, must fail. What is
+heavy is imported once; every mistake then has a process of its own, so that all take some minutes.
 """
 
 import argparse
@@ -66,9 +66,10 @@ def failed(mistake: Mistake, copy: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="mistakes that are called so")
+    parser.add_argument("--skip", type=int, default=0, help="the first, of those")
     parser.add_argument("--list", action="store_true", help="check that all can be planted")
     args = parser.parse_args()
-    chosen = [m for m in MISTAKES if args.only in m.what]
+    chosen = [m for m in MISTAKES if args.only in m.what][args.skip :]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copytree(PACKAGE, copy / "scuvae", ignore=shutil.ignore_patterns("__pycache__"))

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import SMALL, small_counts, small_fit
+from anndata import AnnData
+from helpers import SMALL, assert_same_posterior, small_counts, small_fit
+from scipy import sparse as sp
 
 import scuvae
 from scuvae import cli, get, tl
@@ -298,3 +301,103 @@ def test_model_show(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         said = capsys.readouterr().out
         assert "negative_binomial likelihood" in said
         assert "gene0" in said
+
+
+# ------------------------------------------------------------------------------ several files
+
+
+def fit_of(out: Path, *sources: object) -> AnnData:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert call("fit", *sources, "-o", out, "-q", *flags) == 0
+    return anndata.read_h5ad(out)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """Two files of one data set; the second has a gene more, in another order."""
+    whole = small_counts(50)
+    whole.X = sp.csr_matrix(whole.X)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    whole[:30].write_h5ad(folder / "part_2.h5ad")
+    extra = AnnData(np.ones((20, 1), np.float32), var=pd.DataFrame(index=["more"]))
+    extra.obs_names = whole.obs_names[30:]
+    second = anndata.concat([whole[30:, ::-1], extra], axis=1, merge="first")
+    second.X = sp.csr_matrix(second.X)
+    second.write_h5ad(folder / "part_10.h5ad")
+    return [folder / "part_2.h5ad", folder / "part_10.h5ad"]
+
+
+def test_several_files_are_one_data_set(parts: list[Path], tmp_path: Path) -> None:
+    """By name or as a folder, in memory or on disk: as the joined matrix."""
+    before = [path.read_bytes() for path in parts]
+    expected = small_fit(small_counts(50))
+    for number, sources in enumerate(([*parts], [parts[0].parent])):
+        found = fit_of(tmp_path / f"{number}.h5ad", *sources)
+        assert list(found.obs_names) == list(expected.obs_names)
+        assert list(found.obs["file"]) == ["part_2"] * 30 + ["part_10"] * 20
+        np.testing.assert_array_equal(found.X.toarray(), expected.X)
+        assert_same_posterior(found, expected, atol=1e-3)  # sums in another order
+    assert [path.read_bytes() for path in parts] == before
+    pytest.importorskip("dask")
+    pytest.importorskip("xarray")
+    streamed = fit_of(tmp_path / "streamed.h5ad", *parts, "--backed", "--batch-key=file")
+    assert streamed.X is None
+    assert get.fit(streamed).to_dict()["n_obs"] == 50
+    assert list(streamed.obs_names) == list(expected.obs_names)
+
+
+def test_a_collection_of_stores_is_one_data_set(tmp_path: Path) -> None:
+    """As annbatch writes one: a store of stores."""
+    import zarr
+
+    whole = small_counts(50)
+    group = zarr.open_group(tmp_path / "all.zarr", mode="w")
+    group.attrs["encoding-type"] = "annbatch-preshuffled"
+    for number, cells in enumerate((slice(0, 30), slice(30, 50))):
+        anndata.io.write_elem(group, f"dataset_{number}", whole[cells].copy())
+    found = fit_of(tmp_path / "fit.h5ad", tmp_path / "all.zarr")
+    assert list(found.obs["file"]) == ["dataset_0"] * 30 + ["dataset_1"] * 20
+    assert_same_posterior(found, small_fit(small_counts(50)))
+
+
+def test_several_files_that_are_none(
+    parts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out.h5ad"
+    other = small_counts(9)
+    other.var_names = [f"other{i}" for i in range(other.n_vars)]
+    other.write_h5ad(tmp_path / "other.h5ad")
+    for sources, says in (
+        ([empty], "a folder without .h5ad and .zarr files"),
+        ([parts[0], tmp_path / "none.h5ad"], "no such file"),
+        ([parts[0], tmp_path / "other.h5ad"], "no gene in common"),
+        ([parts[0], parts[0].parent], "named twice"),
+    ):
+        assert call("fit", *sources, "-o", out) == 1
+        assert says in capsys.readouterr().err
+    assert call("fit", *parts, "-o", parts[0]) == 1
+    assert "would overwrite" in capsys.readouterr().err
+    assert call("fit", parts[0].parent, "-o", parts[0].parent / "new.h5ad") == 1
+    assert "would overwrite" in capsys.readouterr().err
+    # Cells of one name in two files get their file's.
+    shutil.copy(parts[0], tmp_path / "again.h5ad")
+    found = fit_of(out, parts[0], tmp_path / "again.h5ad")
+    assert found.obs_names.is_unique
+    assert found.n_obs == 60
+
+
+def test_further_genes(tmp_path: Path) -> None:
+    adata = small_counts()
+    small_fit(adata, mask_var="highly_variable").write_h5ad(tmp_path / "fit.h5ad")
+    (tmp_path / "genes.txt").write_text("gene0\ngene3\n")
+    line = ["extend-genes", tmp_path / "fit.h5ad", "-o", tmp_path / "out.h5ad"]
+    assert call(*line, "--genes", tmp_path / "genes.txt", "--min-counts", 1) == 0
+    tl.extend_genes(adata, genes=["gene0", "gene3"], min_counts=1)
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert list(found.uns["scuvae"]["further"]["var_names"]) == ["gene0", "gene3"]
+    np.testing.assert_array_equal(
+        tl.denoise(found, genes=["gene3", "gene1"]), tl.denoise(adata, genes=["gene3", "gene1"])
+    )

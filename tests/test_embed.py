@@ -96,9 +96,21 @@ def test_batches_chunks_and_missing_genes_do_not_matter(monkeypatch) -> None:
     )
 
 
-def test_scanpy_runs_on_the_posteriors_neighbours() -> None:
-    import scanpy as sc
+def test_it_is_centred_and_has_signs_of_its_own() -> None:
+    """Principal coordinates of the cells: mean zero, uncorrelated, the widest first; of each
+    component the largest entry is positive, so that two processes draw one map."""
+    adata = small_fit(small_counts())
+    found = adata.obsm["X_scuvae_embed"].astype(np.float64)
+    spread = np.cov(found.T)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(spread - np.diag(np.diag(spread)), 0, atol=1e-3 * spread.max())
+    assert (np.diff(np.diag(spread)) <= 1e-6).all()
+    components = adata.uns["scuvae"]["embed"]["components"]
+    largest = np.take_along_axis(components, np.abs(components).argmax(0)[None], axis=0)
+    assert (largest > 0).all()
 
+
+def test_neighbours_are_those_of_the_posteriors() -> None:
     adata = small_fit(small_counts())
     pp.neighbors(adata, n_neighbors=8)
     graph = adata.obsp["connectivities"]
@@ -115,9 +127,5 @@ def test_scanpy_runs_on_the_posteriors_neighbours() -> None:
     del again.obsm["X_scuvae_covariance"]
     pp.neighbors(again, n_neighbors=8)
     assert again.obs["scuvae_neighbor_stability"].min() > 0.999
-    sc.tl.umap(adata)
-    sc.tl.leiden(adata, flavor="igraph", n_iterations=2, directed=False)
-    sc.tl.paga(adata, groups="leiden")
-    sc.tl.diffmap(adata)
     with pytest.raises(ValueError, match="n_neighbors=60"):
         pp.neighbors(adata, n_neighbors=60)

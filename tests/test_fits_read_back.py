@@ -111,6 +111,10 @@ TAMPERED: dict[str, tuple[Callable[[Entry], None], str]] = {
         "history/loss",
     ),
     "history cut": (set_at("history", lambda t: t.iloc[:1]), "history"),
+    "epochs renumbered": (
+        set_at("history", lambda t: t.set_axis(pd.RangeIndex(1, len(t) + 1, name="epoch"))),
+        "history.*rows",
+    ),
     "history is a list": (set_at("history", lambda t: list(t["loss"])), "history"),
     "another map": (set_at("embed/components", one_off), "components"),
     "another total": (set_at("embed/total", 1.0), "embed/total"),

@@ -323,7 +323,7 @@ def test_gaussian_fisher_weight_is_the_expected_squared_score() -> None:
 
 
 @pytest.mark.parametrize("name", UNIQUE)
-def test_probabilities_sum_to_one_and_have_the_mean(name: str) -> None:
+def test_probabilities_sum_to_one_and_have_the_moments(name: str) -> None:
     likelihood = likelihood_of(name, 1)
     if likelihood.support != "real":
         n_values = 2 if likelihood.support == "binary" else 4000
@@ -336,9 +336,15 @@ def test_probabilities_sum_to_one_and_have_the_mean(name: str) -> None:
     with torch.no_grad():
         probability = step * likelihood.log_prob(x[:, None], eta, size).exp()
         mean = likelihood.mean(eta[:1], size[:1]).item()
+        moments = likelihood.moments(eta[:1], size[:1])
     # tails cut below 1e-9; the trapezoidal rule is exact to rounding on a Gaussian
     assert probability.sum().item() == pytest.approx(1.0, abs=1e-8)
     assert (probability * x).sum().item() == pytest.approx(mean, rel=1e-7)
+    assert moments.mean.item() == pytest.approx(mean, rel=1e-12)
+    variance = (probability * (x - mean).square()).sum().item()
+    assert variance == pytest.approx(moments.variance.item(), rel=1e-6)
+    zero = 0.0 if likelihood.support == "real" else probability[0].item()
+    assert zero == pytest.approx(moments.zero.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", UNIQUE)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
-from fuzz_model_files import mutate_and_read
+from fuzz_model_files import most_memory, mutate_and_read, written
 from helpers import (
     LIKELIHOOD_NAMES,
     SCHEMES,
@@ -327,3 +327,17 @@ def test_mutated_files(tmp_path: Path) -> None:
     counts = mutate_and_read(tmp_path, 500, seed=0)
     assert counts["silently different"] == counts["crashed"] == 0
     assert counts["refused"] > 450
+
+
+def test_files_are_read_within_twice_their_size(tmp_path: Path) -> None:
+    assert most_memory(tmp_path, 3, seed=0, n_vars=2000) < 2
+    path = tmp_path / "large.scuvae"
+    data = written(path, n_vars=2000, n_hidden=128)
+    path.write_bytes(struct.pack("<Q", len(data) - 8) + data[8:])  # all of it a header
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="no UTF-8"):
+            io.read_model(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(data)
+    finally:
+        tracemalloc.stop()

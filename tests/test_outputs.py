@@ -31,9 +31,9 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_while_it_writes(kind: str, signum: int, tmp_path: Path) -> None:
     """``tests/kill_writers.py`` does it a thousand times."""
-    counts = killed(kind, tmp_path, 6, signum, seed=1)
+    counts = killed(kind, tmp_path, 4, signum, seed=1)
     assert counts["lost"] == counts["litter after the next run"] == 0
-    assert sum(counts[name] for name in ("old", "new")) == 6
+    assert sum(counts[name] for name in ("old", "new")) == 4
 
 
 @pytest.mark.parametrize("exchanging", [True, False])

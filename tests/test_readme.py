@@ -44,6 +44,8 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*non-interactive")
         for number, snippet in enumerate(blocks(PAGES[page], "python"), start=1):
+            # Whether lines run does not hang on epochs, which are most of their time.
+            snippet = re.sub(r"\bmax_epochs=\d+", "max_epochs=2", snippet)
             exec(compile(snippet, f"{page}, python block {number}", "exec"), namespace)
     plt.close("all")
     assert not list(tmp_path.iterdir())

@@ -245,7 +245,8 @@ def test_every_verb_works_for_an_entry_from_outside(
     tl.predictive_check(adata)
     assert np.isfinite(new.obs["scuvae_novelty"]).all()
     assert np.isfinite(adata.layers["scuvae_denoised"]).all()
-    for suffix in ("h5ad", "zarr"):
+    stores = ["zarr"] if (name, amortized) == ("zip", "semi") else []  # seconds: one does for all
+    for suffix in ("h5ad", *stores):
         path = tmp_path / f"fit.{suffix}"
         getattr(adata, f"write_{suffix}")(path)
         back = getattr(anndata, f"read_{suffix}")(path)

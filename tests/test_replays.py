@@ -107,7 +107,7 @@ RECORDED = {
 def test_recorded_steps_are_the_steps(
     name: str, kind: str, local_step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forty epochs of 23 cells in batches of 5, with renewals of precisions and falling rates."""
+    """25 epochs of 23 cells in batches of 5, with renewals of precisions and falling rates."""
     monkeypatch.setattr(replays, "capture", played_again)
     x = counts(23, 12)
     source = Dense(x) if name == "gaussian" else Resident(x)
@@ -124,7 +124,7 @@ def test_recorded_steps_are_the_steps(
         if replayed:
             visits, take = recorder.visits, recorder.take
         losses = []
-        for number in range(40):
+        for number in range(25):
             step.set_rate(1 / (1 + number))
             losses += [(take(batch).clone(), cells.tolist()) for batch, cells in visits(0)]
         fits.append((losses, [*model.parameters(), *posterior.buffers()]))

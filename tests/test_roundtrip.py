@@ -28,13 +28,14 @@ from scuvae import get, tl
 
 Written = Callable[[str, bool | str, str], tuple[AnnData, AnnData]]
 
-every_suffix = pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
-# A zarr store is hundreds of small files: one scheme, that with all the slots, stands for them.
+# "semi" has the slots of the others. A zarr store is hundreds of small files, which take seconds:
+# one fit stands for them.
 every_file = pytest.mark.parametrize(
     ("likelihood", "amortized", "suffix"),
     [
-        *product(LIKELIHOOD_NAMES, SCHEMES, ["h5ad"]),
-        *product(LIKELIHOOD_NAMES, ["semi"], ["zarr"]),
+        *product(LIKELIHOOD_NAMES, ["semi"], ["h5ad"]),
+        *product(["negative_binomial"], [s for s in SCHEMES if s != "semi"], ["h5ad"]),
+        ("zero_inflated_negative_binomial", "semi", "zarr"),
     ],
 )
 
@@ -154,11 +155,10 @@ def test_the_verbs_go_on_from_a_file(
     )
 
 
-@every_suffix
-def test_a_projection_is_a_model_of_its_own_in_a_file(suffix: str, tmp_path: Path) -> None:
+def test_a_projection_is_a_model_of_its_own_in_a_file(tmp_path: Path) -> None:
     reference, adata = everything("poisson", "semi"), small_counts(seed=5)
     tl.project(adata, reference)
-    back = through(adata, tmp_path / f"projected.{suffix}")
+    back = through(adata, tmp_path / "projected.h5ad")
     third, fourth = small_counts(seed=6), small_counts(seed=6)
     tl.project(third, back)
     tl.project(fourth, reference)

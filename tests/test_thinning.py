@@ -201,10 +201,10 @@ def test_an_encoder_labels_thinned_cells(distilled: bool, monkeypatch: pytest.Mo
             ):
                 monkeypatch.setattr(f"scuvae.inference.{module}.with_shallow", lambda batch: batch)
         fitted = kinds(400, 2000, seed=1)
-        options: dict[str, Any] = {"n_latent": 2, "n_hidden": 32, "max_epochs": 60}
+        options: dict[str, Any] = {"n_latent": 2, "n_hidden": 32, "max_epochs": 40}
         tl.fit(fitted, amortized=not distilled, likelihood="poisson", **options)
         if distilled:
-            tl.to_encoder(fitted, max_epochs=60)
+            tl.to_encoder(fitted, max_epochs=40)
         found.append(nearest_kinds(fitted, kinds(300, 40, seed=2)))
     assert found[0] > 0.85
     assert found[1] < found[0] - 0.1

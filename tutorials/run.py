@@ -2,11 +2,15 @@
 
 python tutorials/run.py            # in full; outputs are saved into the notebooks
 python tutorials/run.py --short    # SCUVAE_TUTORIAL=short, nothing is saved
+python tutorials/run.py --jobs 2   # so many at a time, of one thread each
 """
 
 import argparse
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
@@ -34,11 +38,22 @@ def execute(path: Path, *, save: bool) -> None:
         nbformat.write(notebook, path)
 
 
+def outcome(path: Path, *, save: bool) -> tuple[str, bool]:
+    """A line about a notebook, and whether it ran to its end."""
+    start = perf_counter()
+    try:
+        execute(path.resolve(), save=save)
+    except CellExecutionError as error:
+        return f"{path.name}: {error}\n", False
+    return f"{path.name}: {perf_counter() - start:.0f} s\n", True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Execute the tutorials.")
     parser.add_argument(
         "--short", action="store_true", help="few epochs; the files stay as they are"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in this folder")
     args = parser.parse_args()
     if args.short:
@@ -47,16 +62,15 @@ def main() -> int:
         os.environ.pop("SCUVAE_TUTORIAL", None)
         os.environ.pop("MPLBACKEND", None)  # another than the notebook's shows no picture
 
+    if args.jobs > 1:  # they would wait for each other's threads
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     failed = 0
-    for path in args.notebooks or sorted(FOLDER.glob("*.ipynb")):
-        start = perf_counter()
-        try:
-            execute(path.resolve(), save=not args.short)
-        except CellExecutionError as error:
-            failed += 1
-            sys.stderr.write(f"{path.name}: {error}\n")
-        else:
-            sys.stdout.write(f"{path.name}: {perf_counter() - start:.0f} s\n")
+    paths = args.notebooks or sorted(FOLDER.glob("*.ipynb"))
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for text, well in pool.map(partial(outcome, save=not args.short), paths):
+            failed += not well
+            (sys.stdout if well else sys.stderr).write(text)
             sys.stdout.flush()
     return min(failed, 1)
 

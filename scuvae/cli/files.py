@@ -1,14 +1,18 @@
 """The files that commands read and write. Nothing heavy is imported before they are known."""
 
 import argparse
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scuvae._replacing import checked_target, free_bytes, replacing, temporary
 from scuvae.cli.messages import one_line
+from scuvae.cli.paths import SUFFIXES
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,6 +44,87 @@ def unclobbered(args: argparse.Namespace, targets: dict[str, Path]) -> None:
             raise ValueError(f"{getattr(args, name)} exists, and stays as it is (--no-clobber)")
 
 
+def files_of(sources: Sequence[Path]) -> list[Path]:
+    """Files as they are; of a folder, and of a collection of annbatch's, what lies in it."""
+    found: list[Path] = []
+    for path in sources:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file")
+        parts = [path]
+        if path.is_dir() and path.suffix != ".zarr":
+            parts = [part for part in path.iterdir() if part.suffix in SUFFIXES]
+            if not parts:
+                raise ValueError(f"{path}: a folder without {' and '.join(SUFFIXES)} files")
+        elif path.is_dir() and not _is_anndata(path):
+            parts = [part for part in path.iterdir() if _is_anndata(part)] or parts
+        found += sorted(parts, key=lambda part: [_number(piece) for piece in _pieces(part.name)])
+    for number, path in enumerate(found):
+        if any(path.samefile(other) for other in found[:number]):
+            raise ValueError(f"{path} is named twice: its cells would count twice")
+    return found
+
+
+def _pieces(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)
+
+
+def _number(piece: str) -> tuple[int, str]:
+    return (int(piece), "") if piece.isdecimal() else (0, piece)  # part_2 before part_10
+
+
+def _is_anndata(store: Path) -> bool:
+    """Whether a folder is a zarr store of one AnnData."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            said = json.loads((store / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return bool(said.get("attributes", said).get("encoding-type") == "anndata")
+    return False
+
+
+def joined(paths: Sequence[Path], *, backed: bool) -> "AnnData":
+    """The cells of several files over the genes that all have; ``obs["file"]`` says whose."""
+    import anndata
+
+    if backed:
+        for name in ("dask", "xarray"):
+            if find_spec(name) is None:
+                raise ValueError(
+                    f"several files whose matrices stay on disk need {name}: "
+                    "pip install 'scuvae[disk]'"
+                )
+        parts = [_reading(anndata.experimental.read_lazy, path) for path in paths]
+    else:
+        parts = [read(path) for path in paths]
+    names = [path.stem for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    taken = [set(part.obs_names) for part in parts]
+    unique = len(set.union(*taken)) == sum(part.n_obs for part in parts)
+    adata = anndata.concat(
+        dict(zip(names, parts, strict=True)),
+        merge="same",
+        label=None if any("file" in part.obs for part in parts) else "file",
+        index_unique=None if unique else "-",
+    )
+    if not adata.n_vars:
+        raise ValueError(
+            f"{paths[0]} and the others have no gene in common: are names of one kind?"
+        )
+    return adata
+
+
+def _without_matrices(adata: "AnnData", target: Path) -> None:
+    """Write what a fit of matrices on disk has made: they stay where they are."""
+    import anndata
+    import numpy as np
+
+    obs = adata.obs.to_memory() if hasattr(adata.obs, "to_memory") else adata.obs
+    var = adata.var.to_memory() if hasattr(adata.var, "to_memory") else adata.var
+    obsm = {name: value for name, value in adata.obsm.items() if isinstance(value, np.ndarray)}
+    write(anndata.AnnData(obs=obs, var=var, obsm=obsm, uns=dict(adata.uns)), target)
+
+
 def opened(
     args: argparse.Namespace, output: Path, *, fitted: bool = False
 ) -> tuple["AnnData", Callable[["AnnData", Path], None]]:
@@ -47,6 +132,10 @@ def opened(
 
     ``fitted``: the input holds a fit, which is read as well.
     """
+    if isinstance(args.input, list):
+        adata = joined(args.input, backed=_are_many(args))
+        check_writing(adata, output) if not _are_many(args) else None
+        return adata, _without_matrices if _are_many(args) else write
     path, like = args.input, args.input.suffix == output.suffix
     if args.backed and not like:
         raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")
@@ -86,13 +175,20 @@ def read_slots(args: argparse.Namespace) -> "AnnData":
 
 def reading(args: argparse.Namespace) -> "AnnData":
     """The input alone, as :func:`opened` has it: for those processes that write nothing."""
-    if not args.input.exists():
-        raise ValueError(f"{args.input}: no such file")
+    if isinstance(args.input, list):
+        return joined(args.input, backed=_are_many(args))
     from scuvae.io.backed_files import open_backed
 
     if _stays_on_disk(args, args.output):
         return _reading(open_backed, args.input)
     return read(args.input)
+
+
+def _are_many(args: argparse.Namespace) -> bool:
+    """Whether the matrices of several files stay on disk."""
+    from scuvae.io.backed_files import LARGE, bytes_of
+
+    return bool(args.backed) or sum(map(bytes_of, args.input)) >= LARGE
 
 
 def _stays_on_disk(args: argparse.Namespace, output: Path) -> bool:
@@ -104,7 +200,8 @@ def _stays_on_disk(args: argparse.Namespace, output: Path) -> bool:
 def read(path: Path) -> "AnnData":
     import anndata
 
-    return _reading(anndata.read_zarr if path.suffix == ".zarr" else anndata.read_h5ad, path)
+    zarr = path.suffix == ".zarr" or path.is_dir()
+    return _reading(anndata.read_zarr if zarr else anndata.read_h5ad, path)
 
 
 def _reading(how: Callable[[Path], "AnnData"], path: Path) -> "AnnData":

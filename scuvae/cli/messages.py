@@ -82,6 +82,7 @@ def one_line(error: Exception) -> str:
 
 def located(error: Exception, args: argparse.Namespace) -> str:
     """:func:`one_line`, after the command and the file that it was about."""
-    text, file = one_line(error), str(getattr(args, "input", ""))
+    files = getattr(args, "input", "")
+    text, file = one_line(error), " ".join(map(str, files if isinstance(files, list) else [files]))
     where = f"{args.command} {file}" if file and file not in text else str(args.command)
     return f"{where}: {text}"

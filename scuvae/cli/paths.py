@@ -29,6 +29,14 @@ def path_of(*suffixes: str) -> Callable[[str], Path]:
 
 
 data_path = path_of(*SUFFIXES)
+
+
+def source_path(text: str) -> Path:
+    """A file of cells, or a folder of such files."""
+    found = Path(text)
+    return found if found.is_dir() else data_path(text)
+
+
 model_path = path_of(".scuvae")
 reference_path = path_of(*SUFFIXES, ".scuvae")
 table_path = path_of(*TABLES)

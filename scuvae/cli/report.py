@@ -23,7 +23,7 @@ def report(
     said: dict[str, Any] = {
         "command": args.command,
         "version": __version__,
-        "input": str(args.input),
+        "input": [*map(str, args.input)] if isinstance(args.input, list) else str(args.input),
         "reference": _path(getattr(args, "reference", None)),
         "output": _path(getattr(args, "output", None)),
         "table": _path(getattr(args, "table", None)),

@@ -11,6 +11,7 @@ from scuvae._launched import launched, number_of_processes
 from scuvae.cli.arguments import passed_on
 from scuvae.cli.files import (
     checked_output,
+    files_of,
     opened,
     read,
     read_slots,
@@ -19,16 +20,22 @@ from scuvae.cli.files import (
     write_text,
 )
 from scuvae.cli.parsers import runs, subcommand
-from scuvae.cli.paths import data_path, json_path, reference_path, table_path
+from scuvae.cli.paths import data_path, json_path, reference_path, source_path, table_path
 from scuvae.cli.verbs import Verb
 
 
 def add(commands: Any, name: str, verb: Verb) -> None:
     reference = "--reference FILE " if verb.reads == "reference" else ""
     output = "{-o FILE | --table FILE}" if verb.table else "-o FILE"
-    sub = subcommand(commands, name, verb.text, f"INPUT {reference}{output} [flags]")
+    several = verb.calls == "tl.fit"
+    words = f"INPUT {'[INPUT ...] ' * several}{reference}{output} [flags]"
+    sub = subcommand(commands, name, verb.text, words)
     text = ".h5ad or .zarr; never written to"
-    sub.add_argument("input", type=data_path, metavar="INPUT", help=text)
+    if several:
+        text += ". Several, a folder of them, or a collection of annbatch's are one data set"
+        sub.add_argument("input", type=source_path, nargs="+", metavar="INPUT", help=text)
+    else:
+        sub.add_argument("input", type=data_path, metavar="INPUT", help=text)
     if verb.reads == "reference":
         models = verb.calls == "tl.project"  # the others need the reference's cells
         kinds = reference_path if models else data_path
@@ -70,6 +77,11 @@ def add_no_clobber(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     verb: Verb = args.verb
+    if isinstance(args.input, list):
+        sources, found = args.input, files_of(args.input)
+        args.input = found if len(found) > 1 else found[0]
+    else:
+        sources = [args.input]
     arguments = passed_on(args, [name for name, _ in verb.all_flags()])
     if verb.calls == "tl.fit":
         number, size = launched()
@@ -82,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         _check_table_of_genes(args, arguments)
     elif verb.table and args.output is None and args.table is None:
         raise ValueError("name an output: -o FILE, --table FILE or both")
-    inputs = [args.input]
+    inputs = [*sources]
     if verb.reads == "reference" and "reference" not in arguments:
         inputs.append(args.reference)
     targets = {
@@ -96,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     }
     unclobbered(args, targets)
     function = function_of(verb.calls)
-    before = [_reference(args.reference)] if len(inputs) == 2 else []
+    before = [_reference(args.reference)] if len(inputs) > len(sources) else []
     adata, save = _opened(args, targets.get("output"))
     if args.dry_run:
         check_names(adata, verb, arguments)
@@ -201,5 +213,6 @@ def plan(
     return f"{text}\ndry run: nothing was computed or written"
 
 
-def _shape(path: Path, adata: Any) -> str:
-    return f"{path}: {adata.n_obs:,} cells x {adata.n_vars:,} genes"
+def _shape(path: Path | list[Path], adata: Any) -> str:
+    what = f"{len(path)} files, {path[0]} ..." if isinstance(path, list) else path
+    return f"{what}: {adata.n_obs:,} cells x {adata.n_vars:,} genes"

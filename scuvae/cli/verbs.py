@@ -147,6 +147,23 @@ VERBS: dict[str, Verb] = {
         },
         table="genes",
     ),
+    "extend-genes": Verb(
+        "tl.extend_genes",
+        "fit the decoder's last layer for genes that were not fitted, all else frozen",
+        "uns: the further genes, which denoise and rank-genes then know",
+        ("genes", "mask_var", "layer", "key", "min_counts", "n_samples", "device"),
+        {
+            "genes": Flag(
+                "text file with names of genes to add, one a line (default: all that were not "
+                "fitted)",
+                lines,
+                "FILE",
+            ),
+            "mask_var": column("column of var: add only genes where it is true", "var"),
+            "min_counts": number("genes with fewer counts are left out"),
+            "n_samples": number("draws per cell that the genes are fitted to"),
+        },
+    ),
     "embed": Verb(
         "tl.embed",
         "make the map of a fit anew, with another number of components",

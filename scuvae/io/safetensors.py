@@ -8,6 +8,7 @@ that it claims is allocated. Format: https://github.com/huggingface/safetensors#
 import math
 import os
 import stat
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MOST_HEADER = 100 * 2**20
 _MOST_ARRAYS, _MOST_BRANCHES = 10_000, 1_000_000
 _TEXT = "scuvae"
+_PIECE = 2**16
 
 # How other files begin, to say what one is. A pickle of torch's is a zip.
 _MAGIC = {
@@ -109,7 +111,7 @@ def _header(
     if encoded.count(b"[") + encoded.count(b"{") > _MOST_BRANCHES:
         raise Damaged(f"{where} is no model file: its header has too many branches")
     try:
-        decoded = bytes(encoded).decode("utf-8")
+        decoded = _decoded(encoded)
     except UnicodeDecodeError:
         raise Damaged(f"{where} is damaged: its header is no UTF-8") from None
     header = from_json(decoded, f"{where}: its header")
@@ -128,6 +130,13 @@ def _header(
     if end != n_bytes:
         raise Damaged(f"{where} is damaged: its arrays take {end} bytes, but it has {n_bytes}")
     return texts[_TEXT], arrays
+
+
+def _decoded(encoded: bytearray) -> str:
+    """By pieces: where a damaged length makes arrays a part of the header, this ends early."""
+    decoder, view = getincrementaldecoder("utf-8")(), memoryview(encoded)
+    pieces = [decoder.decode(view[at : at + _PIECE]) for at in range(0, len(view), _PIECE)]
+    return "".join([*pieces, decoder.decode(b"", final=True)])
 
 
 def _place(name: str, entry: Any, where: str) -> tuple[int, int, str, tuple[int, ...]]:
