@@ -20,6 +20,7 @@ from scuvae.inference.evaluation.differential_expression import (
     composition,
     normal_quantile,
 )
+from scuvae.inference.evaluation.group_contrast import contrast
 from scuvae.inference.evaluation.unit_totals import UnitTotals, add_cells
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_fit
@@ -241,9 +242,7 @@ class Ranking:
         evidence = compare(units, donors=self.design.donors)
         predicted = self._predicted(comparison, totals, evidence, tested)
         changes = shrink(evidence.change, evidence.scale, *predicted, threshold=threshold)
-        z = normal_quantile(evidence.log_p)
         values = {
-            "scores": (z * evidence.change.sign(), 0.0),
             "logfoldchanges": (evidence.change / math.log(2), 0.0),
             "pvals": (evidence.log_p.exp(), 1.0),
             "pvals_adj": (_benjamini_hochberg(evidence.log_p.exp()), 1.0),
@@ -251,12 +250,26 @@ class Ranking:
             "lfsr": (changes.false_sign, 1.0),
             "expected_fdr": (expected_false(changes.error), 1.0),
         }
+        if self.design.donors:
+            z = normal_quantile(evidence.log_p)
+            values["scores"] = (z * evidence.change.sign(), 0.0)
         out = {"names": self.names}
+        if not self.design.donors:
+            out["scores"] = self._contrast(comparison).numpy()
         for name, (value, otherwise) in values.items():
             wide = torch.full((len(tested),), otherwise, dtype=torch.float64)
             wide[tested] = value
             out[name] = wide.numpy()
         return out
+
+    def _contrast(self, comparison: Comparison) -> Tensor:
+        """The group against each other group of the comparison, in log2; also of untested genes."""
+        used = np.flatnonzero(comparison.members.any(0))
+        own = comparison.members[comparison.sides[0]].any(0)[used]
+        group, batch = torch.as_tensor(np.array(self.design.units)[used]).T
+        totals, rows = self.totals, torch.as_tensor(used)
+        parts = (totals.counts[rows], totals.exposure[rows].clamp_min(1e-6), totals.cells[rows])
+        return contrast(*parts, group, batch, int(group[own.argmax()])) / math.log(2)
 
     def _predicted(
         self, comparison: Comparison, totals: UnitTotals, evidence: Evidence, tested: Tensor

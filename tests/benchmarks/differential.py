@@ -46,15 +46,15 @@ MARKERS = {
     "CD34": "CD34 SPINK2 KIAA0125 SOX4 STMN1 GATA2 CYTL1 PRSS57 EGFL7 SMIM24",
 }
 TYPES = {
-    "B": ("CD19+ B", "B cells"),
-    "NK": ("CD56+ NK", "NK cells"),
-    "CD14 monocyte": ("CD14+ Monocyte", "CD14+ Monocytes"),
-    "FCGR3A monocyte": ("FCGR3A+ Monocytes",),
-    "dendritic": ("Dendritic", "Dendritic cells"),
-    "megakaryocyte": ("Megakaryocytes",),
-    "CD8 T": ("CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic", "CD8 T cells"),
-    "CD4 T": ("CD4+ T Helper2", "CD4+/CD25 T Reg", "CD4+/CD45RO+ Memory", "CD4 T cells"),
-    "CD34": ("CD34+",),
+    "B": ("CD19+ B", "B cells", "B"),
+    "NK": ("CD56+ NK", "NK cells", "NK"),
+    "CD14 monocyte": ("CD14+ Monocyte", "CD14+ Monocytes", "Mono_CD14"),
+    "FCGR3A monocyte": ("FCGR3A+ Monocytes", "Mono_CD16"),
+    "dendritic": ("Dendritic", "Dendritic cells", "DC"),
+    "megakaryocyte": ("Megakaryocytes", "MK"),
+    "CD8 T": ("CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic", "CD8 T cells", "T_CD8"),
+    "CD4 T": ("CD4+ T Helper2", "CD4+/CD25 T Reg", "CD4+/CD45RO+ Memory", "CD4 T cells", "T_CD4"),
+    "CD34": ("CD34+", "HSC"),
 }
 
 
@@ -293,7 +293,7 @@ def markers(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row["ours"] = auroc(signed(adata.uns["rank_genes_groups"], group, genes), marker)
                 row["wilcoxon"] = auroc(signed(log.uns["rank_genes_groups"], group, genes), marker)
                 rows.append(row)
-        mine = [row for row in rows if row["data"] == name_of(data)]
+        mine = [row for row in rows if row["data"] == name_of(data) and row["markers"]]
         mean = {n: float(np.mean([row[n] for row in mine])) for n in ("ours", "wilcoxon")}
         columns = {"type": ("type", ""), "markers": ("markers", "d")}
         columns |= {"ours": ("ours", ".4f"), "wilcoxon": ("Wilcoxon", ".4f")}
