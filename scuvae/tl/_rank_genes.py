@@ -41,7 +41,7 @@ _BY_COUNTS = 0.35
 @isolated
 def rank_genes(
     adata: AnnData,
-    groupby: str = "cell_type",
+    groupby: str,
     *,
     groups: str | Iterable[str] = "all",
     reference: str = "rest",
@@ -110,7 +110,12 @@ def rank_genes(
     a field a group.
 
     ``names``, ``scores``
-        Genes, and the z whose two-sided p is ``pvals``, with the sign of the change.
+        Genes, and with donors the z whose two-sided p is ``pvals``, with the sign of the change.
+        Without donors, for markers: log2 of the group's rate over the geometric mean of the other
+        groups' (each counts for itself, by the root of its number of cells), shrunk by how clear
+        the counts leave it; half at 16 standard errors
+        (:mod:`scuvae.inference.evaluation.group_contrast`). So a gene that a few cells of the rest
+        have too is still a marker. Genes that are not tested have one as well.
     ``logfoldchanges``
         log2 of the ratio of means, group over reference, by the counts alone; bounded where one is
         zero.

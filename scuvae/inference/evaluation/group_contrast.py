@@ -46,11 +46,11 @@ def contrast(
     shares = torch.stack([cells[group == kind].sum().sqrt() for kind in others])
     for kind, share in zip(others, shares / shares.sum(), strict=True):
         units = [int(unit) for unit in (group == kind).nonzero()[:, 0]]
-        weights = torch.stack([1 / (1 / exposure[own[int(batch[u])]] + 1 / exposure[u]) for u in units])
-        for unit, weight in zip(units, share * weights / weights.sum(), strict=True):
-            mine = own[int(batch[unit])]
-            used[mine] += weight
-            used[unit] -= weight
+        mine = [own[int(batch[unit])] for unit in units]
+        weight = 1 / (1 / exposure[mine] + 1 / exposure[units])
+        weight = share * weight / weight.sum()
+        used[mine, 0] += weight
+        used[units, 0] -= weight
     change = (used * level).sum(0)
     z = change.abs() / (used.square() * variance).sum(0).sqrt()
     return torch.where(counts.sum(0) > 0, change * z / (z + _HALF), 0.0)
