@@ -189,20 +189,21 @@ def test_tables(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert list(found.index) == list(expected.index)
 
     table, out = tmp_path / "groups.tsv", tmp_path / "out.h5ad"
-    assert call("rank-genes", fitted, "--table", table, "-o", out) == 0
+    by_type = ("--groupby", "cell_type")
+    assert call("rank-genes", fitted, *by_type, "--table", table, "-o", out) == 0
     found = pd.read_csv(table, sep="\t")
     result = anndata.read_h5ad(out).uns["rank_genes_groups"]
     for group in ("down", "up"):
         rows = found[found["group"] == group]
         assert list(rows["names"]) == list(result["names"][group])
         np.testing.assert_allclose(rows["prob_de"], result["prob_de"][group], rtol=1e-6)
-    assert call("rank-genes", fitted, "--groups", "up", "--table", table) == 0
+    assert call("rank-genes", fitted, *by_type, "--groups", "up", "--table", table) == 0
     assert set(pd.read_csv(table, sep="\t")["group"]) == {"up"}
 
     for line in (
         ["denoise", fitted, "--genes", genes, "-o", out],
         ["denoise", fitted, "--table", table],
-        ["rank-genes", fitted],
+        ["rank-genes", fitted, *by_type],
     ):
         assert call(*line) == 1
         assert "--table" in capsys.readouterr().err

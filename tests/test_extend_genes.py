@@ -133,6 +133,77 @@ def test_nothing_of_the_fitted_genes_changes(sparse: bool, n_layers: int) -> Non
     np.testing.assert_allclose(drawn.sum(), seen.sum(), rtol=0.2)
 
 
+@pytest.mark.parametrize("options", [{}, {"n_layers": 0}, {"amortized": True}])
+def test_a_fit_of_its_own_hears_of_further_genes(options: dict[str, Any]) -> None:
+    """Its decoder is the extended one; its posteriors are no worse for any cell and better for all
+    together, by the ELBO over all genes; the fit itself stays."""
+    options = {"likelihood": "poisson", "batch_key": "batch", **FEW, **options}
+    adata = small_fit(small_counts(), **options)
+    before = fingerprint(adata.uns["scuvae"]), fingerprint(adata.obsm["X_scuvae"])
+    tl.extend_genes(adata, min_counts=1, key_added="all")
+    assert (fingerprint(adata.uns["scuvae"]), fingerprint(adata.obsm["X_scuvae"])) == before
+    whole, fit = get.model(adata, key="all"), get.model(adata)
+    names = list(adata.uns["all"]["var_names"])
+    assert sorted(names) == sorted(adata.var_names)
+    assert whole.encoder is None
+    tl.extend_genes(adata, min_counts=1)
+    of_batches = torch.nn.functional.one_hot(
+        torch.as_tensor((adata.obs["batch"] == "b1").to_numpy()).long(), 2
+    ).float()
+    mean = torch.tensor(adata.obsm["X_scuvae"])
+    with torch.no_grad():
+        for given in (of_batches, 1 - of_batches):
+            both = [model.decoder(mean, given)[:, : fit.n_vars] for model in (whole, fit)]
+            off = both[0] - both[1]
+            # Intercepts give back totals: of a gene the same for all cells.
+            assert float((off - off.mean(0)).abs().max()) < 1e-4
+
+    x = torch.tensor(adata[:, names].X.toarray() if sp.issparse(adata.X) else adata[:, names].X)
+    given = of_batches if whole.design.batches[1] == "b1" else 1 - of_batches
+    noise = torch.randn(200, *mean.shape, generator=torch.Generator().manual_seed(0))
+
+    def elbo(key: str | None) -> torch.Tensor:
+        """Cells', by torch's own densities."""
+        q = get.posterior(adata, key=key)
+        z = q.mean + (
+            torch.einsum("nij,snj->sni", q.scale_tril, noise)
+            if hasattr(q, "scale_tril")
+            else q.stddev * noise
+        )
+        with torch.no_grad():
+            rate = whole.decoder(z, given).softmax(-1) * x.sum(1, keepdim=True)
+            value = torch.distributions.Poisson(rate).log_prob(x).sum(-1).mean(0)
+        normal = torch.distributions.Normal(0.0, 1.0)
+        return value + (normal.log_prob(z).sum(-1) - q.log_prob(z)).mean(0)
+
+    gain = elbo("all") - elbo(None)
+    assert float(gain.mean()) > 0.3
+    assert float(gain.min()) > -1.0  # of 200 draws, and of intercepts that moved afterwards
+    np.testing.assert_allclose(
+        tl.denoise(adata, key="all", genes=names).sum(), adata[:, names].X.sum(0), rtol=0.03
+    )
+    old = small_counts(n_obs=20, seed=3)
+    tl.project(old, adata, key="all")
+    assert old.obsm["X_scuvae"].shape == (20, mean.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "said"),
+    [
+        ({}, {"key_added": "scuvae"}, "key_added"),
+        ({"size_factor_key": "expected"}, {"key_added": "all"}, r"obs\['expected'\]"),
+        ({}, {"key_added": "all", "layer": "other"}, r"layer='other'.*leave out"),
+    ],
+)
+def test_what_is_no_fit_of_its_own(
+    options: dict[str, Any], arguments: dict[str, Any], said: str
+) -> None:
+    adata = small_fit(small_counts(), **FEW, **options)
+    adata.layers["other"] = adata.X.copy()
+    with unchanged(adata), pytest.raises(ValueError, match=said):
+        tl.extend_genes(adata, **arguments)
+
+
 def test_a_whole_transcriptome_is_a_layer_and_ranked() -> None:
     adata = extended()
     tl.denoise(adata)

@@ -25,6 +25,7 @@ from scuvae.inference.evaluation.differential_expression import (
     composition,
     normal_quantile,
 )
+from scuvae.inference.evaluation.group_contrast import contrast
 from scuvae.io.fit_state import read_fit
 from scuvae.io.genes import cells_of
 from scuvae.tl._groups import design_of
@@ -271,6 +272,53 @@ def test_slopes_are_those_of_a_poisson_ridge() -> None:
         np.testing.assert_allclose(slopes.beta[:, i], best.x[1:], atol=0.02)  # four Newton steps
 
 
+# --- the order of markers -------------------------------------------------------------------------
+
+
+def test_a_contrast_is_that_of_gamma_posteriors() -> None:
+    """Two batches of three groups, one of which is in one batch: by scipy's densities."""
+    rng = np.random.default_rng(0)
+    group, batch = np.array([0, 1, 2, 0, 1]), np.array([0, 0, 0, 1, 1])
+    y, e = rng.poisson(4, (5, 3)), rng.uniform(1, 9, 5)
+    y[:, 2] = 0
+    cells = np.array([10.0, 40, 30, 5, 60])
+    found = contrast(*map(torch.as_tensor, (y * 1.0, e, cells, group, batch)), 0).numpy()
+    assert found[2] == 0  # no count
+    shares = np.sqrt([100, 30]) / np.sqrt([100, 30]).sum()
+    within = np.array([1 / (1 / e[0] + 1 / e[1]), 1 / (1 / e[3] + 1 / e[4])])
+    within = within / within.sum()
+    on = np.zeros(5)
+    on[[0, 3]] += shares[0] * within
+    on[[1, 4]] -= shares[0] * within
+    on[0], on[2] = on[0] + shares[1], -shares[1]
+    for gene in range(2):
+        change = variance = 0.0
+        for unit in range(5):
+            of = batch == batch[unit]
+            prior = 0.5 * e[of].sum() / (y[of, gene].sum() + 0.5)
+            rate = stats.gamma(y[unit, gene] + 0.5, scale=1 / (e[unit] + prior))
+            mean = rate.expect(np.log)
+            change += on[unit] * mean
+            variance += on[unit] ** 2 * rate.expect(lambda x, m=mean: (np.log(x) - m) ** 2)
+        z = abs(change) / np.sqrt(variance)
+        assert found[gene] == pytest.approx(change * z / (z + 16), rel=1e-5)
+
+
+def test_a_marker_that_a_few_cells_share_comes_first() -> None:
+    """It is in x and, stronger, in the few cells of y: of the rest as a whole x has no more."""
+    rng = np.random.default_rng(0)
+    kind = np.repeat(["x", "y", "u", "v"], [200, 20, 340, 340])
+    mean = np.ones((900, 60))
+    mean[kind == "x", :30] = 1.5
+    mean[:, 59] = np.select([kind == "x", kind == "y"], [0.5, 16.0], 0.02)
+    obs = pd.DataFrame({"kind": kind}, index=[f"c{i}" for i in range(900)])
+    adata = small_fit(AnnData(rng.poisson(mean).astype(np.float32), obs=obs), max_epochs=1)
+    tl.rank_genes(adata, "kind", groups=["x"])
+    table = table_of(adata, "x")
+    assert table.index[0] == "59"
+    assert table.loc["59", "pvals"] > table["pvals"][table["logfoldchanges"] > 0].median()
+
+
 # --- the verb -------------------------------------------------------------------------------------
 
 
@@ -383,13 +431,14 @@ def test_genes_that_were_not_fitted_are_absent_and_silent_ones_never_called() ->
     adata.X[3, 5] = 2
     mask = np.arange(adata.n_vars) % 7 != 0
     small_fit(adata, mask_var=mask)
-    tl.rank_genes(adata, key_added="markers")
+    tl.rank_genes(adata, "cell_type", key_added="markers")
     table = table_of(adata, "up", "markers")
     assert set(table.index) == set(adata.var_names[mask])
     assert np.isfinite(table.to_numpy(float)).all()
     silent = table.loc[["gene4", "gene5"]]
     assert (silent[["pvals", "pvals_adj", "lfsr", "expected_fdr"]] == 1).all(axis=None)
-    assert (silent[["scores", "prob_de"]] == 0).all(axis=None)
+    assert (silent["prob_de"] == 0).all()
+    assert silent.loc["gene4", "scores"] == 0
     assert "rank_genes_groups" not in adata.uns
 
 
@@ -399,10 +448,10 @@ def test_cells_without_a_name_are_in_none(caplog: pytest.LogCaptureFixture) -> N
     labels[adata.obs["donor"] == "d0"] = np.nan
     adata.obs["cell_type"] = labels
     with caplog.at_level("INFO", logger="scuvae"):
-        tl.rank_genes(adata)
+        tl.rank_genes(adata, "cell_type")
     assert any("30 of 240 cells" in message for message in caplog.messages)
     kept = adata[adata.obs["donor"] != "d0"].copy()
-    tl.rank_genes(kept)
+    tl.rank_genes(kept, "cell_type")
     assert fingerprint(kept.uns["rank_genes_groups"]) == fingerprint(adata.uns["rank_genes_groups"])
 
 
@@ -416,8 +465,11 @@ def test_the_rest_is_all_others_and_order_of_cells_is_nothing() -> None:
     tl.rank_genes(shuffled, "group", groups=["b1"])
     first = table_of(adata, "b1")
     for other in (table_of(adata, "b1", "named"), table_of(shuffled, "b1")):
-        # Chunks of cells: float32 in another order.
-        np.testing.assert_allclose(other.loc[first.index], first, rtol=1e-3, atol=1e-4)
+        # Chunks of cells: float32 in another order. Scores are against each other group.
+        found = other.loc[first.index].drop(columns="scores")
+        np.testing.assert_allclose(found, first.drop(columns="scores"), rtol=1e-3, atol=1e-4)
+    scores = table_of(shuffled, "b1")["scores"]
+    np.testing.assert_allclose(scores[first.index], first["scores"], rtol=1e-6)
 
 
 def test_batches_are_compared_within() -> None:
@@ -434,15 +486,15 @@ def test_batches_are_compared_within() -> None:
     )
     adata = AnnData(rng.poisson(mean).astype(np.float32), obs=obs)
     small_fit(adata, batch_key="batch")
-    tl.rank_genes(adata, groups=["x"])
+    tl.rank_genes(adata, "cell_type", groups=["x"])
     small_fit(adata, key_added="k")
-    tl.rank_genes(adata, groups=["x"], key="k", key_added="r")
+    tl.rank_genes(adata, "cell_type", groups=["x"], key="k", key_added="r")
     doubled = [str(i) for i in np.flatnonzero(double)]
     assert (table_of(adata, "x", "r").loc[doubled, "pvals_adj"] < 0.01).mean() > 0.9
     assert (table_of(adata, "x").loc[doubled, "pvals"] < 0.05).sum() <= 3
     adata.obs["cell_type"] = adata.obs["batch"]
     with unchanged(adata), pytest.raises(ValueError, match=r"share no batch.*donor_key"):
-        tl.rank_genes(adata, groups=["p"])
+        tl.rank_genes(adata, "cell_type", groups=["p"])
 
 
 def test_the_variance_of_a_total_is_that_of_draws() -> None:
@@ -507,7 +559,7 @@ def test_errors_say_what_to_do(options: dict[str, Any], parts: list[str]) -> Non
 def test_values_that_are_no_counts(likelihood: str) -> None:
     adata = small_fit(small_data(likelihood), likelihood=likelihood)
     with pytest.raises(ValueError, match=rf"{likelihood}.*no counts.*scanpy"):
-        tl.rank_genes(adata)
+        tl.rank_genes(adata, "cell_type")
 
 
 def test_donors_in_batches_that_groups_do_not_share() -> None:

@@ -286,7 +286,8 @@ def test_adata_first_all_else_by_name(name: str) -> None:
         reference = rest.pop(0)
         assert (reference.name, reference.default) == ("reference", inspect.Parameter.empty)
     if name in WITH_GROUPS:
-        assert rest.pop(0).name == "groupby"  # as in scanpy
+        groupby = rest.pop(0)  # as in scanpy
+        assert (groupby.name, groupby.default) == ("groupby", inspect.Parameter.empty)
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)
     assert all(p.default is not inspect.Parameter.empty for p in rest)
     assert {p.name: p.default for p in rest}["copy"] is False

@@ -7,7 +7,7 @@ A test compares these tables with the verbs' own signatures.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scuvae.cli.paths import lines
@@ -43,6 +43,11 @@ class Flag:
 
 def column(text: str, slot: str = "obs") -> Flag:
     return Flag(text, str, "COLUMN", slot)
+
+
+def needed(flag: Flag) -> Flag:
+    """Of an argument without a default."""
+    return replace(flag, more={**flag.more, "required": True})
 
 
 def columns(text: str) -> Flag:

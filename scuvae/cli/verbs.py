@@ -12,6 +12,7 @@ from scuvae.cli.arguments import (
     choose,
     column,
     fraction,
+    needed,
     number,
     one_or_more,
     pairs,
@@ -191,7 +192,7 @@ VERBS: dict[str, Verb] = {
             *("min_counts", "n_samples", "device"),
         ),
         {
-            "groupby": column("column of obs with names of groups (default: cell_type)"),
+            "groupby": needed(column("column of obs with names of groups")),
             "groups": some_or_all("those to compare (default: all)", "GROUP"),
             "reference": word("the group to compare with (default: rest, all other cells)"),
             "donor_key": column("column of obs that says whose a cell is"),

@@ -1,5 +1,6 @@
 """Further genes of a fit in ``uns``, and the cells over them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,11 @@ class Extended:
 def read_further(adata: AnnData, key: str | None, fit: Fit) -> Extended | None:
     """What :func:`scuvae.tl.extend_genes` added to the fit; None for nothing."""
     entry = read_entry(adata, key).get(SLOT)
-    if entry is None:
-        return None
+    return None if entry is None else extended_of(entry, fit)
+
+
+def extended_of(entry: Mapping[str, Any], fit: Fit) -> Extended:
+    """A fit with the further genes that its ``uns`` has."""
     names = pd.Index([str(name) for name in entry["var_names"]])
     where = f"adata.uns[...][{SLOT!r}]"
     width = width_of(fit.model.decoder)

@@ -9,6 +9,7 @@ with h what enters the decoder's last layer. In a fit to all genes the sum would
 be the total over all: the same but for a factor of the cell.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -84,6 +85,25 @@ class ExtendedModel(nn.Module):
                 fitted = fitted[..., observed[: self.model.n_vars]]
             eta = eta[..., observed]
         return batch.size_factor * (eta.logsumexp(-1) - fitted.logsumexp(-1)).exp()
+
+    @torch.no_grad()
+    def whole(self) -> VAE:
+        """A model of all these genes alike, with one total over all, and without an encoder."""
+        decoder = copy.deepcopy(self.model.decoder)
+        width = decoder.output.weight.shape[1]
+        weight = torch.cat([decoder.output.weight, self.output.weight[:, :width]])
+        last: nn.Linear = nn.utils.skip_init(nn.Linear, width, self.n_vars)
+        last.weight.copy_(weight)
+        last.bias.copy_(torch.cat([decoder.output.bias, self.output.bias]))
+        decoder.layers[-1] = last
+        if decoder.last is None:
+            assert decoder.offset is not None
+            beside = torch.cat([decoder.offset.weight, self.output.weight[:, width:]])
+            decoder.offset = nn.Linear(beside.shape[1], self.n_vars, bias=False)
+            decoder.offset.weight.copy_(beside)
+        likelihood = copy.deepcopy(self.likelihood)
+        found = VAE(decoder, likelihood, None, copy.deepcopy(self.model.prior), self.design)
+        return found.eval().requires_grad_(False)
 
 
 def total_of(model: VAE | ExtendedModel, total: Tensor, eta: Tensor) -> Tensor:

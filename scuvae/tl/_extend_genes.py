@@ -23,10 +23,11 @@ from scuvae.inference.mapping.gene_regressions import (
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
-from scuvae.io.further_genes import SLOT, further_entry, likelihood_of
+from scuvae.io.further_genes import SLOT, extended_of, further_entry, likelihood_of
 from scuvae.io.genes import cells_of, check_values
 from scuvae.io.slots import read_posterior, target
 from scuvae.runtime import CHUNK, isolated, resolve_device
+from scuvae.tl._whole_fit import WholeFit
 
 logger = logging.getLogger("scuvae")
 
@@ -42,6 +43,7 @@ def extend_genes(
     mask_var: str | np.ndarray | None = None,
     layer: str | None = None,
     key: str | None = None,
+    key_added: str | None = None,
     min_counts: int = 10,
     n_samples: int = 2,
     device: str = "auto",
@@ -62,6 +64,11 @@ def extend_genes(
     it (but those with estimated batches). Nothing else asks them: posteriors, scores, maps, labels
     and novelty stand on the fitted genes.
 
+    What further genes alone tell of a cell is lost that way. With ``key_added`` they are made a fit
+    of its own instead, to all these genes alike, with one total over all: its decoder is the same,
+    a wider last layer, but posteriors take natural steps with the counts of all genes. It has no
+    encoder, and whatever reads a fit reads it.
+
     Parameters
     ----------
     adata
@@ -76,6 +83,9 @@ def extend_genes(
         Where the counts are; None: where the fit's were.
     key
         The fit; None for the default.
+    key_added
+        Name of a fit to all these genes, of which posteriors hear of further genes; None: the fit
+        itself gets them, its posteriors as they are.
     min_counts
         Of a gene in all training cells; genes with fewer are left out, and logged.
     n_samples
@@ -89,14 +99,17 @@ def extend_genes(
     -------
     None, or with ``copy=True`` the AnnData. Sets, in place of an earlier call's,
     ``uns["scuvae"]["further"]``: ``var_names``, the last layer (``output``) and the parameters of
-    the likelihood for these genes, float32. Files and model files have it with the fit.
+    the likelihood for these genes, float32. Files and model files have it with the fit. With
+    ``key_added`` that is left alone, and the slots of a fit under this name are set, as
+    :func:`scuvae.tl.fit` has them (its ``history`` is that of the fit of ``key``).
 
     Raises
     ------
     ValueError
         ``adata`` holds no fit under ``key``, or one to values that are no counts; a gene that
         ``adata`` does not have, or that was fitted; both ``genes`` and ``mask_var``; no gene left;
-        values that are no counts.
+        values that are no counts; ``key_added`` with the name of ``key``, with another ``layer``
+        than the fit's, or of a fit whose cells' totals were given (``size_factor_key``).
 
     Examples
     --------
@@ -114,6 +127,7 @@ def extend_genes(
             f"likelihood={fit.model.likelihood.name!r} is of no counts, whose rates extend_genes "
             "fits: fit raw counts"
         )
+    keys = None if key_added is None else _own_keys(adata, fit, key, key_added, layer)
     min_counts = whole("min_counts", min_counts)
     n_samples = whole("n_samples", n_samples)
     where = resolve_device(device)
@@ -164,9 +178,34 @@ def extend_genes(
 
     entry = dict(read_entry(adata, key))
     entry[SLOT] = further_entry(adata.var_names[columns].astype(str), layers, likelihoods)
+    if keys is not None:
+        extended = extended_of(entry[SLOT], fit)
+        whole_fit = WholeFit(adata, fit, entry, extended, stored)
+        out = target(adata, copy)
+        whole_fit.write(out, keys.uns, adata.obs.get(Keys.of(key).obs["split"]))
+        return out if copy else None
     out = target(adata, copy)
     out.uns[Keys.of(key).uns] = sealed(entry)
     return out if copy else None
+
+
+def _own_keys(adata: AnnData, fit: Fit, key: str | None, key_added: str, layer: str | None) -> Keys:
+    """The slots of a fit of its own, or an error that says why there can be none."""
+    keys = Keys.of(key_added)
+    if keys.uns == Keys.of(key).uns:
+        raise ValueError(f"key_added={key_added!r} is the fit itself: pass another name, or None")
+    keys.check_free(adata)
+    if fit.size_factor_key is not None:
+        raise ValueError(
+            f"key_added={key_added!r}: the fit's totals are obs[{fit.size_factor_key!r}], which do "
+            "not say what further genes add: leave key_added out, or fit all genes"
+        )
+    if layer is not None and layer != fit.layer:
+        raise ValueError(
+            f"layer={layer!r}, but the fit's counts are in {inputs.slot_name(fit.layer)}: a fit "
+            "of its own has one: leave out layer= or key_added="
+        )
+    return keys
 
 
 def _columns(adata: AnnData, fit: Fit, genes: Any, mask_var: Any) -> np.ndarray:

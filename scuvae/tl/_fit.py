@@ -382,7 +382,7 @@ def fit(
         "var_names": np.array(names if genes is None else names[genes], object),
         "state": model_to_arrays(model),
         "embed": basis,
-        "latent": _in_use(q),
+        "latent": in_use(q),
     }
     entry = sealed(parts)
     split = pd.Categorical(
@@ -402,7 +402,7 @@ def fit(
     return out if copy else None
 
 
-def _in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:
+def in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:
     """How much each latent dimension is used, for ``uns``."""
     found = latent_dimensions(torch.as_tensor(q["mean"]), parts_of(q))
     numbers = {name: values.numpy() for name, values in found._asdict().items()}

@@ -20,6 +20,7 @@ from scuvae.inference.evaluation.differential_expression import (
     composition,
     normal_quantile,
 )
+from scuvae.inference.evaluation.group_contrast import contrast
 from scuvae.inference.evaluation.unit_totals import UnitTotals, add_cells
 from scuvae.io import inputs
 from scuvae.io.fit_state import Fit, read_fit
@@ -40,7 +41,7 @@ _BY_COUNTS = 0.35
 @isolated
 def rank_genes(
     adata: AnnData,
-    groupby: str = "cell_type",
+    groupby: str,
     *,
     groups: str | Iterable[str] = "all",
     reference: str = "rest",
@@ -109,7 +110,12 @@ def rank_genes(
     a field a group.
 
     ``names``, ``scores``
-        Genes, and the z whose two-sided p is ``pvals``, with the sign of the change.
+        Genes, and with donors the z whose two-sided p is ``pvals``, with the sign of the change.
+        Without donors, for markers: log2 of the group's rate over the geometric mean of the other
+        groups' (each counts for itself, by the root of its number of cells), shrunk by how clear
+        the counts leave it; half at 16 standard errors
+        (:mod:`scuvae.inference.evaluation.group_contrast`). So a gene that a few cells of the rest
+        have too is still a marker. Genes that are not tested have one as well.
     ``logfoldchanges``
         log2 of the ratio of means, group over reference, by the counts alone; bounded where one is
         zero.
@@ -241,9 +247,7 @@ class Ranking:
         evidence = compare(units, donors=self.design.donors)
         predicted = self._predicted(comparison, totals, evidence, tested)
         changes = shrink(evidence.change, evidence.scale, *predicted, threshold=threshold)
-        z = normal_quantile(evidence.log_p)
         values = {
-            "scores": (z * evidence.change.sign(), 0.0),
             "logfoldchanges": (evidence.change / math.log(2), 0.0),
             "pvals": (evidence.log_p.exp(), 1.0),
             "pvals_adj": (_benjamini_hochberg(evidence.log_p.exp()), 1.0),
@@ -251,12 +255,26 @@ class Ranking:
             "lfsr": (changes.false_sign, 1.0),
             "expected_fdr": (expected_false(changes.error), 1.0),
         }
+        if self.design.donors:
+            z = normal_quantile(evidence.log_p)
+            values["scores"] = (z * evidence.change.sign(), 0.0)
         out = {"names": self.names}
+        if not self.design.donors:
+            out["scores"] = self._contrast(comparison).numpy()
         for name, (value, otherwise) in values.items():
             wide = torch.full((len(tested),), otherwise, dtype=torch.float64)
             wide[tested] = value
             out[name] = wide.numpy()
         return out
+
+    def _contrast(self, comparison: Comparison) -> Tensor:
+        """The group against each other group of the comparison, in log2; also of untested genes."""
+        used = np.flatnonzero(comparison.members.any(0))
+        own = comparison.members[comparison.sides[0]].any(0)[used]
+        group, batch = torch.as_tensor(np.array(self.design.units)[used]).T
+        totals, rows = self.totals, torch.as_tensor(used)
+        parts = (totals.counts[rows], totals.exposure[rows].clamp_min(1e-6), totals.cells[rows])
+        return contrast(*parts, group, batch, int(group[own.argmax()])) / math.log(2)
 
     def _predicted(
         self, comparison: Comparison, totals: UnitTotals, evidence: Evidence, tested: Tensor

@@ -1,14 +1,18 @@
 """tl.refine: a better q for fitted cells."""
 
 import copy as copying
+from typing import Any
 
+import numpy as np
 import torch
 from anndata import AnnData
 
 from scuvae._checks import one_of, whole
 from scuvae._keys import Keys
+from scuvae.batches import Cells
 from scuvae.distributions.gaussian import (
     COVARIANCES,
+    Gaussian,
     moments,
     select,
 )
@@ -30,6 +34,7 @@ from scuvae.io.slots import (
     write_components,
     write_posterior,
 )
+from scuvae.model import VAE
 from scuvae.runtime import chunk_on, isolated, resolve_device
 from scuvae.tl._embed import placed, posterior_scale
 
@@ -119,24 +124,7 @@ def refine(
     model = fit.model.to(where)
     stored = stored.to(where)
 
-    parts = []
-    with torch.no_grad():
-        everyone = torch.arange(len(cells), device=where)
-        for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
-            starts = [stored[batch.index]]
-            if model.encoder is not None and batch.observed is None:
-                starts.append(initial_posterior(model, batch, family))
-            refined = refine_batch(model, batch, starts, **(options | {"n_samples": n_samples}))
-            if polish:
-                refined = polish_batch(model, batch, refined, kl_weight=options["kl_weight"])
-            gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
-            best = select([starts[0], refined], (gain > 0).long())
-            if polish == "moments":
-                matched = match_moments(model, batch, best, kl_weight=options["kl_weight"])
-                best = matched.as_family(covariance)
-            parts.append(best)
-
-    found = moments(parts, covariance)
+    found = better(model, cells, stored, covariance, options | {"n_samples": n_samples}, polish)
     components = components_of(found, model.prior)
     entry = copying.deepcopy(read_entry(adata, key))
     coordinates = None
@@ -157,3 +145,33 @@ def refine(
         out.obsm[keys.embed] = coordinates
     write_components(out, key if key_added is None else key_added, components)
     return out if copy else None
+
+
+def better(
+    model: VAE,
+    cells: Cells,
+    stored: Gaussian,
+    covariance: str,
+    options: dict[str, Any],
+    polish: Polish = False,
+) -> dict[str, np.ndarray]:
+    """Moments of the best q of each cell: the stored one, or that after local steps."""
+    where = stored.mean.device
+    parts = []
+    with torch.no_grad():
+        everyone = torch.arange(len(cells), device=where)
+        for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
+            starts = [stored[batch.index]]
+            if model.encoder is not None and batch.observed is None:
+                starts.append(initial_posterior(model, batch, family_of(polish, covariance)))
+            refined = refine_batch(model, batch, starts, **options)
+            if polish:
+                refined = polish_batch(model, batch, refined, kl_weight=options["kl_weight"])
+            gain = elbo_gain(model, batch, refined, starts[0], kl_weight=options["kl_weight"])
+            best = select([starts[0], refined], (gain > 0).long())
+            if polish == "moments":
+                matched = match_moments(model, batch, best, kl_weight=options["kl_weight"])
+                best = matched.as_family(covariance)
+            parts.append(best)
+
+    return moments(parts, covariance)

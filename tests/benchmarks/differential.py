@@ -10,7 +10,8 @@
 (``_donors.py``); ``--shared`` of the changes are common to types. One fit to all cells, without the
 arms. Power is that at a realised rate of 5 and 10 %. ``permuted``: donors of a control condition in
 two arms of four in all 35 ways (and, from 35 on, again with arms of three and five); one fit.
-``markers``: AUROC of public markers of PBMC types among all genes. ``seeds``: overlap of top lists
+``markers``: AUROC of public markers of PBMC types among all genes (other orders:
+marker_orders.py). ``seeds``: overlap of top lists
 of two fits. DESeq2 is pydeseq2's, by default; p without a value count as 1.
 """
 
@@ -46,15 +47,15 @@ MARKERS = {
     "CD34": "CD34 SPINK2 KIAA0125 SOX4 STMN1 GATA2 CYTL1 PRSS57 EGFL7 SMIM24",
 }
 TYPES = {
-    "B": ("CD19+ B", "B cells"),
-    "NK": ("CD56+ NK", "NK cells"),
-    "CD14 monocyte": ("CD14+ Monocyte", "CD14+ Monocytes"),
-    "FCGR3A monocyte": ("FCGR3A+ Monocytes",),
-    "dendritic": ("Dendritic", "Dendritic cells"),
-    "megakaryocyte": ("Megakaryocytes",),
-    "CD8 T": ("CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic", "CD8 T cells"),
-    "CD4 T": ("CD4+ T Helper2", "CD4+/CD25 T Reg", "CD4+/CD45RO+ Memory", "CD4 T cells"),
-    "CD34": ("CD34+",),
+    "B": ("CD19+ B", "B cells", "B"),
+    "NK": ("CD56+ NK", "NK cells", "NK"),
+    "CD14 monocyte": ("CD14+ Monocyte", "CD14+ Monocytes", "Mono_CD14"),
+    "FCGR3A monocyte": ("FCGR3A+ Monocytes", "Mono_CD16"),
+    "dendritic": ("Dendritic", "Dendritic cells", "DC"),
+    "megakaryocyte": ("Megakaryocytes", "MK"),
+    "CD8 T": ("CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic", "CD8 T cells", "T_CD8"),
+    "CD4 T": ("CD4+ T Helper2", "CD4+/CD25 T Reg", "CD4+/CD45RO+ Memory", "CD4 T cells", "T_CD4"),
+    "CD34": ("CD34+", "HSC"),
 }
 
 
@@ -293,7 +294,7 @@ def markers(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row["ours"] = auroc(signed(adata.uns["rank_genes_groups"], group, genes), marker)
                 row["wilcoxon"] = auroc(signed(log.uns["rank_genes_groups"], group, genes), marker)
                 rows.append(row)
-        mine = [row for row in rows if row["data"] == name_of(data)]
+        mine = [row for row in rows if row["data"] == name_of(data) and row["markers"]]
         mean = {n: float(np.mean([row[n] for row in mine])) for n in ("ours", "wilcoxon")}
         columns = {"type": ("type", ""), "markers": ("markers", "d")}
         columns |= {"ours": ("ours", ".4f"), "wilcoxon": ("Wilcoxon", ".4f")}
@@ -301,21 +302,47 @@ def markers(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def our_tops(adata: ad.AnnData, seed: int) -> dict[str, dict[str, list[str]]]:
+    """The first 100 of each type by ``scores``, and by the probability that the sign is right."""
+    scuvae.tl.fit(adata, rng=seed)
+    scuvae.tl.rank_genes(adata, "cell_type")
+    result = adata.uns["rank_genes_groups"]
+    out: dict[str, dict[str, list[str]]] = {"tl.rank_genes, scores": {}, "tl.rank_genes, lfsr": {}}
+    for group in result["names"].dtype.names:
+        table = pd.DataFrame({name: result[name][group] for name in result if name != "params"})
+        up = table[table["logfoldchanges"] > 0].sort_values(["lfsr", "pvals"], kind="stable")
+        out["tl.rank_genes, scores"][group] = list(table["names"][:100])
+        out["tl.rank_genes, lfsr"][group] = list(up["names"][:100])
+    return out
+
+
+def scvi_tops(adata: ad.AnnData, seed: int) -> dict[str, dict[str, list[str]]]:
+    """The same of SCVI's own test, each type against the rest: in its order, by ``proba_de``."""
+    import _scvi
+    import scvi
+
+    scvi.settings.seed = seed
+    scvi.model.SCVI.setup_anndata(adata)
+    model = scvi.model.SCVI(adata, **_scvi.MODEL)
+    epochs = _scvi.default_epochs(adata.n_obs)
+    model.train(epochs, accelerator="cpu", train_size=1.0, enable_progress_bar=False)
+    table = model.differential_expression(groupby="cell_type", silent=True)
+    up = table[table["lfc_mean"] > 0]
+    tops = {group: list(part.index[:100]) for group, part in up.groupby("group1")}
+    return {"SCVI": tops}
+
+
 def seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for data in args.data:
-        tops: list[dict[str, list[str]]] = []
-        for seed in (0, 1):
-            adata = load(data, args.genes)
-            scuvae.tl.fit(adata, rng=seed)
-            scuvae.tl.rank_genes(adata, "cell_type")
-            names = adata.uns["rank_genes_groups"]["names"]
-            tops.append({group: list(names[group][:100]) for group in names.dtype.names})
-        overlap = [len(set(tops[0][g]) & set(tops[1][g])) / 100 for g in tops[0]]
-        rows.append(
-            {"data": name_of(data), "lowest": min(overlap), "mean": float(np.mean(overlap))}
-        )
-    form = {"data": ("data", ""), "mean": ("top 100 in common", ".3f"), "lowest": ("lowest", ".3f")}
+        for tops in (our_tops, scvi_tops) if args.others else (our_tops,):
+            first, second = (tops(load(data, args.genes), seed) for seed in (0, 1))
+            for method, of in first.items():
+                common = [len(set(of[g]) & set(second[method][g])) / len(of[g]) for g in of]
+                row = {"data": name_of(data), "method": method}
+                rows.append(row | {"lowest": min(common), "mean": float(np.mean(common))})
+    form = {"data": ("data", ""), "method": ("method", "")}
+    form |= {"mean": ("top 100 in common", ".3f"), "lowest": ("lowest", ".3f")}
     print_table(rows, form)
     return rows
 
@@ -332,7 +359,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["B cells", "Dendritic cells"])
     parser.add_argument("--permutations", type=int, default=50)
     parser.add_argument("--deseq2", action="store_true")
-    parser.add_argument("--others", action="store_true", help="Wilcoxon, and means decoded")
+    parser.add_argument("--others", action="store_true", help="Wilcoxon, means decoded, SCVI")
     parser.add_argument("--by-donor", action="store_true")
     parser.add_argument("--cache")
     parser.add_argument("--json")
