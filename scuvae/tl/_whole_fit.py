@@ -11,6 +11,7 @@ from scuvae._keys import Keys
 from scuvae.distributions.gaussian import Gaussian
 from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
+from scuvae.io.covariates import match_covariates
 from scuvae.io.fit_state import Fit, sealed
 from scuvae.io.further_genes import SLOT, Extended
 from scuvae.io.genes import cells_of
@@ -63,7 +64,8 @@ class WholeFit:
         totals.give_back()
         self.components = components_of(self.q, model.prior)
         mean = torch.as_tensor(self.q["mean"], device=where)
-        self.map, basis = new_map(model, mean, common_total(cells.size_factor))
+        told = match_covariates(adata, fit.design)
+        self.map, basis = new_map(model, mean, told, common_total(cells.size_factor))
         rest = {name: value for name, value in entry.items() if name != SLOT}
         names = np.array(extended.var_names, dtype=object)
         state = model_to_arrays(model)
