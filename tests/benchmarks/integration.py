@@ -23,7 +23,7 @@ from _methods import Data
 
 from scuvae.model import decoder
 from scuvae.model.decoder import Decoder
-from scuvae.tl import _fit
+from scuvae.tl import _embed, _fit
 
 RESOLUTIONS = tuple(np.round(np.arange(0.1, 2.01, 0.1), 1))
 COLUMNS = {
@@ -73,10 +73,11 @@ def variant(name):
     ``as it is``: in the first layer and at the output; ``output``: at the output alone;
     ``first``: in the first layer alone; ``free``, ``shrunk``: at the output under a prior a tenth
     or ten times as tight; ``no slopes``: as shifts alone; ``slopes 30``: slopes of levels under a
-    prior of this precision.
+    prior of this precision; ``unaligned``: the map of z as it is.
     """
     precision, beside, shift = Decoder.output_precision, Decoder._beside, Decoder._shift
     with_slopes, of_slopes = _fit.with_slopes, decoder._SLOPE_PRECISION
+    fit_alignment = _embed.fit_alignment
 
     def other_precision(by):
         def changed(self, n_obs):
@@ -99,6 +100,8 @@ def variant(name):
         Decoder.output_precision = other_precision(0.1 if name == "free" else 10.0)
     elif name == "first":
         Decoder._beside = without_output
+    elif name == "unaligned":
+        _embed.fit_alignment = lambda *args: None
     elif name == "no slopes":
         _fit.with_slopes = lambda *args: False
     elif name.startswith("slopes "):
@@ -108,6 +111,7 @@ def variant(name):
     finally:
         Decoder.output_precision, Decoder._beside, Decoder._shift = precision, beside, shift
         _fit.with_slopes, decoder._SLOPE_PRECISION = with_slopes, of_slopes
+        _embed.fit_alignment = fit_alignment
 
 
 def ours(data, seed, label, arguments, way):
