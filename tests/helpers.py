@@ -3,8 +3,9 @@
 import hashlib
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,13 @@ VERBS = [name for name in tl.__all__ if name not in TABLES + OF_SOME_FITS]
 
 # Verbs that take a column of groups there.
 WITH_GROUPS = ("rank_genes",)
+
+
+def verb_of(name: str) -> Callable[..., Any]:
+    """A verb of tl, told the column of groups where it takes one."""
+    verb = getattr(tl, name)
+    return partial(verb, groupby="cell_type") if name in WITH_GROUPS else verb
+
 
 N_OBS, N_VARS, N_LATENT = 60, 40, 3
 SMALL: dict[str, Any] = {"n_latent": N_LATENT, "n_hidden": 8, "max_epochs": 3, "batch_size": 32}

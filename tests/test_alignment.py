@@ -56,7 +56,10 @@ def test_effects_of_each_kind_are_recovered_and_taken_out() -> None:
     assert left < 0.12 < 0.4 * added.square().mean().sqrt()
     r = found.responsibilities(z, told)
     whole = torch.stack(
-        [torch.einsum("k,kpl->pl", r[kind == k].mean(0), found.effect) for k in range(3)]
+        [
+            torch.einsum("mk,mkpl->pl", r[:, kind == k].mean(1), found.effect) / len(r)
+            for k in range(3)
+        ]
     )
     np.testing.assert_allclose(whole, effect, atol=0.12)
 
@@ -92,25 +95,25 @@ def test_chances_are_those_of_a_mixture_of_regressions() -> None:
     root = torch.randn(3, 3, generator=generator).double()
     covariance = root @ root.T + torch.eye(3)
     found = Alignment(
-        torch.tensor([0.2, 0.8]).double(),
-        torch.randn(2, 3, generator=generator).double(),
-        torch.randn(2, 4, 3, generator=generator).double(),
-        torch.linalg.cholesky(torch.linalg.inv(covariance)),
-        torch.ones(4).double(),
+        torch.tensor([[0.2, 0.8]]).double(),
+        torch.randn(1, 2, 3, generator=generator).double(),
+        torch.randn(1, 2, 4, 3, generator=generator).double(),
+        torch.linalg.cholesky(torch.linalg.inv(covariance)).unsqueeze(0),
+        torch.ones(1, 4).double(),
     )
     z, told = torch.randn(5, 3, generator=generator).double(), torch.rand(5, 4).double()
     densities = np.empty((5, 2))
     for k in range(2):
-        mean = found.centre[k] + told @ found.effect[k]
+        mean = found.centre[0, k] + told @ found.effect[0, k]
         for i in range(5):
             one = multivariate_normal(mean[i].numpy(), covariance.numpy())
-            densities[i, k] = found.weight[k] * one.pdf(z[i].numpy())
+            densities[i, k] = found.weight[0, k] * one.pdf(z[i].numpy())
     truth = densities / densities.sum(1, keepdims=True)
-    np.testing.assert_allclose(found.responsibilities(z, told), truth, rtol=1e-8)
+    np.testing.assert_allclose(found.responsibilities(z, told)[0], truth, rtol=1e-8)
     added = torch.einsum(
-        "nk,nkl->nl", torch.as_tensor(truth), torch.einsum("np,kpl->nkl", told, found.effect)
+        "nk,nkl->nl", torch.as_tensor(truth), torch.einsum("np,kpl->nkl", told, found.effect[0])
     )
-    np.testing.assert_allclose(found.added(torch.as_tensor(truth), told), added)
+    np.testing.assert_allclose(found.added(torch.as_tensor(truth)[None], told), added)
 
 
 def test_effects_are_ridge_regressions_by_chances() -> None:
@@ -131,8 +134,8 @@ def test_effects_are_ridge_regressions_by_chances() -> None:
         wide = torch.cat([root * x, prior])
         target = torch.cat([root * z, torch.zeros(5, 2).double()])
         beta = torch.linalg.lstsq(wide, target).solution
-        np.testing.assert_allclose(found.centre[k], beta[0], atol=1e-8)
-        np.testing.assert_allclose(found.effect[k], beta[1:], atol=1e-8)
+        np.testing.assert_allclose(found.centre[0, k], beta[0], atol=1e-8)
+        np.testing.assert_allclose(found.effect[0, k], beta[1:], atol=1e-8)
         apart = z - x @ beta
         left += (r[:, k : k + 1] * apart).T @ apart
     np.testing.assert_allclose(torch.linalg.inv(precision), left / 200, atol=1e-5)
@@ -151,7 +154,7 @@ def test_a_new_level_is_estimated_and_nothing_else_moves() -> None:
     assert found is not None
     new = Covariates(covariates.design, covariates.codes[~old], covariates.values[~old])
     wider = found.with_levels(few, z[~old], new)
-    np.testing.assert_array_equal(wider.effect[:, :2], found.effect)
+    np.testing.assert_array_equal(wider.effect[:, :, :2], found.effect)
     before = torch.stack([found.aligned(z[old], known)[kind[old] == k].mean(0) for k in range(3)])
     after = torch.stack([wider.aligned(z[~old], new)[kind[~old] == k].mean(0) for k in range(3)])
     np.testing.assert_allclose(after, before, atol=0.15)
@@ -173,14 +176,15 @@ def fitted() -> ad.AnnData:
     adata = small_counts(n_obs=300, n_vars=40)
     adata.obs["batch"] = rng.choice(["x", "y"], 300)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment, "CELLS_A_KIND", 50)
+        patch.setattr(alignment, "CELLS_A_KIND", (50, 75))
         small_fit(adata, batch_key="batch", max_epochs=5)
     return adata
 
 
 def test_the_map_the_neighbours_and_other_data_go_by_one_alignment(fitted, tmp_path) -> None:
     saved = fitted.uns["scuvae"]["embed"]["alignment"]
-    assert saved["effect"].shape == (6, 2, 3)
+    assert saved["effect"].shape == (2, 6, 2, 3)
+    assert (saved["weight"] > 0).sum(1).tolist() == [6, 4]
     other = fitted[:, ::-1].copy()
     tl.project(other, fitted, key_added="new")
     again = fitted.copy()
@@ -210,7 +214,8 @@ def test_cells_of_a_batch_are_decoded_where_cells_of_that_batch_are(fitted) -> N
     names = fitted.obs["batch"].to_numpy()
     own = torch.as_tensor(np.stack([names == "x", names == "y"], 1).astype(np.float32))
     there = torch.tensor([[0.0, 1.0]]).expand(len(z), -1)
-    added = torch.einsum("nk,np,kpl->nl", found.responsibilities(z, own), there - own, found.effect)
+    r = found.responsibilities(z, own)
+    added = torch.einsum("mnk,np,mkpl->nl", r, there - own, found.effect) / len(r)
     with torch.no_grad():
         eta = model.decoder(z + added, there)
         mean = model.likelihood.mean(eta, torch.full((len(z),), 1000.0))
@@ -224,7 +229,7 @@ def test_a_damaged_alignment_is_named(fitted) -> None:
     broken = fitted.copy()
     entry = copy.deepcopy(dict(broken.uns["scuvae"]))
     saved = entry["embed"]["alignment"]
-    saved["effect"] = saved["effect"][:, :, :2]
+    saved["effect"] = saved["effect"][:, :, :, :2]
     broken.uns["scuvae"] = sealed(entry)
     before = fingerprint(broken)
     with pytest.raises(Damaged, match="alignment"):

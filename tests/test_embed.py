@@ -10,6 +10,7 @@ from scipy.integrate import quad
 from scuvae import get, pp, tl
 from scuvae.batches import Batch
 from scuvae.inference.mapping import embedding
+from scuvae.io.covariates import match_covariates
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 
 
@@ -64,7 +65,8 @@ def test_own_cells_land_where_they_are_also_from_a_file(name: str, tmp_path) -> 
     entry, model = back.uns["new"]["embed"], get.model(back, key="new")
     from scuvae.tl._embed import placed
 
-    found = placed(model, torch.as_tensor(back.obsm["new"]), entry)
+    told = match_covariates(adata, get.model(adata).design)
+    found = placed(model, torch.as_tensor(back.obsm["new"]), entry, told)
     np.testing.assert_allclose(found, adata.obsm["X_scuvae_embed"], atol=1e-5)
 
 

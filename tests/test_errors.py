@@ -24,6 +24,7 @@ from helpers import (
     small_counts,
     small_fit,
     unchanged,
+    verb_of,
 )
 from helpers import VERBS as ANY_FIT
 from scipy import sparse as sp
@@ -255,7 +256,7 @@ VERBS: dict[str, Callable[[Any], object]] = {
     "loadings": tl.loadings,
     "compare_n_latent": tl.compare_n_latent,
     "decode": lambda adata: tl.decode(adata, np.zeros((2, 3))),
-    "rank_genes": tl.rank_genes,
+    "rank_genes": verb_of("rank_genes"),
     "extend_genes": tl.extend_genes,
     "transfer_labels": lambda adata: tl.transfer_labels(adata, fitted(), labels="batch"),
     "model": lambda adata: get.model(adata),
@@ -317,7 +318,7 @@ def test_reading_an_unfitted_adata_names_the_missing_call(verb: str) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_reading_an_unknown_key_lists_the_fits(name: str) -> None:
     adata = fitted()
-    verb = getattr(tl, name, None) or getattr(get, name)
+    verb = verb_of(name) if hasattr(tl, name) else getattr(get, name)
     parts = ["adata.uns['scuvea']", "key_added='scuvea'", "Did you mean 'scuvae'?"]
     fails(lambda: verb(adata, key="scuvea"), ValueError, parts, adata)
 
@@ -486,7 +487,7 @@ def test_whole_numbers(verb: str, name: str, value: Any, kind: type[Exception]) 
     first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     at_least = 0 if (verb, name) in FROM_ZERO else 1
     parts = [f"{name}={value!r}", f"pass a whole number >= {at_least}"]
-    fails(lambda: getattr(tl, verb)(*first, **{name: value}), kind, parts, adata)
+    fails(lambda: verb_of(verb)(*first, **{name: value}), kind, parts, adata)
 
 
 REALS: list[tuple[str, Any, type[Exception]]] = [
@@ -533,7 +534,7 @@ def test_choices(verb: str, name: str, value: Any, remedy: str) -> None:
     adata = fitted()
     first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     parts = [f"{name}={value!r}", remedy]
-    fails(lambda: getattr(tl, verb)(*first, **{name: value}), ValueError, parts, adata)
+    fails(lambda: verb_of(verb)(*first, **{name: value}), ValueError, parts, adata)
 
 
 @pytest.mark.parametrize("verb", ANY_FIT)
@@ -542,7 +543,7 @@ def test_cuda_without_one(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adata = fitted()
     first = (adata, fitted()) if verb in WITH_REFERENCE else (adata,)
     parts = ["device='cuda'", "no CUDA device", "device='auto' or 'cpu'"]
-    fails(lambda: getattr(tl, verb)(*first, device="cuda"), ValueError, parts, adata)
+    fails(lambda: verb_of(verb)(*first, device="cuda"), ValueError, parts, adata)
 
 
 @pytest.mark.parametrize("verb", [name for name in tl.__all__ if name not in TABLES])

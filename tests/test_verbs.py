@@ -28,6 +28,7 @@ from helpers import (
     small_fit,
     unchanged,
     unsealed,
+    verb_of,
 )
 from scipy import sparse as sp
 from scipy.special import softmax
@@ -381,9 +382,9 @@ def test_copies(name: str) -> None:
     adata = new_cells() if name in WITH_REFERENCE else reference.copy()
     first: tuple[AnnData, ...] = (adata, reference) if name in WITH_REFERENCE else (adata,)
     with unchanged(adata, reference):
-        result = getattr(tl, name)(*first, copy=True)
+        result = verb_of(name)(*first, copy=True)
     assert name == "embed" or fingerprint(result) != fingerprint(adata)  # a fit has it already
-    assert getattr(tl, name)(*first) is None
+    assert verb_of(name)(*first) is None
     assert fingerprint(result) == fingerprint(adata)
 
 
@@ -394,8 +395,8 @@ def test_views_leave_their_parent_alone(name: str) -> None:
     whole = parent[:20].copy()
     view = parent[:20]
     with unchanged(parent), pytest.warns(UserWarning, match="view"):
-        getattr(tl, name)(*((view, reference) if name in WITH_REFERENCE else (view,)))
-    getattr(tl, name)(*((whole, reference) if name in WITH_REFERENCE else (whole,)))
+        verb_of(name)(*((view, reference) if name in WITH_REFERENCE else (view,)))
+    verb_of(name)(*((whole, reference) if name in WITH_REFERENCE else (whole,)))
     assert fingerprint(view) == fingerprint(whole)
 
 

@@ -152,7 +152,10 @@ VERBS: dict[str, Verb] = {
         "tl.extend_genes",
         "fit the decoder's last layer for genes that were not fitted, all else frozen",
         "uns: the further genes, which denoise and rank-genes then know",
-        ("genes", "mask_var", "layer", "key", "min_counts", "n_samples", "device"),
+        (
+            *("genes", "mask_var", "layer", "key", "key_added", "min_counts"),
+            *("n_samples", "device"),
+        ),
         {
             "genes": Flag(
                 "text file with names of genes to add, one a line (default: all that were not "
@@ -161,16 +164,24 @@ VERBS: dict[str, Verb] = {
                 "FILE",
             ),
             "mask_var": column("column of var: add only genes where it is true", "var"),
+            "key_added": word(
+                "name of a fit to all genes, with posteriors of its own (default: the fit itself "
+                "gets them)",
+                "KEY",
+            ),
             "min_counts": number("genes with fewer counts are left out"),
             "n_samples": number("draws per cell that the genes are fitted to"),
         },
     ),
     "embed": Verb(
         "tl.embed",
-        "make the map of a fit anew, with another number of components",
+        "make the map of a fit anew, with another number of components or unaligned",
         "obsm: the map",
-        ("key", "n_components", "device"),
-        {"n_components": number("principal components to keep")},
+        ("key", "n_components", "align", "device"),
+        {
+            "n_components": number("principal components to keep"),
+            "align": switch_off("cells of a kind are not brought together over covariates"),
+        },
     ),
     "neighbors": Verb(
         "pp.neighbors",

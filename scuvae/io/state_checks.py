@@ -141,14 +141,14 @@ def _check_alignment(embed: dict[str, np.ndarray], params: Mapping[str, Any], wh
     found = {p.removeprefix("alignment/"): a.shape for p, a in embed.items() if "/" in p}
     if not found:
         return
-    n_kinds, n_latent = len(embed.get("alignment/weight", ())), int(params["n_latent"])
+    kinds, n_latent = np.shape(embed.get("alignment/weight", ()))[:2], int(params["n_latent"])
     n_columns = Design.from_params(params).n_columns
     expected = {
-        "weight": (n_kinds,),
-        "centre": (n_kinds, n_latent),
-        "effect": (n_kinds, n_columns, n_latent),
-        "factor": (n_latent, n_latent),
-        "size": (n_columns,),
+        "weight": kinds,
+        "centre": (*kinds, n_latent),
+        "effect": (*kinds, n_columns, n_latent),
+        "factor": (*kinds[:1], n_latent, n_latent),
+        "size": (*kinds[:1], n_columns),
     }
     if found != expected:
         raise Damaged(

@@ -60,7 +60,7 @@ def embed(
     align
         True: cells of a kind are brought together over the levels of covariates, by a regression of
         z on covariates for each kind, as far as it is clear; ``X_scuvae`` is left as it is. It
-        needs 200 cells, and covariates of 64 levels at most; kinds that one level alone has stay
+        needs 250 cells, and covariates of 64 levels at most; kinds that one level alone has stay
         where they are. False: posterior means are decoded as they are.
     device
         As in :func:`scuvae.tl.fit`.

@@ -14,6 +14,7 @@ Cells by clusters, regressions within them: Harmony's way (Korsunsky et al., Nat
 new cells as Kang et al., Nature Communications 2021, place them). Here nothing rewards clusters for
 being mixed, and what is taken out is shrunk by how clear it is: kinds that one batch alone has are
 left where they are. What moves a kind by more than its own spread may be taken for another kind.
+Of several such mixtures, with more and fewer kinds, the mean shift is taken.
 """
 
 from collections.abc import Mapping
@@ -28,11 +29,16 @@ from scuvae._random import using
 from scuvae.distributions.spread_out import spread_out
 from scuvae.model.covariates import Covariates, Design
 
-# Cells that it is fitted to, cells for each kind, and kinds.
-_MOST_CELLS, CELLS_A_KIND, _MOST_KINDS = 16_384, 100, 50
+# Cells that it is fitted to, and kinds.
+_MOST_CELLS, _MOST_KINDS = 16_384, 50
+# Cells for each kind, of several mixtures whose shifts are averaged: one by itself shows borders
+# of its clusters, which another seed's latent variable would have elsewhere.
+CELLS_A_KIND = 80, 100, 125
 # Columns of covariates above which a kind has too few cells of a level to say anything.
 MOST_COLUMNS = 64
-_ROUNDS, _FIRST_ROUNDS = 30, 10
+_ROUNDS = 30
+# Starts of k-means, of which the best is kept, and rounds of each.
+_STARTS, _FIRST_ROUNDS = 10, 20
 _CHUNK = 2048
 # Chances that are as good as none.
 _TINY = 1e-4
@@ -40,11 +46,11 @@ _TINY = 1e-4
 
 @dataclass(frozen=True)
 class Alignment:
-    """The mixture of regressions.
+    """Some mixtures of regressions.
 
-    ``weight`` is (kinds,), ``centre`` (kinds, latent), ``effect`` (kinds, columns, latent),
-    ``factor`` (latent, latent) with factor factorᵀ = Σ⁻¹, and ``size`` (columns,) t of each
-    column's covariate.
+    ``weight`` is (mixtures, kinds), each one's adding up to one, ``centre`` (..., kinds, latent),
+    ``effect`` (..., kinds, columns, latent), ``factor`` (..., latent, latent) with
+    factor factorᵀ = Σ⁻¹, and ``size`` (..., columns) t of each column's covariate.
     """
 
     weight: Tensor
@@ -63,18 +69,18 @@ class Alignment:
         return {name: getattr(self, name).cpu().numpy() for name in _NAMES}
 
     def responsibilities(self, z: Tensor, told: Tensor) -> Tensor:
-        """r, (cells, kinds), of cells at z that are told ``told``, (cells, columns)."""
-        own = (self.centre + self.effects(told)) @ self.factor
-        left = (z @ self.factor).unsqueeze(1) - own
-        return (self.weight.log() - 0.5 * left.square().sum(2)).softmax(1)
+        """r, (mixtures, cells, kinds), of cells at z that are told ``told``, (cells, columns)."""
+        own = (self.centre.unsqueeze(1) + self.effects(told)) @ self.factor.unsqueeze(1)
+        left = (z @ self.factor).unsqueeze(2) - own
+        return (self.weight.log().unsqueeze(1) - 0.5 * left.square().sum(3)).softmax(2)
 
     def effects(self, told: Tensor) -> Tensor:
-        """What covariates add to z in each kind, (cells, kinds, latent)."""
-        return torch.einsum("np,kpl->nkl", told, self.effect)
+        """What covariates add to z in each kind, (mixtures, cells, kinds, latent)."""
+        return torch.einsum("np,mkpl->mnkl", told, self.effect)
 
     def added(self, r: Tensor, told: Tensor) -> Tensor:
-        """What covariates ``told``, (cells, columns) or (1, columns), add, (cells, latent)."""
-        return torch.einsum("nk,nkl->nl", r, self.effects(told).expand(len(r), -1, -1))
+        """What covariates add to z, (cells, latent), the mean over mixtures."""
+        return torch.einsum("mnk,mnkl->nl", r, self.effects(told)) / len(r)
 
     def aligned(self, mean: Tensor, covariates: Covariates) -> Tensor:
         """Posterior means less what the cells' covariates add, (cells, latent)."""
@@ -97,14 +103,14 @@ class Alignment:
         new: list[int] = []
         for number, (few, many) in enumerate(zip(known.n_levels, design.n_levels, strict=True)):
             columns = known.columns_of(number)
-            part, size = self.effect[:, columns], self.size[columns]
-            parts += [part, part.new_zeros(len(part), many - few, part.shape[2])]
-            sizes += [size, size[:1].expand(many - few)]
+            part, size = self.effect[:, :, columns], self.size[:, columns]
+            parts += [part, part.new_zeros(*part.shape[:2], many - few, part.shape[3])]
+            sizes += [size, size[:, :1].expand(-1, many - few)]
             first = design.columns_of(number).start
             new += range(first + few, first + many)
-        parts.append(self.effect[:, sum(known.n_levels) :])
-        sizes.append(self.size[sum(known.n_levels) :])
-        found = replace(self, effect=torch.cat(parts, 1), size=torch.cat(sizes))
+        parts.append(self.effect[:, :, sum(known.n_levels) :])
+        sizes.append(self.size[:, sum(known.n_levels) :])
+        found = replace(self, effect=torch.cat(parts, 2), size=torch.cat(sizes, 1))
         told = covariates.to(mean.device).rows(_some(mean)).to(mean)
         z = mean[_some(mean)]
         for _ in range(_ROUNDS if new else 0):
@@ -114,9 +120,10 @@ class Alignment:
                 mine = told[:, column] > 0
                 others = told[mine].clone()
                 others[:, column] = 0.0
-                left = z[mine].unsqueeze(1) - found.centre - found.effects(others)
-                total = r[mine].sum(0) + 1 / found.size[column]
-                effect[:, column] = torch.einsum("nk,nkl->kl", r[mine], left) / total.unsqueeze(1)
+                left = z[mine].unsqueeze(1) - found.centre.unsqueeze(1) - found.effects(others)
+                total = r[:, mine].sum(1) + 1 / found.size[:, column, None]
+                pull = torch.einsum("mnk,mnkl->mkl", r[:, mine], left)
+                effect[:, :, column] = pull / total.unsqueeze(2)
             found = replace(found, effect=effect)
         return found
 
@@ -133,7 +140,7 @@ _NAMES = ("weight", "centre", "effect", "factor", "size")
 
 @torch.no_grad()
 def fit_alignment(mean: Tensor, covariates: Covariates, metric: Tensor) -> Alignment | None:
-    """The mixture of regressions of posterior means, (cells, latent), on covariates.
+    """Mixtures of regressions of posterior means, (cells, latent), on covariates.
 
     From all cells, or evenly spaced ones where there are many. ``metric``, (latent, latent), gives
     the distances by which kinds are first told apart. None where there are too few cells for two
@@ -141,21 +148,38 @@ def fit_alignment(mean: Tensor, covariates: Covariates, metric: Tensor) -> Align
     """
     design = covariates.design
     index = _some(mean)
-    n_kinds = min(len(index) // CELLS_A_KIND, _MOST_KINDS)
-    if n_kinds < 2 or design.n_columns > MOST_COLUMNS:
+    n_kinds = [min(len(index) // n, _MOST_KINDS) for n in CELLS_A_KIND]
+    if min(n_kinds) < 2 or design.n_columns > MOST_COLUMNS:
         return None
     z = mean[index].cpu().double()
     told = covariates.to(mean.device).rows(index).cpu().double()
-    r = _clusters(z @ torch.linalg.cholesky(metric.cpu().double()), n_kinds)
+    points = z @ torch.linalg.cholesky(metric.cpu().double())
     groups = [design.columns_of(number) for number in range(len(design.categorical))]
     groups += [slice(at, at + 1) for at in range(sum(design.n_levels), design.n_columns)]
-    size = z.new_ones(design.n_columns)
-    precision = torch.linalg.inv(_within(z, r))
-    for _ in range(_ROUNDS):
-        found, precision = maximised(z, told, r, groups, size, precision)
-        size = found.size
-        r = found.responsibilities(z, told)
-    return Alignment.of(found.to_entry(), mean)
+    mixtures = []
+    for n in n_kinds:
+        r = _clusters(points, n)
+        size = z.new_ones(design.n_columns)
+        precision = torch.linalg.inv(_within(z, r))
+        for _ in range(_ROUNDS):
+            found, precision = maximised(z, told, r, groups, size, precision)
+            size = found.size[0]
+            r = found.responsibilities(z, told)[0]
+        mixtures.append(found)
+    return Alignment.of(_together(mixtures).to_entry(), mean)
+
+
+def _together(mixtures: list[Alignment]) -> Alignment:
+    """One of several, those of fewer kinds with kinds of no weight."""
+    most = max(one.weight.shape[1] for one in mixtures)
+    wide = []
+    for one in mixtures:
+        lacks = most - one.weight.shape[1]
+        weight = torch.nn.functional.pad(one.weight, (0, lacks))
+        centre = torch.nn.functional.pad(one.centre, (0, 0, 0, lacks))
+        effect = torch.nn.functional.pad(one.effect, (0, 0, 0, 0, 0, lacks))
+        wide.append(replace(one, weight=weight, centre=centre, effect=effect))
+    return Alignment(*(torch.cat([getattr(one, name) for one in wide]) for name in _NAMES))
 
 
 def _some(mean: Tensor) -> Tensor:
@@ -168,13 +192,18 @@ def _some(mean: Tensor) -> Tensor:
 
 def _clusters(points: Tensor, n: int) -> Tensor:
     """k-means, the same of the same points: (points, n) of zeros and ones."""
+    found, least = torch.zeros(len(points), n).to(points), float("inf")
     with using(torch.Generator().manual_seed(0)):
-        centre = points[spread_out(points, n)]
-    for _ in range(_FIRST_ROUNDS):
-        r = torch.nn.functional.one_hot(torch.cdist(points, centre).argmin(1), n).to(points)
-        total = r.sum(0).unsqueeze(1)
-        centre = torch.where(total > 0, r.T @ points / total.clamp_min(1), centre)
-    return r
+        starts = [points[spread_out(points, n)] for _ in range(_STARTS)]
+    for centre in starts:
+        for _ in range(_FIRST_ROUNDS):
+            apart, nearest = torch.cdist(points, centre).min(1)
+            r = torch.nn.functional.one_hot(nearest, n).to(points)
+            total = r.sum(0).unsqueeze(1)
+            centre = torch.where(total > 0, r.T @ points / total.clamp_min(1), centre)
+        if float(apart.square().sum()) < least:
+            found, least = r, float(apart.square().sum())
+    return found
 
 
 def _within(z: Tensor, r: Tensor) -> Tensor:
@@ -213,4 +242,5 @@ def maximised(
     precision = torch.linalg.inv(left / n + 1e-6 * torch.eye(n_latent).to(z))
     factor = torch.linalg.cholesky(precision)
     weight = r.sum(0) + 1e-3
-    return Alignment(weight / weight.sum(), found[:, 0], effect, factor, size), precision
+    parts = (weight / weight.sum(), found[:, 0], effect, factor, size)
+    return Alignment(*(part.unsqueeze(0) for part in parts)), precision
