@@ -88,7 +88,8 @@ class Decoder(nn.Module):
         if len(self.layers) > 1:
             first = weight.shape[1] - self.n_beside
             precision[:, :first] = _SLOPE_PRECISION
-            precision[:, : first - self.n_slopes] = _HIDDEN_PRECISION * (1 + _FEW_CELLS / n_obs)
+            precision[:, : first - self.n_slopes] = _HIDDEN_PRECISION
+            precision[:, :first] *= 1 + _FEW_CELLS / n_obs
         return precision
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
