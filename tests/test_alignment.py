@@ -164,7 +164,7 @@ def test_a_new_level_is_estimated_and_nothing_else_moves() -> None:
 def test_few_cells_and_many_columns_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     covariates, kind, _ = cells(150, 2)
     assert fit_alignment(KINDS[kind], covariates, torch.eye(3)) is None
-    monkeypatch.setattr(alignment, "MOST_COLUMNS", 1)
+    monkeypatch.setattr(alignment, "LARGEST_DESIGN", 1)
     covariates, kind, _ = cells(300, 2)
     assert fit_alignment(KINDS[kind], covariates, torch.eye(3)) is None
 

@@ -151,7 +151,8 @@ def new_map(
             logger.info("cells are not aligned over covariates: too few of them for so many levels")
         else:
             entry["alignment"] = found.to_entry()
-    basis = find_basis(model, aligned(mean, entry, covariates), total, n_components)
+    moved = aligned(mean, entry, covariates)
+    basis = find_basis(model, moved, total, n_components)
     entry |= {
         "centre": basis.centre.cpu().numpy(),
         "components": np.ascontiguousarray(basis.components.cpu().numpy()),
@@ -159,15 +160,18 @@ def new_map(
         "n_levels": np.array(basis.n_levels, int),
         "n_obs": len(mean),
     }
-    return placed(model, mean, entry, covariates), entry
+    return _in_map(model, moved, basis), entry
 
 
 def placed(
     model: VAE, mean: torch.Tensor, entry: Mapping[str, Any], covariates: Covariates | None
 ) -> np.ndarray:
     """Coordinates of cells in that map."""
-    found = place(model, aligned(mean, entry, covariates), Basis.of(entry, mean.device))
-    return np.ascontiguousarray(found.cpu().numpy(), dtype=np.float32)
+    return _in_map(model, aligned(mean, entry, covariates), Basis.of(entry, mean.device))
+
+
+def _in_map(model: VAE, z: torch.Tensor, basis: Basis) -> np.ndarray:
+    return np.ascontiguousarray(place(model, z, basis).cpu().numpy(), dtype=np.float32)
 
 
 def posterior_scale(scale: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scuvae._random import using
 from scuvae.distributions.spread_out import spread_out
+from scuvae.inference.mapping.embedding import evenly_spaced
 from scuvae.model.covariates import Covariates, Design
 
 # Cells that it is fitted to, and kinds.
@@ -35,7 +36,7 @@ _MOST_CELLS, _MOST_KINDS = 16_384, 50
 # of its clusters, which another seed's latent variable would have elsewhere.
 CELLS_A_KIND = 80, 100, 125
 # Columns of covariates above which a kind has too few cells of a level to say anything.
-MOST_COLUMNS = 64
+LARGEST_DESIGN = 64
 _ROUNDS = 30
 # Starts of k-means, of which the best is kept, and rounds of each.
 _STARTS, _FIRST_ROUNDS = 10, 20
@@ -85,8 +86,9 @@ class Alignment:
     def aligned(self, mean: Tensor, covariates: Covariates) -> Tensor:
         """Posterior means less what the cells' covariates add, (cells, latent)."""
         out = torch.empty_like(mean)
+        there = covariates.to(mean.device)
         for rows in torch.arange(len(mean), device=mean.device).split(_CHUNK):
-            z, told = mean[rows], covariates.to(mean.device).rows(rows).to(mean)
+            z, told = mean[rows], there.rows(rows).to(mean)
             out[rows] = z - self.added(self.responsibilities(z, told), told)
         return out
 
@@ -111,8 +113,8 @@ class Alignment:
         parts.append(self.effect[:, :, sum(known.n_levels) :])
         sizes.append(self.size[:, sum(known.n_levels) :])
         found = replace(self, effect=torch.cat(parts, 2), size=torch.cat(sizes, 1))
-        told = covariates.to(mean.device).rows(_some(mean)).to(mean)
-        z = mean[_some(mean)]
+        index = evenly_spaced(mean, _MOST_CELLS)
+        z, told = mean[index], covariates.to(mean.device).rows(index).to(mean)
         for _ in range(_ROUNDS if new else 0):
             r = found.responsibilities(z, told)
             effect = found.effect.clone()
@@ -147,9 +149,9 @@ def fit_alignment(mean: Tensor, covariates: Covariates, metric: Tensor) -> Align
     kinds, or too many columns.
     """
     design = covariates.design
-    index = _some(mean)
+    index = evenly_spaced(mean, _MOST_CELLS)
     n_kinds = [min(len(index) // n, _MOST_KINDS) for n in CELLS_A_KIND]
-    if min(n_kinds) < 2 or design.n_columns > MOST_COLUMNS:
+    if min(n_kinds) < 2 or design.n_columns > LARGEST_DESIGN:
         return None
     z = mean[index].cpu().double()
     told = covariates.to(mean.device).rows(index).cpu().double()
@@ -180,14 +182,6 @@ def _together(mixtures: list[Alignment]) -> Alignment:
         effect = torch.nn.functional.pad(one.effect, (0, 0, 0, 0, 0, lacks))
         wide.append(replace(one, weight=weight, centre=centre, effect=effect))
     return Alignment(*(torch.cat([getattr(one, name) for one in wide]) for name in _NAMES))
-
-
-def _some(mean: Tensor) -> Tensor:
-    """Rows of all cells, or of evenly spaced ones where there are many."""
-    n = len(mean)
-    if n <= _MOST_CELLS:
-        return torch.arange(n, device=mean.device)
-    return torch.linspace(0, n - 1, _MOST_CELLS, dtype=torch.float64).long().to(mean.device)
 
 
 def _clusters(points: Tensor, n: int) -> Tensor:

@@ -108,8 +108,14 @@ def place(model: VAE, mean: Tensor, basis: Basis) -> Tensor:
 
 
 def _some(model: VAE, mean: Tensor) -> Tensor:
-    """All cells, or evenly spaced ones where there are many."""
+    """Cells that components are found from."""
     most = max(1, min(_MOST_CELLS, _MOST_NUMBERS // model.n_vars))
-    if len(mean) <= most:
-        return mean
-    return mean[torch.linspace(0, len(mean) - 1, most, dtype=torch.float64).long()]
+    return mean[evenly_spaced(mean, most)]
+
+
+def evenly_spaced(mean: Tensor, most: int) -> Tensor:
+    """Rows of all cells, or of so many evenly spaced ones."""
+    n = len(mean)
+    if n <= most:
+        return torch.arange(n, device=mean.device)
+    return torch.linspace(0, n - 1, most, dtype=torch.float64).long().to(mean.device)
