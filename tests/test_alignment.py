@@ -15,7 +15,7 @@ from scuvae import pp, tl
 from scuvae.inference.mapping import alignment
 from scuvae.inference.mapping.alignment import Alignment, fit_alignment
 from scuvae.io.fit_state import sealed
-from scuvae.io.manifest import Damaged
+from scuvae.io.integrity.manifest import Damaged
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
 
 KINDS = torch.tensor([[6.0, 0, 0], [0, 6, 0], [0, 0, 6]])

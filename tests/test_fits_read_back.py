@@ -18,7 +18,7 @@ from helpers import fingerprint, small_counts, small_fit, unchanged
 
 import scuvae
 from scuvae import get, pp, tl
-from scuvae.io import manifest
+from scuvae.io.integrity import manifest
 
 Entry = dict[str, Any]
 

@@ -26,7 +26,7 @@ from helpers import (
 )
 
 from scuvae import cli, get, io, tl
-from scuvae.io import manifest
+from scuvae.io.integrity import manifest
 
 load_file = pytest.importorskip("safetensors.numpy").load_file
 

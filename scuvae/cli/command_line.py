@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-import scuvae.cli.demo_command as demo_command
-import scuvae.cli.model_command as model_command
-import scuvae.cli.plot_command as plot_command
-import scuvae.cli.verb_command as verb_command
+import scuvae.cli.commands.demo_command as demo_command
+import scuvae.cli.commands.model_command as model_command
+import scuvae.cli.commands.plot_command as plot_command
+import scuvae.cli.commands.verb_command as verb_command
 from scuvae import __version__
 from scuvae.cli.messages import Terminated, located, messages, say, terminable
 from scuvae.cli.parsers import Parser, subcommand, unknown

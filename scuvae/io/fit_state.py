@@ -13,8 +13,8 @@ from anndata import AnnData
 
 from scuvae._errors import near
 from scuvae._keys import DEFAULT, Keys
-from scuvae.io import manifest, state_checks
-from scuvae.io.manifest import Damaged
+from scuvae.io.integrity import manifest, state_checks
+from scuvae.io.integrity.manifest import Damaged
 from scuvae.io.model_arrays import model_from_arrays
 from scuvae.model import VAE
 from scuvae.model.covariates import Design

@@ -13,7 +13,7 @@ from torch import nn
 from scuvae.batches import Cells
 from scuvae.io.fit_state import Fit, read_entry
 from scuvae.io.genes import match
-from scuvae.io.manifest import Damaged
+from scuvae.io.integrity.manifest import Damaged
 from scuvae.model.extended_model import ExtendedModel, joined, width_of
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
 

@@ -8,10 +8,10 @@ from anndata import AnnData
 
 from scuvae._keys import DEFAULT
 from scuvae._replacing import checked_target, free_bytes, replacing
-from scuvae.io import manifest, safetensors
 from scuvae.io.fit_state import checked, read_entry, sealed
 from scuvae.io.inputs import check_type
-from scuvae.io.manifest import Damaged
+from scuvae.io.integrity import manifest, safetensors
+from scuvae.io.integrity.manifest import Damaged
 
 _PARTS = {"manifest", "settings"}
 

@@ -4,10 +4,10 @@ import argparse
 from typing import Any
 
 from scuvae.cli.arguments import passed_on
+from scuvae.cli.commands.verb_command import add_no_clobber, check_names, function_of, plan
 from scuvae.cli.files import checked_output, read_slots, unclobbered
 from scuvae.cli.parsers import runs, subcommand
 from scuvae.cli.paths import data_path, picture_path
-from scuvae.cli.verb_command import add_no_clobber, check_names, function_of, plan
 from scuvae.cli.verbs import PLOTS, Verb
 
 TEXT = "draw a picture of what is in a file"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from scuvae.io.manifest import Damaged, from_json, to_json
+from scuvae.io.integrity.manifest import Damaged, from_json, to_json
 
 DTYPES = {
     **{"BOOL": "|b1", "U8": "|u1", "I8": "|i1", "U16": "<u2", "I16": "<i2", "F16": "<f2"},

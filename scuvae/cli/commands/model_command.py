@@ -4,10 +4,10 @@ import argparse
 from typing import Any
 
 from scuvae.cli.arguments import FLAGS
+from scuvae.cli.commands.verb_command import add_json, add_no_clobber
 from scuvae.cli.files import checked_output, read, unclobbered, write_text
 from scuvae.cli.parsers import runs, subcommand
 from scuvae.cli.paths import SUFFIXES, data_path, model_path, path_of
-from scuvae.cli.verb_command import add_json, add_no_clobber
 
 TEXT = "write a fit's model to a file without cells, or show what a fit or such a file holds"
 

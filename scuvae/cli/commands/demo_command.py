@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from scuvae.cli.arguments import FLAGS, passed_on
+from scuvae.cli.commands.verb_command import add_no_clobber
 from scuvae.cli.files import checked_output, unclobbered, write
 from scuvae.cli.parsers import runs, subcommand
-from scuvae.cli.verb_command import add_no_clobber
 
 TEXT = "fit 700 real cells with and without an encoder, and draw both"
 

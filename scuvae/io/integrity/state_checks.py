@@ -11,7 +11,7 @@ from scuvae._checks import one_of, real, whole
 from scuvae._errors import near
 from scuvae._random import using
 from scuvae.distributions.gaussian import COVARIANCES
-from scuvae.io.manifest import Damaged
+from scuvae.io.integrity.manifest import Damaged
 from scuvae.io.model_arrays import build_model
 from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS

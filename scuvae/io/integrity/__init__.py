@@ -1,0 +1,1 @@
+"""Whether a fit that is read is the one that was written."""
