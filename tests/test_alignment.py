@@ -225,6 +225,20 @@ def test_cells_of_a_batch_are_decoded_where_cells_of_that_batch_are(fitted) -> N
     np.testing.assert_allclose(shown[names == "y"], as_is[names == "y"], rtol=1e-5)
 
 
+def test_a_batch_that_is_new_gets_effects_of_its_own(fitted) -> None:
+    new = small_counts(n_obs=40, n_vars=40, seed=1)
+    new.obs["batch"] = "z"
+    tl.project(new, fitted, new_batches="estimate", polish=False)
+    known, own = (one.uns["scuvae"]["embed"]["alignment"] for one in (fitted, new))
+    np.testing.assert_array_equal(own["effect"][:, :, :2], known["effect"])
+    assert np.abs(own["effect"][:, :, 2]).max() > 0
+    again = new.copy()
+    tl.project(again, new, polish=False)
+    np.testing.assert_array_equal(
+        again.uns["scuvae"]["embed"]["alignment"]["effect"], own["effect"]
+    )
+
+
 def test_a_damaged_alignment_is_named(fitted) -> None:
     broken = fitted.copy()
     entry = copy.deepcopy(dict(broken.uns["scuvae"]))

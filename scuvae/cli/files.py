@@ -133,9 +133,12 @@ def opened(
     ``fitted``: the input holds a fit, which is read as well.
     """
     if isinstance(args.input, list):
-        adata = joined(args.input, backed=_are_many(args))
-        check_writing(adata, output) if not _are_many(args) else None
-        return adata, _without_matrices if _are_many(args) else write
+        many = _are_many(args)
+        adata = joined(args.input, backed=many)
+        if many:
+            return adata, _without_matrices
+        check_writing(adata, output)
+        return adata, write
     path, like = args.input, args.input.suffix == output.suffix
     if args.backed and not like:
         raise ValueError(f"--backed copies the input: name an output that ends in {path.suffix}")

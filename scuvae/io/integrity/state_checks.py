@@ -130,8 +130,8 @@ def check_state(
         centre, components = embed["centre"].shape, embed["components"].shape
         if centre != (n_vars,) or len(components) != 2 or n_vars not in components:
             raise Damaged(
-                f"{where}['embed'] has shapes {centre} and {components} for {n_vars} genes: call "
-                "scuvae.tl.embed"
+                f"{where}['embed'] has shapes {centre} and {components} for {n_vars} genes: read "
+                "an undamaged copy, or fit again"
             )
     _check_alignment(embed, params, where)
 
@@ -153,7 +153,7 @@ def _check_alignment(embed: dict[str, np.ndarray], params: Mapping[str, Any], wh
     if found != expected:
         raise Damaged(
             f"{where}['embed']['alignment'] has shapes {found} for {n_latent} latent dimensions "
-            f"and {n_columns} columns of covariates: call scuvae.tl.embed"
+            f"and {n_columns} columns of covariates: read an undamaged copy, or fit again"
         )
 
 
