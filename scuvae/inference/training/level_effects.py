@@ -25,7 +25,7 @@ from scuvae.distributions.gaussian import Gaussian
 from scuvae.model import VAE
 
 # ν: small numbers leave alone the few genes that differ by much.
-_DEGREES = 2.0
+_DEGREES = 4.0
 
 
 class LevelEffects:
