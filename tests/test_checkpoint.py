@@ -55,7 +55,7 @@ def test_a_fit_that_was_killed_goes_on(
         (loop.Losses, "add", 3),
         (loop.EarlyStopping, "update", 2),
         (loop.Step, "__call__", 1),
-        (tl._fit.training, "finish", 1),
+        (tl._trained.training, "finish", 1),
     ):
         with monkeypatch.context() as patch:
             killed_at(call, patch, where, name)

@@ -223,13 +223,14 @@ class Growth:
 
     def _begin(self, model: Any, training: torch.Tensor) -> Iterator[tuple[torch.Tensor, Gaussian]]:
         """Stored q of known cells, then the best under the reference's decoder of new ones."""
-        known = self.old[training.cpu().numpy()] >= 0
-        for index in training[torch.as_tensor(known, device=self.where)].split(_AT_ONCE):
+        known = torch.as_tensor(self.old[training.cpu().numpy()] >= 0, device=self.where)
+        for index in training[known].split(_AT_ONCE) if known.any() else ():
             rows = self.old[index.cpu().numpy()]
             stored = gaussian_of({name: values[rows] for name, values in self.moments.items()})
             yield index, stored.as_family(self.covariance).to(self.where)
-        rest = training[torch.as_tensor(~known, device=self.where)]
-        cells = self.matched.cells
+        if known.all():
+            return
+        cells, rest = self.matched.cells, training[~known]
         for batch, q in projected(model, cells, self.covariance, rows=rest, **self.options):
             yield batch.index, q
 
