@@ -226,7 +226,7 @@ def fit(
     ``obs["scuvae_scale"]``
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
-        Categorical: ``train`` or ``validation``.
+        Categorical: ``train`` or ``validation``; ``added`` to a decoder that stayed as it was.
     ``obsm["X_scuvae_components"]``, ``obs["scuvae_component"]``
         With ``prior="mixture"``: the chances that the cell is of each component, and the likeliest.
 
