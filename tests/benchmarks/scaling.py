@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,7 +107,15 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
             raise Trained
         return found
 
-    with patch.object(run, "train", traced), suppress(Trained):
+    light = [
+        patch.object(run, "refine", partial(run.refine, max_steps=1)),
+        patch.object(run, "DENOISING_DRAWS", 1),
+    ]
+    with ExitStack() as stack:
+        for changed in light if args.light_final else ():
+            stack.enter_context(changed)
+        stack.enter_context(patch.object(run, "train", traced))
+        stack.enter_context(suppress(Trained))
         scuvae.tl.fit(
             adata,
             amortized={"unamortized": False, "amortized": True, "semi": "semi"}[args.inference],
@@ -229,6 +238,8 @@ def main() -> None:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--store", nargs="+", default=["memory"], choices=["memory", "h5ad", "zarr", "scvi"])
     add("--no-final", action="store_true", help="stop after training, without the final q")
+    text = "one local step a cell and one draw for genes' totals: the final q's memory alone"
+    add("--light-final", action="store_true", help=text)
     add("--one", help="the matrix in this folder alone, as JSON: what each process does")
     add("--json", help="file for all figures")
     args = parser.parse_args()
@@ -243,7 +254,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--one", folder, "--store", store]
                 for name in ("genes", "density", "inference", "max_epochs", "held_out", "device"):
                     command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-                command += ["--no-final"] * args.no_final
+                command += ["--no-final"] * args.no_final + ["--light-final"] * args.light_final
                 found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
                 rows.append(json.loads(found.stdout.decode().splitlines()[-1]))
                 print(f"{n_cells} cells, {store}: {rows[-1]['epoch_s']:.2f} s an epoch", flush=True)
