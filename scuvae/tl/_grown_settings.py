@@ -60,7 +60,7 @@ def _plain(name: str, value: Any) -> Any:
     if name == "likelihood" and value in LIKELIHOODS:
         return LIKELIHOODS[value].name
     if name.endswith("_keys"):
-        return [str(part) for part in value]
+        return [str(part) for part in value] or None
     return id(value) if isinstance(value, np.ndarray) else value
 
 

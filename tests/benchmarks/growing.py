@@ -67,7 +67,10 @@ def one(name: str, counts: AnnData, seed: int, args: argparse.Namespace) -> list
         took = time.process_time() - start
         epochs = 0 if who == "frozen" else len(cells.uns["scuvae"]["history"])
         found = {"data": name, "seed": seed, "who": who, "cpu_s": took, "epochs": epochs}
-        rows.append(found | judged(cells, judges, whose))
+        scores = judged(cells, judges, whose)
+        if who == "half" and args.batch_key:  # the judges themselves say what the new batch adds
+            scores |= {"elbo": float("nan"), "new": float("nan")}
+        rows.append(found | scores)
         print(rows[-1], flush=True)
 
     add("half", half, **fit_args)
