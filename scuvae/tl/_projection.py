@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,9 @@ def project_cells(
         entry["params"] |= extended_params(entry["params"], fit.design, design)
         if entry.pop(FURTHER, None) is not None:
             logger.info("genes of tl.extend_genes have no rates in new batches: not taken over")
-    parts = [q for _, q in projected(model, cells, covariance, rows=rows, **options)]
-    found = moments(parts, covariance)
+    n_rows = len(cells) if rows is None else len(rows)
+    parts = (q for _, q in projected(model, cells, covariance, rows=rows, **options))
+    found = moments(parts, covariance, partial(cells.room, n_rows=n_rows))
     coordinates = None
     if "embed" in entry:  # fits of earlier versions have none
         mean = torch.as_tensor(found["mean"], device=where)

@@ -218,13 +218,14 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
         table.store(begun.validation, judge.q())
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
-        return _moments(parts, cells, settings)
+        return moments(parts, settings.covariance, cells.room)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(begun, 2)
     totals.give_back()
     totals = GeneTotals(model, DENOISING_DRAWS)
-    found = _moments(final_posterior(model, posterior, cells, settings, totals), cells, settings)
+    parts = final_posterior(model, posterior, cells, settings, totals)
+    found = moments(parts, settings.covariance, cells.room)
     processes.add(totals.observed, totals.predicted)
     for _ in range(_MOST_ROUNDS):
         off = totals.off
@@ -237,20 +238,6 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
             100 * off,
         )
-    return found
-
-
-def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dict[str, np.ndarray]:
-    """The moments of every cell's q, a part at a time."""
-    found: dict[str, np.ndarray] = {}
-    at = 0
-    for q in parts:
-        some = moments([q], settings.covariance)
-        for name, values in some.items():
-            if name not in found:
-                found[name] = cells.room(values.shape[1])
-            found[name][at : at + len(values)] = values
-        at += len(values)
     return found
 
 
