@@ -15,6 +15,7 @@ from scuvae import __version__
 from scuvae._checks import flag
 from scuvae._keys import Keys
 from scuvae.distributions.gaussian import Gaussian
+from scuvae.inference.mapping.covariate_columns import with_design
 from scuvae.inference.refinement.refine import step_options
 from scuvae.inference.training.distributed import ALONE
 from scuvae.inference.training.held_out import hold_out
@@ -30,7 +31,7 @@ from scuvae.tl._fit_slots import FitSlots, in_use, split_of
 from scuvae.tl._grown_settings import OF_TRAINING, check_agreement, fine_tuned_params, settings_for
 from scuvae.tl._known_cells import check_genes, check_same_cells, note_of, rows_in
 from scuvae.tl._project import read_reference
-from scuvae.tl._projection import polished, project_cells, projected, with_new_levels
+from scuvae.tl._projection import polished, project_cells, projected
 from scuvae.tl._trained import trained
 
 # Cells whose stored q are read at once.
@@ -188,13 +189,15 @@ class Growth:
             params["rng"] = int(rng)
         note = note_of(self.entry, self.old, fine_tune=True)
         with random_state(rng, self.where) as generator:
-            model = with_new_levels(self.adata, fit, self.matched, self.covariance)
+            # What new levels add is learnt with the rest, from the mean of the known.
+            told = self.matched.covariates
+            model = fit.model if told is None else with_design(fit.model, told.design)
+            model = model.to(self.where)
             params |= model.design.to_params()
             keeper = None
             if checkpoint is not None:
                 columns = self.adata.var_names.astype(str).get_indexer(fit.var_names)
                 about = params | {"reference": note["digest"]}
-                told = self.matched.covariates
                 of = (self.adata, columns, about, cells, told, ALONE)
                 keeper = kept_in(checkpoint, checkpoint_every, *of)
 
@@ -218,8 +221,7 @@ class Growth:
             "var_names": np.array(fit.var_names, object),
             "reference": note,
         }
-        covariates = self.matched.covariates
-        return FitSlots.of(model, q, about, covariates, cells.size_factor, split_of(held_out))
+        return FitSlots.of(model, q, about, told, cells.size_factor, split_of(held_out))
 
     def _begin(self, model: Any, training: torch.Tensor) -> Iterator[tuple[torch.Tensor, Gaussian]]:
         """Stored q of known cells, then the best under the reference's decoder of new ones."""
