@@ -190,15 +190,14 @@ def fit(
         reference, told by ``obs_names``, start from the posteriors that it has, others from the
         best under its decoder. What makes the model (likelihood, prior, latent dimensions, layers,
         scheme, covariates, totals) is the reference's; an argument that says otherwise is an error.
-        Levels of covariates that it has not seen are estimated as
-        ``tl.project(new_batches="estimate")`` does. See docs/new_cells.md.
+        Levels of covariates that it has not seen are taken as they come. See docs/new_cells.md.
     key
         The reference's fit; None for the default.
     fine_tune
         False: the reference's decoder stays, its cells keep their posteriors, and new ones have
-        those of :func:`scuvae.tl.project`; nothing is trained. True: all is trained further on
-        ``adata``, by default in three tenths of the epochs and half the step size of a fit from the
-        start. Of new cells alone the result is a model of these.
+        those of :func:`scuvae.tl.project` with ``new_batches="estimate"``. True: all is trained
+        further on ``adata``, by default in three tenths of the epochs and half the step size of a
+        fit from the start. Of new cells alone the result is a model of these.
     key_added
         Name of the fit; see below.
     copy
