@@ -291,9 +291,9 @@ def fit(
             "size_factor_key": size_factor_key,
             "check_values": check_values,
         }
-        growth = Growth(adata, reference, key, layer, device, _given(asked))
+        given = _given(asked)
+        growth = Growth(adata, reference, key, layer, device, given, fine_tune=fine_tune)
         slots = growth.slots(
-            fine_tune=fine_tune,
             early_stopping=early_stopping,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,

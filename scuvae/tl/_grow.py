@@ -59,7 +59,7 @@ class Growth:
     ----------
     adata
         Cells of the reference, new ones, or both.
-    reference, key, layer, device
+    reference, key, layer, device, fine_tune
         As :func:`scuvae.tl.fit` takes them.
     given
         Arguments of that function that are not at their defaults.
@@ -73,8 +73,10 @@ class Growth:
         layer: str | None,
         device: str,
         given: Mapping[str, Any],
+        *,
+        fine_tune: bool = False,
     ) -> None:
-        self.adata, self.key, self.given = adata, key, given
+        self.adata, self.key, self.given, self.fine_tune = adata, key, given, fine_tune
         self.source = read_reference(reference, key)
         self.fit = read_fit(self.source, key)
         self.entry = copying.deepcopy(read_entry(self.source, key))
@@ -83,22 +85,27 @@ class Growth:
         check_genes(adata, self.fit)
         # Numbers of the cells' rows in the reference, -1 for new ones.
         self.old = rows_in(adata, self.source, key, self.fit)
+        self.known, self.new = np.flatnonzero(self.old >= 0), np.flatnonzero(self.old < 0)
+        if not len(self.new) and not fine_tune:
+            raise ValueError(
+                f"all {adata.n_obs} cells of adata are in the reference: there is none to add. "
+                "fine_tune=True trains the fit on with them"
+            )
         if "check_values" in given:
             self.fit.params["check_values"] = given["check_values"]
         self.where = resolve_device(device)
         extend = bool(self.fit.design.categorical)
         self.matched = match(adata, self.fit, layer, self.where, extend=extend)
         check_same_cells(adata, self.source, self.fit, self.matched, self.old)
-        self.known, self.new = np.flatnonzero(self.old >= 0), np.flatnonzero(self.old < 0)
         self.moments = read_moments(self.source, key) if len(self.known) else {}
         self.covariance = str(self.fit.params["covariance"])
         self.options = step_options(str(self.fit.params["local_step"]), None, self.fit.params)
         if layer is not None:
             self.entry["params"]["layer"] = layer
 
-    def slots(self, *, fine_tune: bool, **training: Any) -> FitSlots:
+    def slots(self, **training: Any) -> FitSlots:
         """What the fit of all cells leaves; ``training`` is of :meth:`fine_tuned`."""
-        if fine_tune:
+        if self.fine_tune:
             return self.fine_tuned(**training)
         unused = [name for name in OF_TRAINING if name in self.given]
         unused += ["checkpoint"] * (training["checkpoint"] is not None)
@@ -112,11 +119,6 @@ class Growth:
 
     def frozen(self) -> FitSlots:
         """Known cells' posteriors as they are, and those of new ones as ``tl.project`` has them."""
-        if not len(self.new):
-            raise ValueError(
-                f"all {self.adata.n_obs} cells of adata are in the reference: there is none to "
-                "add. fine_tune=True trains the fit on with them"
-            )
         cells, entry, new = self.matched.cells, self.entry, self.new
         if self.moments:
             self.covariance = "full" if "covariance" in self.moments else "diagonal"
@@ -145,7 +147,7 @@ class Growth:
             coordinates[self.known] = self._places(found.model, q["mean"])
         components = components_of(q, found.model.prior)
         entry |= {"latent": in_use(q), "reference": note_of(self.entry, self.old, fine_tune=False)}
-        split = split_of(self._held_out(0.1), added=self._undecided())
+        split = split_of(self._split() == "validation", added=self._undecided())
         return FitSlots(q, sealed(entry), coordinates, components, split)
 
     def _places(self, model: Any, mean: np.ndarray) -> np.ndarray:
