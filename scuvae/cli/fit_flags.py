@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from scuvae.cli.arguments import Flag, column, columns, fraction, number, switch_off, word
+from scuvae.cli.arguments import Flag, column, columns, fraction, number, switch, switch_off, word
 
 INFERENCE: dict[str, bool | str] = {"unamortized": False, "amortized": True, "semi": "semi"}
 
@@ -54,6 +54,8 @@ FIT: dict[str, Flag] = {
     "early_stopping": switch_off("run all epochs, whatever held-out cells say"),
     "checkpoint": word("keep how far training has come; go on from there", "FOLDER"),
     "checkpoint_every": fraction("seconds between checkpoints", "S"),
+    "key": word("the reference's fit, where it has several", "KEY"),
+    "fine_tune": switch("train the reference's model on; without it its decoder stays"),
     "processes": number("how many torchrun has started; 1: this one fits alone"),
 }
 FIT_GROUPS: dict[str, tuple[str, ...]] = {
@@ -65,6 +67,7 @@ FIT_GROUPS: dict[str, tuple[str, ...]] = {
         *("layer", "mask_var", "batch_key", "categorical_covariate_keys"),
         *("continuous_covariate_keys", "size_factor_key", "validation_fraction", "check_values"),
     ),
+    "a finished fit (--reference)": ("key", "fine_tune"),
     "training": (
         *("max_epochs", "batch_size", "learning_rate", "optimizer", "local_step", "n_samples"),
         *("kl_weight", "dropout", "early_stopping", "checkpoint", "checkpoint_every"),
