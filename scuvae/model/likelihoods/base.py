@@ -84,7 +84,7 @@ class Likelihood(nn.Module, ABC):
         """The same for so many batches, further ones the mean of those known."""
         return self
 
-    def add_slopes_of_prior(self) -> None:  # noqa: B027
+    def add_slopes_of_prior(self) -> None:
         """Add to its parameters' ``grad`` what a prior of theirs says, in nats of all cells."""
 
     def log_prob(

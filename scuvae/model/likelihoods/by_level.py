@@ -199,9 +199,7 @@ class _Parted(_Of):
     ) -> tuple[Tensor, Tensor | None]:
         weights, centres = zip(
             *(
-                one.fisher(
-                    _rows(x, i), eta.index_select(-2, i), _size(size_factor, i), observed
-                )
+                one.fisher(_rows(x, i), eta.index_select(-2, i), _size(size_factor, i), observed)
                 for one, i in self.parts
             ),
             strict=True,
