@@ -5,6 +5,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
@@ -18,6 +19,7 @@ from scuvae.inference.training.optimizers import adam
 from scuvae.model import VAE, Decoder
 from scuvae.model.covariates import Categorical, Design
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.likelihoods import by_level as module
 from scuvae.model.likelihoods.by_level import PRECISION, ByLevel
 
 pytestmark = pytest.mark.usefixtures("fixed_random_state")
@@ -204,18 +206,39 @@ def test_dispersions_that_differ_are_found() -> None:
     assert float((tight > loose).double().mean()) == 1.0
 
 
-@pytest.mark.parametrize("likelihood", OWN)
-@pytest.mark.parametrize("amortized", [False, "semi"])
+def test_a_strong_prior_leaves_one_dispersion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PRECISION", 1e5)
+    adata, _ = two_batches(400)
+    options: dict[str, Any] = {"batch_key": "batch", "n_latent": 2, "max_epochs": 10}
+    small_fit(adata, likelihood="nb", dispersion="gene-batch", **options)
+    loose, tight = (level.log_theta.detach() for level in get.model(adata).likelihood.levels)
+    # Apart by the last of Adam's steps; without a prior they move apart from the first.
+    assert float((tight - loose).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "amortized"),
+    [
+        ("negative_binomial", False),
+        ("zero_inflated_negative_binomial", "semi"),
+        ("gaussian", True),
+    ],
+)
 def test_all_verbs(likelihood: str, amortized: bool | str, tmp_path: Path) -> None:
-    adata = small_data(likelihood, n_vars=30)
+    """With another covariate, over whose levels averages are of no batch."""
+    adata = with_sex(small_data(likelihood, n_vars=30))
     options: dict[str, Any] = {"likelihood": likelihood, "amortized": amortized}
-    small_fit(adata, max_epochs=2, batch_key="batch", dispersion="gene-batch", **options)
+    options |= {"batch_key": "batch", "categorical_covariate_keys": ["sex"]}
+    small_fit(adata, max_epochs=2, dispersion="gene-batch", **options)
     adata.write_h5ad(tmp_path / "fit.h5ad")
     back = ad.read_h5ad(tmp_path / "fit.h5ad")
     state = get.model(adata).state_dict()
+    assert_denoised_by_hand(back)
+    if likelihood != "gaussian":
+        tl.rank_genes(back, "sex")
     for name, value in get.model(back).state_dict().items():
         torch.testing.assert_close(value, state[name])
-    new = small_data(likelihood, n_vars=30, seed=1)
+    new = with_sex(small_data(likelihood, n_vars=30, seed=1))
     other = new.copy()
     other.obs["batch"] = "b9"
     with unchanged(back):
@@ -233,6 +256,27 @@ def test_all_verbs(likelihood: str, amortized: bool | str, tmp_path: Path) -> No
     for name, value in levels[-1].named_parameters():
         mean = torch.stack([dict(level.named_parameters())[name] for level in known]).mean(0)
         torch.testing.assert_close(value.detach(), mean.detach())
+
+
+def with_sex(adata: AnnData) -> AnnData:
+    adata.obs["sex"] = np.where(np.arange(adata.n_obs) % 2 == 0, "f", "m")
+    return adata
+
+
+def assert_denoised_by_hand(adata: AnnData) -> None:
+    """Each cell's mean is that of its own batch's likelihood, as pandas tells batches apart."""
+    model = get.model(adata)
+    parts = [pd.get_dummies(adata.obs[key].astype(str)) for key in ("batch", "sex")]
+    told = torch.as_tensor(np.column_stack(parts), dtype=torch.float32)
+    found = tl.denoise(adata, genes=adata.var_names, n_samples=0).to_numpy()
+    z = torch.as_tensor(np.asarray(adata.obsm["X_scuvae"]))
+    size = torch.as_tensor(np.asarray(adata.X).sum(1))
+    with torch.no_grad():
+        eta = model.decoder(z, told)
+        for number, level in enumerate(model.likelihood.levels):
+            cells = (parts[0].to_numpy().argmax(1) == number).nonzero()[0]
+            truth = level.mean(eta[cells], size[cells])
+            np.testing.assert_allclose(found[cells], truth, rtol=1e-4, atol=1e-5)
 
 
 def test_further_genes_and_an_encoder() -> None:

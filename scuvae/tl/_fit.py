@@ -116,9 +116,8 @@ def fit(
         size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
         non-negative whole numbers, else Gaussian.
     dispersion
-        ``"gene"``; ``"gene-batch"``: what the likelihood has of each gene (an inverse dispersion, a
-        standard deviation, dropout) each batch of ``batch_key`` has for itself, tied to the gene's
-        mean over batches by a normal prior. See docs/batches.md for when.
+        ``"gene"``; ``"gene-batch"``: what the likelihood has of each gene (dispersion, dropout)
+        each batch has for itself, held near their mean by a prior: see docs/batches.md.
     prior
         ``"standard_normal"``; ``"mixture"``: up to 20 Gaussians, fitted to the cells' posteriors,
         as many as the data need (see :class:`scuvae.model.priors.mixture.Mixture`); or an instance

@@ -4,9 +4,9 @@ A likelihood of a gene-wise parameter p (ln θ, ln σ, dropout's log odds) is co
 The few counts that one batch has of a gene say little of p_gb by themselves: the batches' have a
 normal prior about what they have in common, the penalty
 
-    ½ τ Σ_b (p_gb − p̄_g)²,        p̄_g the mean over batches,
+    ½ τ Σ_b (p_gb − p̄_g)²,        p̄_g the mean over batches.
 
-of cells of a level among those known. A cell whose row of the covariates is no level but a mean of
+A cell whose row of the covariates is no level but a mean of
 levels, as averages over batches have it, has that mean of p: what a decoder makes of such rows.
 """
 
@@ -24,7 +24,8 @@ from scuvae.model.likelihoods.link import Genes
 
 # What dispersions may be of, in scvi-tools' words.
 DISPERSIONS = ("gene", "gene-batch")
-# τ: batches' p are within a factor of about exp(1/√τ) of the gene's.
+# τ: batches' θ or σ are within a factor of about exp(1/√τ) of the gene's. Chosen by held-out ELBO
+# on two sets and held against two others: tests/benchmarks/dispersion.py.
 PRECISION = 4.0
 
 
@@ -151,6 +152,8 @@ class _Parted(_Of):
     parts
         Likelihoods, and the numbers of the cells that have them.
     """
+
+    parts: list[tuple[Likelihood, Tensor]]
 
     def __init__(self, parts: list[tuple[Likelihood, Tensor]]) -> None:
         super().__init__(parts[0][0])
