@@ -33,6 +33,7 @@ from scuvae.tl._fit_slots import FitSlots, split_of
 from scuvae.tl._fit_warnings import warn_of_factors, warn_of_shapes
 from scuvae.tl._grow import Growth, check_call
 from scuvae.tl._model_parts import (
+    check_dispersion,
     choose_likelihood,
     choose_prior,
     encoder_input,
@@ -49,6 +50,7 @@ def fit(
     *,
     amortized: bool | str = False,
     likelihood: str | Likelihood = "auto",
+    dispersion: str = "gene",
     prior: str | Prior = "standard_normal",
     n_latent: int = 10,
     n_hidden: int = 128,
@@ -107,6 +109,9 @@ def fit(
         ``"zero_inflated_negative_binomial"`` (``"zinb"``), ``"bernoulli"`` for zeros and ones (no
         size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
         non-negative whole numbers, else Gaussian.
+    dispersion
+        ``"gene"``; ``"gene-batch"``: what the likelihood has of each gene (dispersion, dropout)
+        each batch has for itself, held near their mean by a prior: see docs/batches.md.
     prior
         ``"standard_normal"``; ``"mixture"``: up to 20 Gaussians, fitted to the cells' posteriors,
         as many as the data need (see :class:`scuvae.model.priors.mixture.Mixture`); or an instance
@@ -314,6 +319,7 @@ def fit(
         own = own_rows(held_out, *launched())
         matrix, seen = inputs.rows_of(matrix, own), adata[own]
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    check_dispersion(dispersion, chosen, batch_key, matrix.shape[1])
     inputs.check_values(
         matrix,
         seen,
@@ -341,6 +347,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "dispersion": dispersion,
         "prior": p_of_z.name,
         # Of the package's own schemes amortized says it.
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
