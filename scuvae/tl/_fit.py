@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -32,6 +31,7 @@ from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._fit_slots import FitSlots, split_of
 from scuvae.tl._fit_warnings import warn_of_factors, warn_of_shapes
 from scuvae.tl._grow import Growth, check_call
+from scuvae.tl._grown_settings import given_of
 from scuvae.tl._model_parts import (
     check_dispersion,
     choose_likelihood,
@@ -288,6 +288,7 @@ def fit(
     check_call(reference, fine_tune, key, n_processes)
     if reference is not None:
         asked |= {
+            "dispersion": dispersion,
             "prior": prior,
             "mask_var": mask_var,
             "batch_key": batch_key,
@@ -296,7 +297,7 @@ def fit(
             "size_factor_key": size_factor_key,
             "check_values": check_values,
         }
-        given = _given(asked)
+        given = given_of(fit, asked)
         growth = Growth(adata, reference, key, layer, device, given, fine_tune=fine_tune)
         slots = growth.slots(
             early_stopping=early_stopping,
@@ -414,13 +415,3 @@ def fit(
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, device=device)
-
-
-def _given(asked: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that are not at their defaults."""
-    defaults = {name: one.default for name, one in signature(fit).parameters.items()}
-    return {
-        name: value
-        for name, value in asked.items()
-        if isinstance(value, np.ndarray) or value != defaults[name]
-    }
