@@ -26,7 +26,10 @@ def _cells() -> tuple[AnnData, AnnData]:
 Case = Callable[[AnnData, AnnData, Path], Any]
 CASES: dict[str, tuple[Case, list[str]]] = {
     # What is no name of an argument.
-    "fit by position": (lambda a, new, to: tl.fit(new, "counts"), ["takes adata by position", "by name, such as"]),
+    "fit by position": (
+        lambda a, new, to: tl.fit(new, "counts"),
+        ["takes adata by position", "by name, such as"],
+    ),
     "fit misspelt": (lambda a, new, to: tl.fit(new, n_latents=5), ["Did you mean 'n_latent'"]),
     "score a layer": (lambda a, new, to: tl.score(a, layer="x"), ["has no argument 'layer'"]),
     "compare n_latent": (
