@@ -194,7 +194,7 @@ def draw_gap(found: dict[str, Any], plt: Any) -> None:
     for name, colour in (("held out", ENCODER), ("training", ENCODER_TOO)):
         mine = [row for row in found["curves"] if row["cells"] == name]
         rows = [[r["gap"] for r in mine if r["seed"] == seed] for seed in SEEDS]
-        _line(left, EPOCHS, rows, colour, f"{name} cells")
+        _line(left, EPOCHS, rows, colour, f"{name.replace(' ', '-')} cells")
     left.set(xlabel="epochs of SCVI", ylabel="amortization gap, nats per cell", ylim=(0, None))
     left.legend(frameon=False)
     last = found["last"]
@@ -207,7 +207,7 @@ def draw_gap(found: dict[str, Any], plt: Any) -> None:
         right.scatter(y, at + jitter, s=8, color=ENCODER, alpha=0.7, linewidths=0)
         right.plot([np.median(y)] * 2, [at - 0.35, at + 0.35], color="black", linewidth=1.2)
     right.set_yticks(range(len(names)), [f"{k} ({(kinds == k).sum()})" for k in names], size=8)
-    right.set(xlabel="gap of each held-out cell, nats (400 epochs, seed 0)", xlim=(0, None))
+    right.set(xlabel="gap of each held-out cell, nats", xlim=(0, None))
     fig.savefig(FOLDER / "gap.png")
 
 
