@@ -7,7 +7,9 @@ none to the fit.
 """
 
 import argparse
+import faulthandler
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -76,6 +78,8 @@ def ended(path: Path, new: AnnData, expected: Any) -> str:
     if child == 0:
         status = ENDS.index("refused by anndata")
         signal.alarm(LONGEST)  # ends a call of C too
+        trace = os.open(path.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        faulthandler.dump_traceback_later(LONGEST - 1, file=trace)
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # HDF5's own complaints
             adata = anndata.read_h5ad(path)
@@ -88,7 +92,11 @@ def ended(path: Path, new: AnnData, expected: Any) -> str:
         finally:
             os._exit(status)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return ENDS[code] if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    if code >= 0:
+        return ENDS[code]
+    frames = re.findall(r'File "(.*)", line', path.with_suffix(".trace").read_text())
+    where = ", in h5py" if frames and "h5py" in frames[0] else ", elsewhere" if frames else ""
+    return f"ended by {signal.Signals(-code).name}{where}"
 
 
 def main() -> None:
@@ -116,8 +124,8 @@ def main() -> None:
             if end == "silently different":
                 print(f"file {number} of seed {args.seed} is {end}", flush=True)
     for name, count in sorted(counts.items()):
-        print(f"{name:>24} {count:>7,}")
-    print(f"{'slowest':>24} {slowest:>7.1f} s")
+        print(f"{name:>30} {count:>7,}")
+    print(f"{'slowest':>30} {slowest:>7.1f} s")
     sys.exit(counts["silently different"] > 0)
 
 

@@ -322,6 +322,20 @@ FORMULAS = [
         "test_gene_totals.py -k prior",
     ),
     Mistake(
+        "how far genes differ between batches is not learnt",
+        f"{IN}/training/level_effects.py",
+        "precision[:, columns] = degrees / (_DEGREES * scale + squares)",
+        "pass",
+        "test_level_effects.py -k scale",
+    ),
+    Mistake(
+        "a covariate's information is that of its values, not of their squares",
+        f"{IN}/training/level_effects.py",
+        "batch.covariates.square()",
+        "batch.covariates",
+        "test_level_effects.py -k information",
+    ),
+    Mistake(
         "natural steps take the prior twice",
         f"{IN}/posteriors/objectives.py",
         "slopes.mean(0) / kl_weight + prior.slope(q)",

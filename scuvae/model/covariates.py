@@ -67,6 +67,13 @@ class Design:
         first = sum(self.n_levels[:number])
         return slice(first, first + self.n_levels[number])
 
+    def columns_of_each(self) -> list[slice]:
+        """The columns of every covariate: categorical ones, then each continuous one's."""
+        first = sum(self.n_levels)
+        numbers = range(first, first + len(self.continuous))
+        categorical = [self.columns_of(number) for number in range(len(self.categorical))]
+        return [*categorical, *(slice(number, number + 1) for number in numbers)]
+
     def columns(self, codes: Tensor, values: Tensor) -> Tensor:
         """What the decoder is told, (cells, columns).
 

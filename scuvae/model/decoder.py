@@ -12,7 +12,7 @@ from scuvae.model.likelihoods.autograd import accumulate
 # dearly: those are fitted best by a decoder that is all but linear.
 _HIDDEN_PRECISION, _LINEAR_PRECISION, _FEW_CELLS = 30.0, 3.0, 5000
 # What z does otherwise in one batch than in the others, which types that differ in their batch
-# effects ask for, has to be earned most dearly.
+# effects ask for, has to be earned most dearly: a level's cells alone speak of it.
 _SLOPE_PRECISION = 100.0
 
 
@@ -87,9 +87,10 @@ class Decoder(nn.Module):
         precision = weight.new_full((1, weight.shape[1]), _LINEAR_PRECISION)
         if len(self.layers) > 1:
             first = weight.shape[1] - self.n_beside
-            precision[:, :first] = _SLOPE_PRECISION
-            precision[:, : first - self.n_slopes] = _HIDDEN_PRECISION
-            precision[:, :first] *= 1 + _FEW_CELLS / n_obs
+            n_hidden = first - self.n_slopes
+            precision[:, :n_hidden] = _HIDDEN_PRECISION * (1 + _FEW_CELLS / n_obs)
+            of_a_level = n_obs / max(1, self.n_covariates)
+            precision[:, n_hidden:first] = _SLOPE_PRECISION * (1 + _FEW_CELLS / of_a_level)
         return precision
 
     def hidden(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:

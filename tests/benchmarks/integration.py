@@ -21,6 +21,8 @@ import torch
 from _common import Clock, medians, print_table, write_json
 from _methods import Data
 
+from scuvae.inference.training.level_effects import LevelEffects
+from scuvae.inference.training.step import Step
 from scuvae.model import decoder
 from scuvae.model.decoder import Decoder
 from scuvae.tl import _embed, _fit
@@ -70,14 +72,25 @@ def judged(data, points):
 def variant(name):
     """Inside, decoders are told of covariates in another way.
 
-    ``as it is``: in the first layer and at the output; ``output``: at the output alone;
-    ``first``: in the first layer alone; ``free``, ``shrunk``: at the output under a prior a tenth
-    or ten times as tight; ``no slopes``: as shifts alone; ``slopes 30``: slopes of levels under a
-    prior of this precision; ``unaligned``: the map of z as it is.
+    ``as it is``: in the first layer and at the output, whose prior learns its width; ``output``: at
+    the output alone; ``first``: in the first layer alone; ``fixed``: at the output under a normal
+    prior of fixed width, ``free``, ``shrunk``: one a tenth or ten times as tight; ``low rank 2``:
+    batches' shifts at the output of so many directions; ``no slopes``: as shifts alone; ``slopes
+    30``: slopes of levels under a prior of this precision; ``unaligned``: the map of z as it is.
     """
     precision, beside, shift = Decoder.output_precision, Decoder._beside, Decoder._shift
     with_slopes, of_slopes = _fit.with_slopes, decoder._SLOPE_PRECISION
-    fit_alignment = _embed.fit_alignment
+    fit_alignment, update, move = _embed.fit_alignment, LevelEffects.update, Step._move
+
+    def of_low_rank(rank):
+        def moved(self, end):
+            move(self, end)
+            decoder = self.model.decoder
+            shifts = decoder.output.weight.data[:, -decoder.n_covariates :]
+            u, s, vh = torch.linalg.svd(shifts, full_matrices=False)
+            shifts.copy_(u[:, :rank] * s[:rank] @ vh[:rank])
+
+        return moved
 
     def other_precision(by):
         def changed(self, n_obs):
@@ -96,8 +109,12 @@ def variant(name):
 
     if name == "output":
         Decoder._shift = without_first
-    elif name in ("free", "shrunk"):
-        Decoder.output_precision = other_precision(0.1 if name == "free" else 10.0)
+    elif name in ("fixed", "free", "shrunk"):
+        LevelEffects.update = lambda *args: None
+        by = {"fixed": 1.0, "free": 0.1, "shrunk": 10.0}[name]
+        Decoder.output_precision = other_precision(by)
+    elif name.startswith("low rank "):
+        Step._move = of_low_rank(int(name.removeprefix("low rank ")))
     elif name == "first":
         Decoder._beside = without_output
     elif name == "unaligned":
@@ -111,7 +128,7 @@ def variant(name):
     finally:
         Decoder.output_precision, Decoder._beside, Decoder._shift = precision, beside, shift
         _fit.with_slopes, decoder._SLOPE_PRECISION = with_slopes, of_slopes
-        _embed.fit_alignment = fit_alignment
+        _embed.fit_alignment, LevelEffects.update, Step._move = fit_alignment, update, move
 
 
 def ours(data, seed, label, arguments, way):

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -27,6 +26,7 @@ from scuvae.inference.training.distributed import ALONE, Processes
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
+from scuvae.inference.training.level_effects import LevelEffects
 from scuvae.inference.training.loop import train
 from scuvae.inference.training.optimizers import OPTIMIZERS, cosine
 from scuvae.inference.training.settings import Settings, scheme_of
@@ -128,11 +128,16 @@ def start(
         )
     every = max(1, settings.max_epochs // 20)
     order = torch.Generator().manual_seed((seed + processes.rank) % 2**63)
-    refit = None
-    if model.prior.learns:
+    effects = None
+    if precision is not None and model.decoder.linear_path and model.decoder.n_covariates:
+        effects = LevelEffects(model, precision)
+        precision = effects.precision
+    learn = None
+    if model.prior.learns or effects is not None:
         some = _drawn(training, _MOST_TO_START, processes)
         few = cells.loader(some, chunk_on(where, model.n_vars))
-        refit = partial(_refit_prior, model, posterior, few, settings, processes)
+        share = sum(processes.numbers(len(some))) / n_obs
+        learn = _Learnt(model, posterior, few, settings, processes, effects, share, every)
     if processes.several:
         go_apart(processes.rank, where)
     batches = cells.loader(training, processes.share(settings.batch_size), order)
@@ -150,7 +155,7 @@ def start(
         "held_out": judge,
         "evaluate_every": every,
         "early_stopping": EarlyStopping(6 * every) if early_stopping and judge else None,
-        "after_epoch": refit,
+        "after_epoch": learn,
         "look_every": 1 if where.type == "cpu" else _LOOK_EVERY,
         "reduce_gradients": processes.reduce_gradients if processes.several else None,
         "processes": processes,
@@ -294,18 +299,36 @@ def _present(model: VAE, posterior: Posterior, batch: Batch, settings: Settings)
     return found
 
 
-def _refit_prior(
-    model: VAE,
-    posterior: Posterior,
-    cells: Iterable[Batch],
-    settings: Settings,
-    processes: Processes,
-) -> None:
-    """Let a prior that learns see some cells' posteriors."""
-    model.eval()
-    found = [_present(model, posterior, batch, settings)[0] for batch in cells]
-    model.prior.refit(processes.posterior(concatenate(found)))
-    processes.alike(*model.prior.state_dict().values())
+@dataclass(frozen=True)
+class _Learnt:
+    """What is learnt from some cells' posteriors, without gradients: called after each epoch."""
+
+    model: VAE
+    posterior: Posterior
+    cells: Iterable[Batch]
+    settings: Settings
+    processes: Processes
+    effects: LevelEffects | None
+    share: float
+    """Of all training cells, these are so many; epochs between two looks at offsets."""
+    every: int
+
+    def __call__(self, n_epochs: int) -> None:
+        self.model.eval()
+        if self.model.prior.learns:
+            found = [q for _, q in self._present()]
+            self.model.prior.refit(self.processes.posterior(concatenate(found)))
+            self.processes.alike(*self.model.prior.state_dict().values())
+        # At first offsets are those of the decoder's start; each look costs most of a step.
+        if self.effects is not None and n_epochs % self.every == 0 and n_epochs > self.every:
+            information = self.effects.information(self.model, self._present())
+            self.processes.add(information)
+            self.effects.update(self.model, information / self.share)
+            self.processes.alike(self.effects.precision)
+
+    def _present(self) -> Iterator[tuple[Batch, Gaussian]]:
+        for batch in self.cells:
+            yield batch, _present(self.model, self.posterior, batch, self.settings)[0]
 
 
 def _everyone(model: VAE, cells: Cells) -> Iterable[Batch]:

@@ -63,7 +63,7 @@ def train(
     held_out: HeldOut | None = None,
     evaluate_every: int = 1,
     early_stopping: EarlyStopping | None = None,
-    after_epoch: Callable[[], None] | None = None,
+    after_epoch: Callable[[int], None] | None = None,
     look_every: int = 1,
     reduce_gradients: ReduceGradients | None = None,
     processes: Processes = ALONE,
@@ -96,7 +96,8 @@ def train(
         Cells to judge the decoder by, every so many epochs, and when to stop; the best state
         is restored.
     after_epoch
-        Moves what has no gradient, at ends of epochs, after the losses were looked at.
+        Moves what has no gradient, at ends of epochs, after the losses were looked at; called with
+        the number of epochs done.
     look_every
         Steps at least between two looks at the losses, at ends of epochs: a look makes a GPU wait.
         ``on_epoch`` is called for every epoch, when it is looked at.
@@ -184,7 +185,7 @@ def train(
                     epoch, value, lambda: _snapshot(model, posterior)
                 )
         if after_epoch is not None:
-            after_epoch()
+            after_epoch(epoch + 1)
         progress.history += rows
         for row in rows:
             on_epoch(row)

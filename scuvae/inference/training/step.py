@@ -125,11 +125,13 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """All that steps move, by reference as torch has it, in nested dicts of tensors and plain
         values: what safetensors and JSON hold."""
+        precision = self.output_precision
         return {
             "model": dict(self.model.state_dict()),
             "posterior": dict(self.posterior.state_dict()),
             "beside the tables": {name: part.training_state() for name, part in self._parts()},
             "optimizer": state_of(self.optimizer),
+            "output precision": {} if precision is None else {"weight": precision},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +141,8 @@ class Step:
         for name, part in self._parts():
             part.load_training_state(state["beside the tables"][name])
         load_state(self.optimizer, state["optimizer"])
+        if self.output_precision is not None:
+            self.output_precision.copy_(state["output precision"]["weight"])
 
     def _parts(self) -> list[tuple[str, Posterior]]:
         """The posterior, and those that it is made of."""
