@@ -33,14 +33,14 @@ SLOTS = [
     ),
     Mistake(
         "a second fit leaves the first's slots",
-        "tl/_fit.py",
-        "    keys.clear(out)\n",
+        "tl/_fit_slots.py",
+        "        keys.clear(out)\n",
         "",
         "test_fit.py -k replaces",
     ),
     Mistake(
         "the split is the other way round",
-        "tl/_fit.py",
+        "tl/_fit_slots.py",
         'np.where(held_out, "validation", "train")',
         'np.where(held_out, "train", "validation")',
         "test_fit.py test_held_out_cells.py",

@@ -50,6 +50,16 @@ def test_a_fit_of_8ecac6c_is_read(
     assert torch.equal(model.decoder(z, covariates), again.decoder(z, covariates))
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_its_fits_are_trained_on(key: str, old: AnnData) -> None:
+    tl.fit(old, reference=old, key=key, fine_tune=True, max_epochs=1, key_added="grown")
+    was, found = old.uns[key]["params"], old.uns["grown"]["params"]
+    for name in ("likelihood", "n_latent", "covariance", "optimizer", "local_step"):
+        assert found[name] == was[name]
+    assert np.isfinite(old.obsm["grown"]).all()
+    get.model(old, key="grown")
+
+
 def test_its_scores_are_what_they_were(old: AnnData) -> None:
     """ELBOs of 200 draws then and now: within 6 standard errors of their difference."""
     then, error = old.uns["expected"]["elbo"], old.obs["scuvae_elbo_se"].to_numpy()

@@ -55,7 +55,7 @@ def test_a_fit_that_was_killed_goes_on(
         (loop.Losses, "add", 3),
         (loop.EarlyStopping, "update", 2),
         (loop.Step, "__call__", 1),
-        (tl._fit.training, "finish", 1),
+        (tl._trained.training, "finish", 1),
     ):
         with monkeypatch.context() as patch:
             killed_at(call, patch, where, name)
@@ -220,6 +220,26 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         "checkpoint.json",
         _kept(folder)["parts"][0]["tensors"],
     ]
+
+
+def test_what_a_killed_write_leaves_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors writes under a name of its own first, beside the one that it was given."""
+    kept = Checkpoint(tmp_path, every=0, fit={})
+    kept.write(state_of(1.0))
+
+    def killed(tensors: Any, path: Path) -> None:
+        path.with_name(".tmpAbCdEf").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scuvae.inference.training.checkpoint.save_file", killed)
+        with pytest.raises(Killed):
+            kept.write(state_of(2.0))
+    kept.write(state_of(3.0))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint.json", _kept(tmp_path)["parts"][0]["tensors"]}
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "tensors"])

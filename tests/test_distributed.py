@@ -149,19 +149,26 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_what_was_killed(played: tuple[Path, str], tmp_path: Path) -> None:
-    """The command line, whole and killed: the same file."""
+def test_torchrun_takes_several_files_and_restarts_what_was_killed(
+    played: tuple[Path, str], tmp_path: Path
+) -> None:
+    """The command line, whole, of several files, and killed: the same results."""
     (tmp_path / "script.py").write_text(SCRIPT)
     base = ["--n-latent", "2", "--max-epochs", "3", "--batch-size", "20", "-q"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     run += ["--standalone", "--max-restarts", "1"]
+    whole = played[0] / "input.h5ad"
+    adata, parts = anndata.read_h5ad(whole), [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    adata[:100].copy().write_h5ad(parts[0])
+    adata[100:].copy().write_h5ad(parts[1])
     outputs = []
-    for target, kept in (
-        (["-m", "scuvae"], []),
-        (["script.py"], ["--checkpoint", "kept", "--checkpoint-every", "0"]),
+    for target, inputs, kept in (
+        (["-m", "scuvae"], [whole], []),
+        (["-m", "scuvae"], parts, []),
+        (["script.py"], [whole], ["--checkpoint", "kept", "--checkpoint-every", "0"]),
     ):
         outputs.append(tmp_path / f"{len(outputs)}.h5ad")
-        command = ["fit", str(played[0] / "input.h5ad"), "-o", str(outputs[-1]), *base, *kept]
+        command = ["fit", *map(str, inputs), "-o", str(outputs[-1]), *base, *kept]
         path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [*run, *target, *command],
@@ -173,6 +180,7 @@ def test_torchrun_restarts_what_was_killed(played: tuple[Path, str], tmp_path: P
         )
         assert done.returncode == 0, done.stderr
     assert "rank: 1" in done.stderr or "local_rank: 1" in done.stderr
-    one, two = map(anndata.read_h5ad, outputs)
-    for key in one.obsm:
-        assert np.asarray(one.obsm[key]).tobytes() == np.asarray(two.obsm[key]).tobytes()
+    one, *others = map(anndata.read_h5ad, outputs)
+    for other in others:
+        for key in one.obsm:
+            assert np.asarray(one.obsm[key]).tobytes() == np.asarray(other.obsm[key]).tobytes()

@@ -345,7 +345,7 @@ def test_the_estimate_depends_neither_on_order_nor_on_chunks(
 def test_a_large_batch_is_estimated_from_cells_chosen_by_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("scuvae.tl._project.MOST_CELLS", 20)
+    monkeypatch.setattr("scuvae.tl._projection.MOST_CELLS", 20)
     reference, adata = fitted(batch_key="batch"), with_new_batch()
     order = np.random.default_rng(0).permutation(N_OBS)
     shuffled = adata[order].copy()

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from scuvae.cli.arguments import Flag, column, columns, fraction, number, switch_off, word
+from scuvae.cli.arguments import Flag, column, columns, fraction, number, switch, switch_off, word
 
 INFERENCE: dict[str, bool | str] = {"unamortized": False, "amortized": True, "semi": "semi"}
 
@@ -31,6 +31,7 @@ FIT: dict[str, Flag] = {
         more={"action": _Inference},
     ),
     "likelihood": word("gaussian, poisson, nb, zinb, bernoulli; auto: nb for whole counts"),
+    "dispersion": word("gene, or gene-batch: a dispersion of every gene in each batch"),
     "prior": word("standard_normal or mixture: of the latent variables"),
     "n_latent": number("latent dimensions"),
     "n_hidden": number("width of a hidden layer"),
@@ -54,17 +55,20 @@ FIT: dict[str, Flag] = {
     "early_stopping": switch_off("run all epochs, whatever held-out cells say"),
     "checkpoint": word("keep how far training has come; go on from there", "FOLDER"),
     "checkpoint_every": fraction("seconds between checkpoints", "S"),
+    "key": word("the reference's fit, where it has several", "KEY"),
+    "fine_tune": switch("train the reference's model on; without it its decoder stays"),
     "processes": number("how many torchrun has started; 1: this one fits alone"),
 }
 FIT_GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         *("amortized", "likelihood", "prior", "n_latent", "n_hidden", "n_layers"),
-        "covariance",
+        *("dispersion", "covariance"),
     ),
     "data": (
         *("layer", "mask_var", "batch_key", "categorical_covariate_keys"),
         *("continuous_covariate_keys", "size_factor_key", "validation_fraction", "check_values"),
     ),
+    "a finished fit (--reference)": ("key", "fine_tune"),
     "training": (
         *("max_epochs", "batch_size", "learning_rate", "optimizer", "local_step", "n_samples"),
         *("kl_weight", "dropout", "early_stopping", "checkpoint", "checkpoint_every"),

@@ -19,7 +19,8 @@ def report(
     args: argparse.Namespace, adata: AnnData, arguments: dict[str, Any], seconds: float
 ) -> str:
     """The call, a summary of the fit that it made or used, and that fit's history."""
-    key = arguments.get("key_added") or arguments.get("key")
+    # Of a fit, --key is about its reference.
+    key = arguments.get("key_added") or (args.command != "fit" and arguments.get("key")) or None
     said: dict[str, Any] = {
         "command": args.command,
         "version": __version__,

@@ -6,7 +6,7 @@ full one (Σ = C Cᵀ). Its width alone tells the two apart (with L = 1 they are
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -229,19 +229,36 @@ def concatenate(parts: Sequence[Gaussian]) -> Gaussian:
     return Gaussian(torch.cat([q.mean for q in parts]), torch.cat([q.factor for q in parts]))
 
 
-def moments(parts: Iterable[Gaussian], covariance: str) -> dict[str, np.ndarray]:
+def moments(
+    parts: Iterable[Gaussian],
+    covariance: str,
+    room: Callable[[int], np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
     """Means, scales and, where it is full, packed covariances of q, over parts of the cells.
 
     A part at a time: factors and covariances of all cells at once would outweigh their table.
+    ``room`` makes zeros for all cells, by the number of columns; None: in memory.
     """
     found: dict[str, list[np.ndarray]] = {"mean": [], "scale": []}
     if covariance == "full":
         found["covariance"] = []
+    tables: dict[str, np.ndarray] = {}
+    at = 0
     for q in parts:
-        found["mean"].append(_array(q.mean))
-        found["scale"].append(_array(q.stddev))
+        some = {"mean": q.mean, "scale": q.stddev}
         if covariance == "full":
-            found["covariance"].append(_array(pack(q.covariance_matrix)))
+            some["covariance"] = pack(q.covariance_matrix)
+        for name, tensor in some.items():
+            values = _array(tensor)
+            if room is None:
+                found[name].append(values)
+                continue
+            if name not in tables:
+                tables[name] = room(values.shape[1])
+            tables[name][at : at + len(values)] = values
+        at += len(q.mean)
+    if room is not None:
+        return tables
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 

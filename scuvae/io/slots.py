@@ -24,6 +24,11 @@ def target(adata: AnnData, copy: bool) -> AnnData:
 
 def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     """q of every cell from ``obsm``, on the CPU."""
+    return gaussian_of(read_moments(adata, key))
+
+
+def read_moments(adata: AnnData, key: str | None) -> dict[str, np.ndarray]:
+    """The :func:`moments` of every cell's q as ``obsm`` has them, checked."""
     n_latent = int(read_entry(adata, key)["params"]["n_latent"])
     keys = Keys.of(key)
     widths = {keys.mean: n_latent, keys.scale: n_latent}
@@ -37,9 +42,7 @@ def read_posterior(adata: AnnData, key: str | None) -> Gaussian:
     for slot, width in widths.items():
         _check_moments(adata, slot, width, positive=slot == keys.scale)
     slots = {"mean": keys.mean, "scale": keys.scale, "covariance": keys.covariance}
-    return gaussian_of(
-        {name: adata.obsm[slot] for name, slot in slots.items() if slot in adata.obsm}
-    )
+    return {name: np.asarray(adata.obsm[s]) for name, s in slots.items() if s in adata.obsm}
 
 
 def gaussian_of(values: dict[str, np.ndarray]) -> Gaussian:

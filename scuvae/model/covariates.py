@@ -236,6 +236,10 @@ class Covariates:
         """Those of some neighbouring cells."""
         return replace(self, codes=self.codes[rows], values=self.values[rows])
 
+    def of(self, index: Tensor) -> "Covariates":
+        """Those of some cells."""
+        return replace(self, codes=self.codes[index], values=self.values[index])
+
     def to(self, device: torch.device) -> "Covariates":
         return replace(self, codes=self.codes.to(device), values=self.values.to(device))
 

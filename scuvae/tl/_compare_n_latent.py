@@ -126,7 +126,8 @@ def _molecules(adata: AnnData, hidden: Any) -> np.ndarray:
         profile = torch.zeros(len(batch), len(genes))
         for point in points:
             eta = model.decoder(q[batch.index].draw(point), batch.covariates)
-            profile += dense(model.likelihood.mean(eta, model.size_factor(batch, eta), None))
+            likelihood = model.likelihood_of(batch.covariates)
+            profile += dense(likelihood.mean(eta, model.size_factor(batch, eta), None))
         profile = (profile / profile.sum(1, keepdim=True)).double().clamp_min(1e-12)
         counts = torch.as_tensor(hidden[batch.index.numpy()].toarray()).double()
         # Both have the same total: what is left of the Poisson's is the logarithms.

@@ -115,7 +115,8 @@ def decode(
                 for row, weight in zip(settings, weights, strict=True):
                     told = row.expand(len(some), -1) if fit.design.n_columns else None
                     eta = model.decoder(some, told)
-                    mean = model.likelihood.mean(eta, total_of(model, total, eta), None)
+                    likelihood = model.likelihood_of(told)
+                    mean = likelihood.mean(eta, total_of(model, total, eta), None)
                     value += weight * mean[:, columns[own]]
                 found[rows : rows + len(some), own] = value.cpu().numpy()
                 rows += len(some)

@@ -27,7 +27,7 @@ from scuvae.io.further_genes import SLOT, extended_of, further_entry, likelihood
 from scuvae.io.genes import cells_of, check_values
 from scuvae.io.slots import read_posterior, target
 from scuvae.runtime import CHUNK, isolated, resolve_device
-from scuvae.tl._whole_fit import WholeFit
+from scuvae.tl._whole_fit import whole_fit
 
 logger = logging.getLogger("scuvae")
 
@@ -180,9 +180,10 @@ def extend_genes(
     entry[SLOT] = further_entry(adata.var_names[columns].astype(str), layers, likelihoods)
     if keys is not None:
         extended = extended_of(entry[SLOT], fit)
-        whole_fit = WholeFit(adata, fit, entry, extended, stored)
+        split = adata.obs.get(Keys.of(key).obs["split"])
+        slots = whole_fit(adata, fit, entry, extended, stored, split)
         out = target(adata, copy)
-        whole_fit.write(out, keys.uns, adata.obs.get(Keys.of(key).obs["split"]))
+        slots.write(out, key_added)
         return out if copy else None
     out = target(adata, copy)
     out.uns[Keys.of(key).uns] = sealed(entry)

@@ -1,54 +1,46 @@
 """tl.fit: AnnData -> Batch -> posterior -> q -> ELBO -> train -> slots."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from inspect import signature
 from os import PathLike
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 
-import scuvae.inference.training.fit as training
 from scuvae import __version__
 from scuvae._checks import flag, random_state_alias, real, whole
 from scuvae._keys import Keys
 from scuvae._launched import launched, number_of_processes
 from scuvae.batches import Cells
 from scuvae.batches.sources.registry import source_of
-from scuvae.inference.evaluation.latent_dimensions import latent_dimensions
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.distributed import agreed_seed, joined, own_rows
 from scuvae.inference.training.held_out import hold_out
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
 from scuvae.io.covariates import read_covariates, size_factors
-from scuvae.io.fit_state import sealed
-from scuvae.io.model_arrays import build_model, model_to_arrays
-from scuvae.io.slots import components_of, parts_of, target, write_components, write_posterior
+from scuvae.io.model_arrays import build_model
+from scuvae.io.slots import target
 from scuvae.model.likelihoods import Likelihood
 from scuvae.model.priors import Prior
-from scuvae.runtime import (
-    isolated,
-    logger,
-    memory_of,
-    own_device,
-    random_state,
-    resolve_device,
-)
+from scuvae.runtime import isolated, memory_of, own_device, random_state, resolve_device
 from scuvae.tl._checkpoint import check_folder, kept_in
-from scuvae.tl._embed import common_total, new_map, posterior_scale
+from scuvae.tl._fit_slots import FitSlots, split_of
 from scuvae.tl._fit_warnings import warn_of_factors, warn_of_shapes
+from scuvae.tl._grow import Growth, check_call
 from scuvae.tl._model_parts import (
+    check_dispersion,
     choose_likelihood,
     choose_prior,
     encoder_input,
     instance_of,
     with_slopes,
 )
+from scuvae.tl._trained import trained
 
 
 @isolated
@@ -58,6 +50,7 @@ def fit(
     *,
     amortized: bool | str = False,
     likelihood: str | Likelihood = "auto",
+    dispersion: str = "gene",
     prior: str | Prior = "standard_normal",
     n_latent: int = 10,
     n_hidden: int = 128,
@@ -85,6 +78,9 @@ def fit(
     processes: int | None = None,
     device: str = "auto",
     rng: int | np.random.Generator | None = 0,
+    reference: AnnData | str | PathLike[str] | None = None,
+    key: str | None = None,
+    fine_tune: bool = False,
     key_added: str | None = None,
     copy: bool = False,
     progress: bool | None = None,
@@ -113,6 +109,9 @@ def fit(
         ``"zero_inflated_negative_binomial"`` (``"zinb"``), ``"bernoulli"`` for zeros and ones (no
         size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
         non-negative whole numbers, else Gaussian.
+    dispersion
+        ``"gene"``; ``"gene-batch"``: what the likelihood has of each gene (dispersion, dropout)
+        each batch has for itself, held near their mean by a prior: see docs/batches.md.
     prior
         ``"standard_normal"``; ``"mixture"``: up to 20 Gaussians, fitted to the cells' posteriors,
         as many as the data need (see :class:`scuvae.model.priors.mixture.Mixture`); or an instance
@@ -189,6 +188,21 @@ def fit(
         Seed, :class:`numpy.random.Generator` or None. Global random states are neither read nor
         changed; the same seed on the same machine's CPU writes the same bytes, while a GPU adds in
         any order. ``random_state`` is an alias.
+    reference
+        A finished fit that the cells of ``adata`` are added to, instead of one from the start: a
+        fitted AnnData, the path of one, or a model file. What scArches calls surgery, and
+        scvi-tools ``load_query_data``. Genes are matched by name, cells too: those of the
+        reference, told by ``obs_names``, start from the posteriors that it has, others from the
+        best under its decoder. What makes the model (likelihood, prior, latent dimensions, layers,
+        scheme, covariates, totals) is the reference's; an argument that says otherwise is an error.
+        Levels of covariates that it has not seen are taken as they come. See docs/new_cells.md.
+    key
+        The reference's fit; None for the default.
+    fine_tune
+        False: the reference's decoder stays, its cells keep their posteriors, and new ones have
+        those of :func:`scuvae.tl.project` with ``new_batches="estimate"``. True: all is trained
+        further on ``adata``, by default in three tenths of the epochs and half the step size of a
+        fit from the start. Of new cells alone the result is a model of these.
     key_added
         Name of the fit; see below.
     copy
@@ -216,7 +230,7 @@ def fit(
     ``obs["scuvae_scale"]``
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
-        Categorical: ``train`` or ``validation``.
+        Categorical: ``train`` or ``validation``; ``added`` to a decoder that stayed as it was.
     ``obsm["X_scuvae_components"]``, ``obs["scuvae_component"]``
         With ``prior="mixture"``: the chances that the cell is of each component, and the likeliest.
 
@@ -253,24 +267,47 @@ def fit(
     n_processes = number_of_processes(None if processes is None else whole("processes", processes))
     keys = Keys.of(key_added)
     keys.check_free(adata)
-    settings = Settings.resolve(
-        adata.n_obs,
-        amortized=amortized,
-        likelihood=likelihood,
-        n_latent=n_latent,
-        n_hidden=n_hidden,
-        n_layers=n_layers,
-        covariance=covariance,
-        validation_fraction=validation_fraction,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        local_step=local_step,
-        n_samples=n_samples,
-        kl_weight=kl_weight,
-        dropout=dropout,
-    )
+    asked: dict[str, Any] = {
+        "amortized": amortized,
+        "likelihood": likelihood,
+        "n_latent": n_latent,
+        "n_hidden": n_hidden,
+        "n_layers": n_layers,
+        "covariance": covariance,
+        "validation_fraction": validation_fraction,
+        "max_epochs": max_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "local_step": local_step,
+        "n_samples": n_samples,
+        "kl_weight": kl_weight,
+        "dropout": dropout,
+    }
+    settings = Settings.resolve(adata.n_obs, **asked)
+    check_call(reference, fine_tune, key, n_processes)
+    if reference is not None:
+        asked |= {
+            "prior": prior,
+            "mask_var": mask_var,
+            "batch_key": batch_key,
+            "categorical_covariate_keys": categorical_covariate_keys,
+            "continuous_covariate_keys": continuous_covariate_keys,
+            "size_factor_key": size_factor_key,
+            "check_values": check_values,
+        }
+        given = _given(asked)
+        growth = Growth(adata, reference, key, layer, device, given, fine_tune=fine_tune)
+        slots = growth.slots(
+            early_stopping=early_stopping,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            rng=rng,
+            progress=progress,
+        )
+        out = target(adata, copy)
+        slots.write(out, key_added)
+        return out if copy else None
     inputs.check_unique_genes(adata)
     genes = inputs.gene_mask(adata, mask_var)
     matrix = inputs.read_matrix(adata, layer, genes, in_memory=False)
@@ -282,6 +319,7 @@ def fit(
         own = own_rows(held_out, *launched())
         matrix, seen = inputs.rows_of(matrix, own), adata[own]
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    check_dispersion(dispersion, chosen, batch_key, matrix.shape[1])
     inputs.check_values(
         matrix,
         seen,
@@ -309,6 +347,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "dispersion": dispersion,
         "prior": p_of_z.name,
         # Of the package's own schemes amortized says it.
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
@@ -342,72 +381,46 @@ def fit(
             size_factor=_tensor(None if size_factor is None else size_factor[own], where),
             covariates=None if covariates is None else covariates.part(own).to(where),
         )
-        if early_stopping and not held_out.any():
-            logger.warning("no cells are held out: early stopping is off")
         keeper = None
         if checkpoint is not None:
             about = (adata, genes, params, cells, covariates, group)
             keeper = kept_in(checkpoint, checkpoint_every, *about)
-        begun = training.start(
+        history, q = trained(
             model,
             cells,
             held_out[own],
             settings,
             early_stopping=early_stopping,
             seed=int(generator.integers(2**63)),
-            checkpoint=keeper,
-            processes=group,
+            keeper=keeper,
+            group=group,
+            progress=progress,
         )
-        shown = False if group.rank else progress
-        bar = training.bar("fit", settings.max_epochs, shown, begun.n_done)
-        with bar as on_epoch, keeper or nullcontext():
-            history = training.train(**begun.arguments, on_epoch=on_epoch)
-        q = training.finish(begun)
-        if n_processes > 1:
-            q["total"] = cells.size_factor.cpu().numpy()[:, None]
-            gathered = {name: group.collected(values, cells.room) for name, values in q.items()}
-            q = {name: values for name, values in gathered.items() if values is not None}
     if group.rank:  # the first has it all
         return target(adata, copy) if copy else None
     total = torch.from_numpy(q.pop("total")[:, 0]) if n_processes > 1 else cells.size_factor
-
-    mean = torch.as_tensor(q["mean"], device=where)
-    components = components_of(q, model.prior)
-    coordinates, basis = new_map(model, mean, covariates, common_total(total))
-
     names = adata.var_names.astype(str)  # files have names, whatever an index holds
-    parts = {
+    about_it = {
         "params": params,
-        "history": pd.DataFrame(history, index=pd.RangeIndex(len(history), name="epoch")),
+        "history": history,
         "var_names": np.array(names if genes is None else names[genes], object),
-        "state": model_to_arrays(model),
-        "embed": basis,
-        "latent": in_use(q),
     }
-    entry = sealed(parts)
-    split = pd.Categorical(
-        np.where(held_out, "validation", "train"), categories=["train", "validation"]
-    )
-    scale = posterior_scale(q["scale"])
-
+    slots = FitSlots.of(model, q, about_it, covariates, total, split_of(held_out))
     # All is at hand: what interrupts a call before here leaves the earlier fit as it was.
     out = target(adata, copy)
-    keys.clear(out)
-    write_posterior(out, key_added, q)
-    out.obs[keys.obs["split"]] = split
-    out.uns[keys.uns] = entry
-    write_components(out, key_added, components)
-    out.obsm[keys.embed] = coordinates
-    out.obs[keys.obs["scale"]] = scale
+    slots.write(out, key_added)
     return out if copy else None
-
-
-def in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How much each latent dimension is used, for ``uns``."""
-    found = latent_dimensions(torch.as_tensor(q["mean"]), parts_of(q))
-    numbers = {name: values.numpy() for name, values in found._asdict().items()}
-    return {**numbers, "n_active": found.n_active}
 
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, device=device)
+
+
+def _given(asked: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that are not at their defaults."""
+    defaults = {name: one.default for name, one in signature(fit).parameters.items()}
+    return {
+        name: value
+        for name, value in asked.items()
+        if isinstance(value, np.ndarray) or value != defaults[name]
+    }

@@ -35,7 +35,8 @@ from scuvae.io.fit_state import Fit, read_extended, read_fit, read_missing
 from scuvae.io.genes import match
 from scuvae.io.slots import target
 from scuvae.runtime import CHUNK, isolated, random_state, resolve_device
-from scuvae.tl._project import projected, read_reference
+from scuvae.tl._project import read_reference
+from scuvae.tl._projection import projected
 
 logger = logging.getLogger("scuvae")
 

@@ -2,8 +2,7 @@
 
 import copy as copying
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,26 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 
 from scuvae._checks import flag, names, one_of, whole
 from scuvae._keys import Keys
-from scuvae.batches import Batch, Cells
-from scuvae.distributions.gaussian import COVARIANCES, Gaussian, moments
-from scuvae.inference.mapping.alignment import Alignment
-from scuvae.inference.mapping.new_batches import estimate_levels
-from scuvae.inference.refinement.infer import POLISH, Polish, infer
-from scuvae.inference.refinement.initialization import encoded
-from scuvae.inference.refinement.refine import LOCAL_STEPS, step_options
+from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.inference.refinement.infer import POLISH, Polish
+from scuvae.inference.refinement.refine import step_options
 from scuvae.io import inputs
 from scuvae.io.covariates import warn_of_size_factors
 from scuvae.io.fit_state import Fit, read_entry, read_fit, sealed
-from scuvae.io.further_genes import SLOT as FURTHER
 from scuvae.io.genes import Matched, match, some, spelt_otherwise, warn_of_empty
-from scuvae.io.model_arrays import model_to_arrays
 from scuvae.io.model_files import is_hdf5, read_as
-from scuvae.io.slots import components_of, target, write_components, write_posterior
-from scuvae.model import VAE
-from scuvae.model.covariates import Covariates, Design
-from scuvae.runtime import CHUNK, chunk_on, isolated, logger, resolve_device
-from scuvae.tl._embed import placed, posterior_scale
+from scuvae.io.slots import components_of, target
+from scuvae.runtime import isolated, resolve_device
+from scuvae.tl._fit_slots import FitSlots
+from scuvae.tl._projection import polished, project_cells
 
 NEW_BATCHES = ("error", "estimate")
 # A smaller share of the reference's genes than this is more often a mistake than a panel.
 _FEW_GENES = 0.1
-# Cells that the offset of a new batch is estimated from: more of them hardly change it.
-MOST_CELLS = 1000
 
 
 @isolated
@@ -196,12 +185,9 @@ def project(
         entry["params"]["layer"] = layer
     if covariance is None:
         covariance = str(fit.params["covariance"])
-    local_step = str(fit.params["local_step"])
-    options = step_options(local_step, max_steps, fit.params)
+    options = step_options(str(fit.params["local_step"]), max_steps, fit.params)
     if polish is None:
-        # Where a likelihood is not curved natural steps are all but exact; gradient's end by Adam.
-        curved = fit.model.likelihood.link != "identity"
-        polish = not amortized and curved and bool(LOCAL_STEPS[local_step].before_polish)
+        polish = not amortized and polished(fit)
     extend = new_batches == "estimate"
     if extend and not fit.design.categorical:
         raise ValueError(
@@ -224,52 +210,16 @@ def project(
         factors, totals = cells.size_factor.cpu().numpy(), cells.source.totals().cpu().numpy()
         if fit.model.likelihood.link == "softmax":
             warn_of_size_factors(fit.size_factor_key, factors, totals, None, stacklevel=4)
-    entry["genes"] = _report(fit, matched)
-    model = fit.model.to(where)
-    if matched.covariates is not None and matched.covariates.design != fit.design:
-        model = _extended(model, cells, matched.covariates, adata, fit, covariance)
-        entry["state"] = model_to_arrays(model)
-        entry["params"] |= _extended_params(entry["params"], fit.design, model.design)
-        if entry.pop(FURTHER, None) is not None:
-            logger.info("genes of tl.extend_genes have no rates in new batches: not taken over")
-    found = projected(model, cells, covariance, amortized=amortized, polish=polish, **options)
-    parts = [q for _, q in found]
+    entry["genes"] = matched_genes(fit, matched)
+    options |= {"amortized": amortized, "polish": polish}
+    found = project_cells(adata, fit, entry, matched, covariance, **options)
     warn_of_empty(fit, cells, "they say nothing about z")
-    found_moments = moments(parts, covariance)
-    components = components_of(found_moments, model.prior)
-    coordinates = None
-    if "embed" in entry:  # fits of earlier versions have none
-        mean = torch.as_tensor(found_moments["mean"], device=where)
-        if matched.covariates is not None and "alignment" in entry["embed"]:
-            known = Alignment.of(entry["embed"]["alignment"], mean)
-            own = known.with_levels(fit.design, mean, matched.covariates)
-            entry["embed"]["alignment"] = own.to_entry()
-        coordinates = placed(model, mean, entry["embed"], matched.covariates)
-    entry = sealed(entry)
+    components = components_of(found.q, found.model.prior)
+    slots = FitSlots(found.q, sealed(entry), found.coordinates, components)
     # All is at hand: what interrupts a call before here leaves all as it was.
     out = target(adata, copy)
-    keys.clear(out)
-    write_posterior(out, key_added, found_moments)
-    out.obs[keys.obs["scale"]] = posterior_scale(found_moments["scale"])
-    if coordinates is not None:
-        out.obsm[keys.embed] = coordinates
-    out.uns[keys.uns] = entry
-    write_components(out, key_added, components)
+    slots.write(out, key_added)
     return out if copy else None
-
-
-@torch.no_grad()
-def projected(
-    model: VAE, cells: Cells, covariance: str, *, amortized: bool = False, **options: Any
-) -> Iterator[tuple[Batch, Gaussian]]:
-    """The cells a chunk at a time, in order, and their q."""
-    where = cells.size_factor.device
-    everyone = torch.arange(len(cells), device=where)
-    for batch in cells.loader(everyone, chunk_on(where, model.n_vars)):
-        if amortized:
-            yield batch, encoded(model, batch, covariance)
-        else:
-            yield batch, infer(model, batch, covariance, **options)
 
 
 def read_reference(
@@ -290,7 +240,7 @@ def read_reference(
     return reference
 
 
-def _report(fit: Fit, matched: Matched) -> dict[str, Any]:
+def matched_genes(fit: Fit, matched: Matched) -> dict[str, Any]:
     """What was matched of the reference's genes, for ``uns``."""
     found = matched.found
     return {
@@ -313,59 +263,6 @@ def _warn_of_few_genes(adata: AnnData, fit: Fit, matched: Matched, chosen: pd.In
             f"{some(fit.var_names)}, adata has {some(adata.var_names)}{named}. {advice}",
             stacklevel=4,
         )
-
-
-def _extended(
-    model: VAE,
-    cells: Cells,
-    covariates: Covariates,
-    adata: AnnData,
-    fit: Fit,
-    covariance: str,
-) -> VAE:
-    """The model under the cells' design, with levels that it has not seen."""
-    # By name, not by place: the same cells in any order.
-    names = [str(name).encode(errors="surrogatepass") for name in adata.obs_names]
-    rank = np.array([zlib.crc32(name) for name in names])
-
-    def cells_of(number: int, level: int) -> Iterable[Batch]:
-        rows = (covariates.codes[:, number] == level).nonzero().squeeze(1)
-        if len(rows) > MOST_CELLS:
-            order = np.argsort(rank[rows.cpu().numpy()], kind="stable")[:MOST_CELLS]
-            rows = rows[torch.as_tensor(order, device=rows.device)]
-        return cells.loader(rows, CHUNK)
-
-    model, found = estimate_levels(
-        model, covariates.design, cells_of, covariance, kl_weight=float(fit.params["kl_weight"])
-    )
-    for one, level, offset in found:
-        logger.info(
-            "%r of adata.obs[%r]: its offset in the decoder raises the ELBO of %d cells from %.2f "
-            "to %.2f nats a cell, after %d turns",
-            level,
-            one.key,
-            offset.n_cells,
-            offset.start,
-            offset.end,
-            offset.n_turns,
-        )
-    return model
-
-
-def _extended_params(params: dict[str, Any], known: Design, design: Design) -> dict[str, Any]:
-    """The parameters of a fit under a design with further levels."""
-    found = design.to_params()
-    batches, levels = [], []
-    for number, (old, new) in enumerate(zip(known.categorical, design.categorical, strict=True)):
-        names = new.levels[len(old.levels) :]
-        if design.has_batch and not number:
-            batches = list(names)
-        else:
-            levels += [f"{new.key}: {name}" for name in names]
-    for name, new_ones in (("new_batches", batches), ("new_levels", levels)):
-        if new_ones:
-            found[name] = np.array([*map(str, params.get(name, ())), *new_ones], dtype=object)
-    return found
 
 
 def _read(path: Path, name: str) -> AnnData:

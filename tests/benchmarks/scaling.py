@@ -2,6 +2,7 @@
 
     python tests/benchmarks/scaling.py --cells 1000 10000 100000 1000000 --json out.json
     python tests/benchmarks/scaling.py --cells 100000 1000000 --store memory h5ad zarr --held-out .1
+    python tests/benchmarks/scaling.py --cells 100000 --store h5ad scvi    # SCVI from that file
 
 Each size is a process of its own, so that its peak resident memory is its own: it reads the matrix
 that this one simulated by blocks, then calls ``tl.fit``. The time of an epoch is that of the
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -65,6 +67,8 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
 
     run = importlib.import_module("scuvae.inference.training.fit")
     store = args.store[0]
+    if store == "scvi":
+        return scvi_tools(folder, args)
     if store == "memory":
         arrays = [np.load(Path(folder) / f"{name}.npy") for name in ARRAYS]
         x = sp.csr_matrix(tuple(arrays), shape=(len(arrays[2]) - 1, args.genes), copy=False)
@@ -103,7 +107,15 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
             raise Trained
         return found
 
-    with patch.object(run, "train", traced), suppress(Trained):
+    light = [
+        patch.object(run, "refine", partial(run.refine, max_steps=1)),
+        patch.object(run, "DENOISING_DRAWS", 1),
+    ]
+    with ExitStack() as stack:
+        for changed in light if args.light_final else ():
+            stack.enter_context(changed)
+        stack.enter_context(patch.object(run, "train", traced))
+        stack.enter_context(suppress(Trained))
         scuvae.tl.fit(
             adata,
             amortized={"unamortized": False, "amortized": True, "semi": "semi"}[args.inference],
@@ -146,6 +158,51 @@ def one_size(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def scvi_tools(folder: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The epochs of scvi-tools' SCVI on the same .h5ad file, backed, by its own training plan."""
+    import anndata as ad
+    import scvi
+    from lightning.pytorch.callbacks import Callback
+
+    adata = ad.read_h5ad(Path(folder) / "x.h5ad", backed="r")
+    nnz = int(np.load(Path(folder) / "indptr.npy", mmap_mode="r")[-1])
+    before = _peak_mb()
+    clock = Clock(args.device)
+    seconds, walls = [], []
+
+    class Marks(Callback):
+        def mark(self, *_: Any) -> None:
+            seconds.append(clock.seconds())
+            walls.append(time.perf_counter())
+
+        on_train_start = on_train_epoch_end = mark
+
+    scvi.settings.seed = 0
+    scvi.model.SCVI.setup_anndata(adata)
+    model = scvi.model.SCVI(adata, n_latent=N_LATENT, gene_likelihood="nb")
+    model.train(
+        max_epochs=args.max_epochs,
+        accelerator="cpu" if args.device == "cpu" else "gpu",
+        train_size=1 - args.held_out,
+        check_val_every_n_epoch=args.max_epochs + 1,
+        enable_progress_bar=False,
+        callbacks=[Marks()],
+    )
+    epoch = float(np.median(np.diff(seconds)))
+    return {
+        "cells": adata.n_obs,
+        "store": "h5ad, scvi-tools",
+        "nonzeros": float(nnz),
+        "per_s": adata.n_obs * (1 - args.held_out) / float(np.median(np.diff(walls))),
+        "epoch_s": epoch,
+        "us_per_cell": 1e6 * epoch / adata.n_obs,
+        "start_s": seconds[0],
+        "epochs": len(seconds) - 1,
+        "before_mb": before,
+        "peak_mb": _peak_mb(),
+    }
+
+
 def _peak_mb() -> float:
     """Peak resident memory; Linux's ru_maxrss has that of the process which started this one."""
     status = Path("/proc/self/status")
@@ -163,7 +220,7 @@ def _write(folder: Path, n_cells: int, args: argparse.Namespace) -> None:
     x = simulated(n_cells, args.genes, args.density)
     for name in ARRAYS:
         np.save(folder / f"{name}.npy", getattr(x, name))
-    if "h5ad" in args.store:
+    if {"h5ad", "scvi"} & set(args.store):
         ad.AnnData(x).write_h5ad(folder / "x.h5ad")
     if "zarr" in args.store:
         ad.AnnData(x).write_zarr(folder / "x.zarr")
@@ -179,8 +236,10 @@ def main() -> None:
     add("--max-epochs", type=int, default=2, help="0: those of tl.fit's default")
     add("--held-out", type=float, default=0.0, help="share, by which training is stopped early")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--store", nargs="+", default=["memory"], choices=["memory", "h5ad", "zarr"])
+    add("--store", nargs="+", default=["memory"], choices=["memory", "h5ad", "zarr", "scvi"])
     add("--no-final", action="store_true", help="stop after training, without the final q")
+    text = "one local step a cell and one draw for genes' totals: the final q's memory alone"
+    add("--light-final", action="store_true", help=text)
     add("--one", help="the matrix in this folder alone, as JSON: what each process does")
     add("--json", help="file for all figures")
     args = parser.parse_args()
@@ -195,7 +254,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--one", folder, "--store", store]
                 for name in ("genes", "density", "inference", "max_epochs", "held_out", "device"):
                     command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-                command += ["--no-final"] * args.no_final
+                command += ["--no-final"] * args.no_final + ["--light-final"] * args.light_final
                 found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
                 rows.append(json.loads(found.stdout.decode().splitlines()[-1]))
                 print(f"{n_cells} cells, {store}: {rows[-1]['epoch_s']:.2f} s an epoch", flush=True)

@@ -41,6 +41,11 @@ def add(commands: Any, name: str, verb: Verb) -> None:
         kinds = reference_path if models else data_path
         text = f"the file with the fit: .h5ad, .zarr{' or a model file, .scuvae' * models}"
         sub.add_argument("--reference", type=kinds, required=True, metavar="FILE", help=text)
+    if several:
+        text = "add the cells to the fit in this file: .h5ad, .zarr or a model file, .scuvae"
+        sub.add_argument(
+            "--reference", type=reference_path, default=None, metavar="FILE", help=text
+        )
     files = sub.add_argument_group("files")
     text = ".h5ad or .zarr; if it exists, replaced once the new one is complete"
     files.add_argument(
@@ -82,21 +87,22 @@ def run(args: argparse.Namespace) -> None:
         args.input = found if len(found) > 1 else found[0]
     else:
         sources = [args.input]
+    # Elsewhere it is no file, but a group of cells.
+    reference = None if verb.reads == "fit" else args.reference
     arguments = passed_on(args, [name for name, _ in verb.all_flags()])
     if verb.calls == "tl.fit":
         number, size = launched()
         number_of_processes(arguments.get("processes"))  # said before the file is read
         if number and size > 1:  # the first one writes, and says what would be done
             if not args.dry_run:
-                function_of(verb.calls)(reading(args), **arguments)
+                beside = {} if reference is None else {"reference": _reference(reference)}
+                function_of(verb.calls)(reading(args), **beside, **arguments)
             return
     if verb.table == "genes":
         _check_table_of_genes(args, arguments)
     elif verb.table and args.output is None and args.table is None:
         raise ValueError("name an output: -o FILE, --table FILE or both")
-    inputs = [*sources]
-    if verb.reads == "reference" and "reference" not in arguments:
-        inputs.append(args.reference)
+    inputs = sources if reference is None else [*sources, reference]
     targets = {
         name: checked_output(path, *inputs)
         for name, path in (
@@ -108,14 +114,14 @@ def run(args: argparse.Namespace) -> None:
     }
     unclobbered(args, targets)
     function = function_of(verb.calls)
-    before = [_reference(args.reference)] if len(inputs) > len(sources) else []
+    beside = {} if reference is None else {"reference": _reference(reference)}
     adata, save = _opened(args, targets.get("output"))
     if args.dry_run:
         check_names(adata, verb, arguments)
         print(plan(args, adata, arguments, targets))
         return
     start = perf_counter()
-    made = function(adata, *before, **arguments)
+    made = function(adata, **beside, **arguments)
     seconds = perf_counter() - start
     unclobbered(args, targets)
     if "table" in targets:
@@ -203,7 +209,7 @@ def plan(
 ) -> str:
     said = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     rows = [("calls", f"{args.verb.calls}({said})"), ("reads", _shape(args.input, adata))]
-    if getattr(args, "reference", None) is not None and args.verb.reads == "reference":
+    if args.verb.reads != "fit" and args.reference is not None:
         rows.append(("reference", str(args.reference)))
     for name, target in targets.items():
         there = ", which exists and would be replaced" if os.path.lexists(target) else ""

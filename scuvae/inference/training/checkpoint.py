@@ -10,6 +10,7 @@ one.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -258,7 +259,9 @@ class Checkpoint:
         text = _text({"sha256": _digest(_text(content).encode()), "content": content})
         _put(self.folder / _MANIFEST, lambda path: path.write_text(text))
         for old in self.folder.glob("state-*"):
-            if old.name not in [part["tensors"] for part in parts]:
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            elif old.name not in [part["tensors"] for part in parts]:
                 old.unlink(missing_ok=True)
 
     def __enter__(self) -> "Checkpoint":
@@ -297,16 +300,22 @@ def digest(*parts: Tensor | Iterable[str]) -> str:
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
     """A file that is there as a whole or not at all: written beside, synced, renamed."""
+    # A folder of its own: what writes may leave files of other names beside it, when killed.
     beside = path.with_name(f"{path.name}.tmp")
-    write(beside)
-    for where in (beside, path.parent):
-        number = os.open(where, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-        if where is beside:
-            os.replace(beside, path)
+    beside.mkdir(exist_ok=True)
+    write(beside / path.name)
+    _sync(beside / path.name)
+    os.replace(beside / path.name, path)
+    shutil.rmtree(beside)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _check_same(kept: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

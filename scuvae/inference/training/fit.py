@@ -38,6 +38,9 @@ __all__ = ["Start", "bar", "final_posterior", "finish", "start", "train"]
 
 logger = logging.getLogger("scuvae")
 
+# Gives q of training cells to start from: of some row numbers, those and q, a part after another.
+Begin = Callable[[torch.Tensor], Iterable[tuple[torch.Tensor, Gaussian]]]
+
 # Cells that the decoder's start is fitted to, and a prior that learns.
 _MOST_TO_START = 5000
 # Rounds that give genes' totals back, once q is final, and what a gene may be off by before the
@@ -93,8 +96,11 @@ def start(
     seed: int,
     checkpoint: Checkpoint | None = None,
     processes: Processes = ALONE,
+    begin: Begin | None = None,
 ) -> Start:
     """Where cells and decoder start, and how they are trained; ``held_out`` is (cells,), bool.
+
+    ``begin``: the model goes on from what it is, with q of the training cells that this gives.
 
     What a checkpoint holds already takes the place of all this when training begins. Of several
     processes each has its own cells, and all start where one alone would.
@@ -106,11 +112,11 @@ def start(
     training = torch.as_tensor(np.flatnonzero(~held_out), device=where)
     validation = torch.as_tensor(np.flatnonzero(held_out), device=where)
     n_obs = sum(processes.numbers(len(training)))
-    posterior = _posterior(model, cells, training, settings, processes).to(where)
+    posterior = _posterior(model, cells, training, settings, processes, begin).to(where)
     table = posterior.rows()
     # The measured recipe; rmsprop, sgd and gradient steps fit plain networks from a random start.
     measured = settings.measured
-    if measured and table is not None:
+    if measured and table is not None and begin is None:
         some = _drawn(training, _MOST_TO_START, processes)
         means = processes.together(table.mean[some])
         start_decoder(model, processes.batch(cells.batch(some)), means)
@@ -212,13 +218,14 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
         table.store(begun.validation, judge.q())
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
-        return _moments(parts, cells, settings)
+        return moments(parts, settings.covariance, cells.room)
     # Intercepts move q a little, and q totals: a second round, after q is final, leaves what nobody
     # sees, but of genes that share cells of which they are the most.
     totals = _totals(begun, 2)
     totals.give_back()
     totals = GeneTotals(model, DENOISING_DRAWS)
-    found = _moments(final_posterior(model, posterior, cells, settings, totals), cells, settings)
+    parts = final_posterior(model, posterior, cells, settings, totals)
+    found = moments(parts, settings.covariance, cells.room)
     processes.add(totals.observed, totals.predicted)
     for _ in range(_MOST_ROUNDS):
         off = totals.off
@@ -231,20 +238,6 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
             "a gene's total is off by up to %.0f %%: tl.predictive_check names the worst genes",
             100 * off,
         )
-    return found
-
-
-def _moments(parts: Iterable[Gaussian], cells: Cells, settings: Settings) -> dict[str, np.ndarray]:
-    """The moments of every cell's q, a part at a time."""
-    found: dict[str, np.ndarray] = {}
-    at = 0
-    for q in parts:
-        some = moments([q], settings.covariance)
-        for name, values in some.items():
-            if name not in found:
-                found[name] = cells.room(values.shape[1])
-            found[name][at : at + len(values)] = values
-        at += len(values)
     return found
 
 
@@ -350,6 +343,7 @@ def _posterior(
     training: torch.Tensor,
     settings: Settings,
     processes: Processes = ALONE,
+    begin: Begin | None = None,
 ) -> Posterior:
     kind = POSTERIORS[scheme_of(settings.amortized)]
     if not kind.has_rows:
@@ -358,7 +352,7 @@ def _posterior(
     mean = torch.from_numpy(cells.room(settings.n_latent)).to(like.device)
     n_raw = n_scale_parameters(settings.n_latent, settings.covariance)
     raw_of_each = like.new_zeros(1, n_raw)
-    if LOCAL_STEPS[settings.local_step].pca_start:
+    if LOCAL_STEPS[settings.local_step].pca_start and begin is None:
         # From random or zero means the decoder needs many epochs to tell the cells apart.
         some = processes.batch(cells.batch(_drawn(training, MOST_CELLS, processes)))
         pca = WhitenedPCA(some, settings.n_latent, inputs=model.likelihood.pca_input())
@@ -371,13 +365,18 @@ def _posterior(
     for rows in raw.split(_AT_ONCE):
         rows += raw_of_each
         release()
-    return kind(
+    posterior = kind(
         mean,
         raw,
         local_step=settings.local_step,
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
     )
+    table = posterior.rows()
+    if begin is not None and table is not None:
+        for index, q in begin(training):
+            table.store(index, q)
+    return posterior
 
 
 def _raw_from_diagonal(raw: torch.Tensor, covariance: str) -> torch.Tensor:
