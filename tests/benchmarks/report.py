@@ -268,7 +268,7 @@ def draw_calibration(found: dict[str, Any], plt: Any) -> None:
 
 
 def draw_seeds(found: dict[str, Any], plt: Any) -> None:
-    fig, ax = plt.subplots(figsize=(5.4, 3.3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7.2, 3.1), layout="constrained")
     colours = dict(zip(found, (OWN, OWN_TOO, ENCODER), strict=True))
     for name, values in found.items():
         y = np.sort(values)
@@ -276,7 +276,7 @@ def draw_seeds(found: dict[str, Any], plt: Any) -> None:
         ax.plot(y, np.arange(1, len(y) + 1) / len(y), color=colours[name], label=label)
     ax.set(xlabel="neighbours kept by another seed (Jaccard of 15)", ylabel="share of cells below")
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(FOLDER / "seeds.png")
 
 
