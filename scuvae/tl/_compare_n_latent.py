@@ -77,7 +77,9 @@ def compare_n_latent(
     numbers = [whole("n_latents", n) for n in n_latents]
     own = {"n_latent", "copy", "key_added", "random_state"} & options.keys()
     if own:
-        raise TypeError(f"{min(own)}= is not for tl.compare_n_latent: it makes fits of its own")
+        raise TypeError(
+            f"{min(own)}= is not for tl.compare_n_latent: it makes fits of its own, of n_latents="
+        )
     generator = random_generator(rng)
     seed = int(rng) if isinstance(rng, int | np.integer) else int(generator.integers(2**31))
     matrix = inputs.read_matrix(adata, layer)

@@ -125,6 +125,8 @@ def decode(
 
 
 def _points(z: np.ndarray | pd.DataFrame, fit: Fit) -> torch.Tensor:
+    if isinstance(z, str):
+        raise TypeError(f"z={z!r} is a str: pass the points, such as adata.obsm[{z!r}]")
     values = np.asarray(z, dtype=np.float32)
     n_latent = fit.model.n_latent
     if values.ndim != 2 or values.shape[1] != n_latent:

@@ -226,7 +226,7 @@ def fit(
         which no rotation changes, their ``variance``, the cells' average ``uncertainty`` (a
         variance) and ``kl`` (nats), and ``n_active``, how many axes vary by more than .01.
     ``obsm["X_scuvae_embed"]``
-        The map, float32 (n_obs, 30): see :func:`scuvae.tl.embed`.
+        The map, float32 (n_obs, 15), for ``sc.pp.neighbors(use_rep=)``: :func:`scuvae.tl.embed`.
     ``obs["scuvae_scale"]``
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
@@ -253,9 +253,9 @@ def fit(
     --------
     >>> import scuvae
     >>> adata = scuvae.datasets.pbmc68k_counts()
-    >>> scuvae.tl.fit(adata, max_epochs=5)
-    >>> adata.obsm["X_scuvae"].shape
-    (700, 10)
+    >>> scuvae.tl.fit(adata, max_epochs=5)  # yours: also layer="counts", batch_key="donor"
+    >>> adata.obsm["X_scuvae_embed"].shape  # sc.pp.neighbors(adata, use_rep="X_scuvae_embed")
+    (700, 15)
     """
     inputs.check_anndata(adata, copy=copy)
     flag("early_stopping", early_stopping)
