@@ -23,7 +23,7 @@ PARTS = {
     "datasets": "Data to try things on.",
     "external.scvi": "For models that scvi-tools trained.",
 }
-KEPT = (".md", ".ipynb", ".png", ".py", ".yaml", ".yml", ".nf", ".cff", ".toml", ".test")
+KEPT = (".md", ".ipynb", ".png", ".json", ".py", ".yaml", ".yml", ".nf", ".cff", ".toml", ".test")
 
 
 def copy_pages(target: Path) -> None:

@@ -1,8 +1,9 @@
 """Checks of arguments: each error names the argument, the value found and the remedy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from inspect import Parameter
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
@@ -49,6 +50,27 @@ def real(
     if not math.isfinite(number) or too_low or number >= below:
         raise ValueError(f"{name}={value!r}: pass a finite number {allowed}")
     return number
+
+
+def called_right(
+    parameters: Mapping[str, Parameter], name: str, args: Sequence[object], kwargs: Iterable[str]
+) -> None:
+    """A call with an argument that ``parameters`` do not have: said with the one that was meant."""
+    known = [p for p in parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    first = [p.name for p in known if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(first):
+        example = next((p.name for p in known if p.name not in first), "key")
+        raise TypeError(
+            f"{name}() takes {' and '.join(first)} by position, and was given {len(args)} arguments"
+            f" without a name: pass all else by name, such as {example}="
+        )
+    if len(known) < len(parameters):
+        return
+    names = {p.name for p in known} | ({"random_state"} if "rng" in parameters else set())
+    for given in kwargs:
+        if given not in names:
+            listed = near(given, [p.name for p in known], limit=len(known))
+            raise TypeError(f"{name}() has no argument {given!r}. {listed}")
 
 
 def plain(value: Any) -> Any:

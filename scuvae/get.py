@@ -62,7 +62,8 @@ def model(adata: AnnData, *, key: str | None = None) -> VAE:
     -------
     A torch module with ``decoder``, ``likelihood``, ``prior`` and ``encoder`` (None when there is
     none). ``likelihood.log_prob(x, decoder(z), size_factor)`` is log p(x | z) in nats, summed over
-    genes, with any leading dimensions of draws.
+    genes, with any leading dimensions of draws; after ``dispersion="gene-batch"`` ask
+    ``likelihood_of(covariates)``, that of cells with such rows of covariates, in its place.
 
     Raises
     ------

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from inspect import signature
 from threading import Lock
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from scuvae._checks import one_of, plain, random_generator
+from scuvae._checks import called_right, one_of, plain, random_generator
 from scuvae._launched import launched, local_number
 from scuvae._random import using
 
@@ -35,11 +36,14 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """A verb that neither minds nor changes how the process has set torch.
 
     Inside, gradients can be asked for, new tensors are float32 on the CPU, and nothing is cast.
-    Keywords that are numpy's strings or truth values become Python's.
+    Keywords that are numpy's strings or truth values become Python's; those that it does not have
+    are errors that name the one that was meant.
     """
+    parameters = signature(function).parameters
 
     @wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        called_right(parameters, function.__name__, args, kwargs)
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))

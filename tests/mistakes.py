@@ -322,6 +322,20 @@ FORMULAS = [
         "test_gene_totals.py -k prior",
     ),
     Mistake(
+        "cells of several batches keep the order of their batches",
+        "model/likelihoods/by_level.py",
+        "torch.cat(list(found), dim).index_select(dim, self.order)",
+        "torch.cat(list(found), dim)",
+        "test_dispersion.py -k order",
+    ),
+    Mistake(
+        "batches' dispersions are not held to their mean",
+        f"{IN}/training/step.py",
+        "self.model.likelihood.add_slopes_of_prior()",
+        "pass",
+        "test_dispersion.py -k strong",
+    ),
+    Mistake(
         "how far genes differ between batches is not learnt",
         f"{IN}/training/level_effects.py",
         "precision[:, columns] = degrees / (_DEGREES * scale + squares)",

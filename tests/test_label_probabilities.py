@@ -271,6 +271,15 @@ def test_the_picture_has_the_bins() -> None:
     np.testing.assert_allclose(
         ax.containers[0][0].get_ydata(), bins["accuracy"][bins["count"] > 0], atol=1e-6
     )
+    # Of some cells AnnData drops the labels that they lack: the rest must not move up.
+    some = new[new.obs["scuvae_label"].astype(str) != "NK"].copy()
+    assert "NK" not in some.obs["scuvae_label"].cat.categories
+    ax = pl.label_reliability(some, labels="cell_type", show=False)
+    kept = new.obs_names.isin(some.obs_names)
+    bins = reliability(table.max(1)[kept], right.to_numpy()[kept])
+    np.testing.assert_allclose(
+        ax.containers[0][0].get_ydata(), bins["accuracy"][bins["count"] > 0], atol=1e-6
+    )
     with pytest.raises(ValueError, match="'kind' is no column"):
         pl.label_reliability(new, labels="kind")
     with pytest.raises(ValueError, match="no 'scuvae_label_calibration'"):

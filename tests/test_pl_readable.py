@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 
 from scuvae import datasets, pl
 from scuvae.pl._common import colours
@@ -79,6 +79,49 @@ def test_names_of_boxes_do_not_overlap(n: int, adata: ad.AnnData) -> None:
     labels = [label.get_window_extent() for label in ax.get_yticklabels()]
     assert len(labels) == n
     assert not any(touch(a, b) for a, b in combinations(labels, 2))
+
+
+def test_long_names_leave_room_for_what_is_drawn(adata: ad.AnnData) -> None:
+    """Without their middle where they differ outside of it, as they are where they do not."""
+    ends = [
+        f"{n} of the very same long name that nobody would ever want to read {n}" for n in "abc"
+    ]
+    middles = [f"{'x' * 40} {n} {'y' * 40}" for n in "abc"]
+    for names, cut in ((ends, True), (middles, False)):
+        adata.obs["group"] = pd.Categorical(np.resize(names, adata.n_obs))
+        ax = pl.amortization_gap(adata, groupby="group")
+        ax.figure.canvas.draw()
+        labels = [label.get_text() for label in ax.get_yticklabels()]
+        assert len(set(labels)) == 3
+        assert all(("…" in label) == cut for label in labels)
+        if cut:
+            assert ax.get_window_extent().width > 2.5 * ax.figure.dpi
+        texts = pl.elbo_by_size(adata, groupby="group").get_legend().get_texts()
+        assert len({text.get_text() for text in texts}) == 3
+        assert all(len(text.get_text()) <= 36 for text in texts) == cut
+
+
+def ranked(n: int) -> ad.AnnData:
+    """What tl.rank_genes writes, of n sure genes that go up."""
+    found = {"names": [f"GENE{i}" for i in range(n)], "scores": np.arange(n, 0, -1.0)}
+    found |= {"logfoldchanges": np.linspace(1, 5, n), "prob_de": np.full(n, 1 - 1e-6)}
+    found |= {"expected_fdr": np.full(n, 1e-6)}
+    slot = {name: pd.DataFrame({"a": v}).to_records(index=False) for name, v in found.items()}
+    return ad.AnnData(uns={"rank_genes_groups": {**slot, "params": {"reference": "rest"}}})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_names_of_many_genes_stay_within_the_axes(own: bool) -> None:
+    ax = None if own else plt.subplots()[1]
+    ax = pl.volcano(ranked(40), n_genes=40, ax=ax, show=False)
+    ax.figure.canvas.draw()
+    names = [text for text in ax.texts if text.get_text()]
+    assert len(names) == 40 if own else 10 < len(names) < 20
+    inside = ax.get_window_extent()
+    placed = [Text.get_window_extent(text) for text in names]  # without the lines to points
+    assert all(box.y0 >= inside.y0 - 1 for box in placed)
+    if own:
+        assert not any(touch(a, b) for a, b in combinations(placed, 2))
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-3, 1e-2, 0.1])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scuvae import cli, datasets
-from scuvae.cli.command_line import parser
+import scuvae
+from scuvae import datasets
 
 FOLDER = Path(__file__).resolve().parents[1] / "tutorials" / "workflows"
 # Of an environment of its own, or that of the tests.
@@ -70,26 +70,48 @@ def test_from_counts_to_report_ended_and_resumed(tmp_path: Path) -> None:
     assert "Nothing to be done" in check.stdout + check.stderr
 
 
-def test_the_nextflow_module_calls_what_there_is(tmp_path: Path) -> None:
-    """Its script's command, with its test's arguments, and its flags against the command line."""
+def as_shell(block: str, values: dict[str, str]) -> str:
+    """What Nextflow makes of a script's text: its variables put in, its escapes taken off."""
+    for name, value in values.items():
+        block = block.replace(f"${{{name}}}", value)
+    block = block.replace(r"\$", "$").replace("\\\\\n", "\\\n")
+    lines = block.splitlines()
+    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return "\n".join(line[indent:] for line in lines)
+
+
+@pytest.mark.parametrize("part", ["script", "stub"])
+def test_the_nextflow_module_s_commands_run(part: str, tmp_path: Path) -> None:
+    """As plain shell, with the arguments of the module's own test; flags are the command line's."""
     module = FOLDER / "nextflow" / "scuvae" / "fit"
-    script = re.search(r'"""\n(.*?)"""', (module / "main.nf").read_text(), flags=re.DOTALL)
-    assert script
-    words = re.sub(r"\\\\\n\s*", " ", script[1]).strip().splitlines()[0].split()
+    text = (module / "main.nf").read_text()
+    block = re.search(part + r':.*?"""\n(.*?)"""', text, flags=re.DOTALL)
+    assert block
     found = re.search(r"ext\.args = '(.*)'", (module / "tests" / "nextflow.config").read_text())
     assert found
-    counts = tmp_path / "in.h5ad"
-    datasets.pbmc68k_counts()[:100].copy().write_h5ad(counts)
-    values = {
-        "${h5ad}": [str(counts)],
-        "${prefix}.h5ad": [str(tmp_path / "test.h5ad")],
-        "${prefix}.json": [str(tmp_path / "test.json")],
-        "${task.cpus}": ["1"],
-        "${args}": found[1].split(),
-    }
-    command = [one for word in words for one in values.get(word, [word])]
-    assert command[0] == "scuvae"
-    assert not any("$" in word for word in command)
-    parser().parse_args(command[1:])
-    assert cli.main(command[1:]) == 0
-    assert json.loads((tmp_path / "test.json").read_text())["command"] == "fit"
+    (tmp_path / "input").mkdir()
+    datasets.pbmc68k_counts()[:100].copy().write_h5ad(tmp_path / "input" / "in.h5ad")
+    values = {"h5ad": "input/in.h5ad", "prefix": "test", "task.cpus": "1", "args": found[1]}
+    shell = as_shell(block[1], {**values, "task.process": "SCUVAE_FIT"})
+    command = tmp_path / "bin" / "scuvae"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m scuvae "$@"\n')
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", shell],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    outputs = re.findall(r'path[( ]"([^"]+)"', text)
+    written = {name.replace("${prefix}", "test") for name in outputs}
+    assert written == {"test.h5ad", "test.json", "versions.yml"}
+    assert all((tmp_path / name).exists() for name in written)
+    versions = (tmp_path / "versions.yml").read_text()
+    assert versions.strip().splitlines() == ['"SCUVAE_FIT":', f"    scuvae: {scuvae.__version__}"]
+    if part == "script":
+        assert json.loads((tmp_path / "test.json").read_text())["command"] == "fit"
+        assert (tmp_path / "test.h5ad").stat().st_size > 0

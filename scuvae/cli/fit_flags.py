@@ -31,6 +31,7 @@ FIT: dict[str, Flag] = {
         more={"action": _Inference},
     ),
     "likelihood": word("gaussian, poisson, nb, zinb, bernoulli; auto: nb for whole counts"),
+    "dispersion": word("gene, or gene-batch: a dispersion of every gene in each batch"),
     "prior": word("standard_normal or mixture: of the latent variables"),
     "n_latent": number("latent dimensions"),
     "n_hidden": number("width of a hidden layer"),
@@ -61,7 +62,7 @@ FIT: dict[str, Flag] = {
 FIT_GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         *("amortized", "likelihood", "prior", "n_latent", "n_hidden", "n_layers"),
-        "covariance",
+        *("dispersion", "covariance"),
     ),
     "data": (
         *("layer", "mask_var", "batch_key", "categorical_covariate_keys"),

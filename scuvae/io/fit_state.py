@@ -57,8 +57,11 @@ class Fit:
         return None if key is None else str(key)
 
 
-def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
-    """``adata.uns[key]`` of a fit, checked, or an error that says which call is missing."""
+def read_entry(adata: AnnData, key: str | None, what: str = "adata") -> dict[str, Any]:
+    """``adata.uns[key]`` of a fit, checked, or an error that says which call is missing.
+
+    ``what`` is the name of the argument, for messages.
+    """
     name = Keys.of(key).uns
     entry = adata.uns.get(name)
     if not _holds_fit(entry):
@@ -66,9 +69,9 @@ def read_entry(adata: AnnData, key: str | None) -> dict[str, Any]:
         known = f" {near(name, fits)}" if fits else ""
         argument = "" if name == DEFAULT else f", key_added={name!r}"
         raise ValueError(
-            f"adata.uns[{name!r}] holds no fit: run scuvae.tl.fit(adata{argument}) first.{known}"
+            f"{what}.uns[{name!r}] holds no fit: run scuvae.tl.fit({what}{argument}) first.{known}"
         )
-    return checked(entry, f"adata.uns[{name!r}]")
+    return checked(entry, f"{what}.uns[{name!r}]")
 
 
 def _holds_fit(entry: Any) -> bool:
@@ -148,8 +151,8 @@ def _missing(entry: Mapping[str, Any]) -> pd.Index:
     return pd.Index([str(name) for name in report.get("missing", ())], dtype=object)
 
 
-def read_fit(adata: AnnData, key: str | None) -> Fit:
-    entry = read_entry(adata, key)
+def read_fit(adata: AnnData, key: str | None, what: str = "adata") -> Fit:
+    entry = read_entry(adata, key, what)
     params = {name: _plain(value) for name, value in entry["params"].items()}
     var_names = pd.Index([str(name) for name in entry["var_names"]])
     model = model_from_arrays(params, entry["state"], len(var_names))

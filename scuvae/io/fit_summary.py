@@ -82,6 +82,7 @@ def summary_of(adata: AnnData, key: str | None) -> FitSummary:
         "n_missing": 0 if genes is None else len(np.atleast_1d(genes.get("missing", []))),
         "data": {name: params[name] for name in data if params.get(name) is not None},
         "likelihood": str(params["likelihood"]),
+        "dispersion": str(params.get("dispersion", "gene")),
         "prior": str(params.get("prior", "standard_normal")),
         "n_latent": int(params["n_latent"]),
         "n_active": int(latent["n_active"]) if "n_active" in latent else None,
@@ -159,8 +160,9 @@ def _model(n: dict[str, Any]) -> str:
     used = "" if n["n_active"] is None else f" ({n['n_active']} in use)"
     layers = f"{n['n_layers']} hidden layer{'s' if n['n_layers'] > 1 else ''} of {n['n_hidden']}"
     decoder = layers if n["n_layers"] else "a linear decoder"
+    each = "" if n["dispersion"] == "gene" else f" ({n['dispersion']} dispersion)"
     return (
-        f"{n['likelihood']} likelihood, {n['prior']} prior, {n['n_latent']} latent dimensions"
+        f"{n['likelihood']} likelihood{each}, {n['prior']} prior, {n['n_latent']} latent dimensions"
         f"{used}, {decoder}"
     )
 

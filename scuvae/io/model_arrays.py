@@ -10,6 +10,7 @@ from scuvae._random import using
 from scuvae.model import VAE, Decoder, Encoder
 from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.likelihoods.by_level import ByLevel
 from scuvae.model.priors import PRIORS, Prior
 
 
@@ -29,6 +30,8 @@ def build_model(
         name = str(params.get("prior", "standard_normal"))
         prior = _registered("prior", name, PRIORS)(n_latent)
     design = Design.from_params(params)
+    if params.get("dispersion", "gene") == "gene-batch":
+        likelihood = ByLevel.of(likelihood, design.n_levels[0])
     # The decoder first: the same seed starts it alike with an encoder and without.
     decoder = Decoder(
         n_latent,
@@ -96,7 +99,9 @@ def model_from_arrays(params: dict[str, Any], state: dict[str, Any], n_vars: int
         if part in ("likelihood", "prior"):  # as many numbers as the instance had
             for name, value in arrays.items():
                 learnt = name in dict(module.named_parameters())
-                setattr(module, name, nn.Parameter(value) if learnt else value)
+                owner, _, own = name.rpartition(".")
+                part_of = module.get_submodule(owner)
+                setattr(part_of, own, nn.Parameter(value) if learnt else value)
         else:
             module.load_state_dict(arrays)
     return model.eval()

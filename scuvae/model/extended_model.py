@@ -73,6 +73,12 @@ class ExtendedModel(nn.Module):
         own = self.model.decoder(z, covariates)
         return torch.cat([own, self.output(entering(self.model.decoder, z, covariates))], -1)
 
+    def likelihood_of(self, covariates: Tensor | None) -> Likelihood:
+        """The likelihood of cells, by their rows of covariates, (cells, columns)."""
+        if covariates is None or not self.likelihood.by_level:
+            return self.likelihood
+        return self.likelihood.given(covariates[:, self.design.columns_of(0)])
+
     def size_factor(self, batch: Batch, eta: Tensor) -> Tensor:
         """Expected totals over all observed genes, (..., cells).
 
@@ -116,7 +122,11 @@ def total_of(model: VAE | ExtendedModel, total: Tensor, eta: Tensor) -> Tensor:
 
 def joined(likelihood: Likelihood, further: Likelihood, both: Likelihood) -> Likelihood:
     """``both``, of all genes, with the parameters of the fitted and the further ones; one that all
-    genes share is the fitted's."""
+    genes share is the fitted's, and batches share those of further genes."""
+    return likelihood.each(lambda own: _joined(own, further, copy.deepcopy(both)))
+
+
+def _joined(likelihood: Likelihood, further: Likelihood, both: Likelihood) -> Likelihood:
     names: dict[str, Any] = dict(likelihood.named_parameters())
     others = dict(further.named_parameters())
     with torch.no_grad():

@@ -64,16 +64,24 @@ class VAE(nn.Module):
     def n_vars(self) -> int:
         return self.likelihood.n_vars
 
+    def likelihood_of(self, covariates: Tensor | None) -> Likelihood:
+        """The likelihood of cells, by their rows of covariates, (cells, columns)."""
+        if covariates is None or not self.likelihood.by_level:
+            return self.likelihood
+        return self.likelihood.given(covariates[:, self.design.columns_of(0)])
+
     def log_likelihood(self, batch: Batch, z: Tensor) -> Tensor:
         """log p(x | z) in nats, (..., cells), for draws z of shape (..., cells, latent)."""
-        return self.likelihood.log_prob(batch.x, *self._outputs(batch, z), batch.observed)
+        likelihood = self.likelihood_of(batch.covariates)
+        return likelihood.log_prob(batch.x, *self._outputs(batch, z), batch.observed)
 
     def log_likelihood_and_slope(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x | z), (..., cells), and its slope in z, of its shape, the model frozen."""
         with torch.enable_grad(), frozen(self):
             leaf = z.detach().requires_grad_()
             outputs = self._outputs(batch, leaf)
-            value = self.likelihood.log_prob(batch.x, *outputs, batch.observed)
+            likelihood = self.likelihood_of(batch.covariates)
+            value = likelihood.log_prob(batch.x, *outputs, batch.observed)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), slope
 
@@ -94,18 +102,18 @@ class VAE(nn.Module):
         of these. What autograd would do; where the likelihood has closed-form passes it is not
         asked, since what it costs does not shrink with the batch.
         """
-        last = self.decoder.last
-        if self.likelihood.passes is None or last is None or batch.observed is not None:
+        last, likelihood = self.decoder.last, self.likelihood_of(batch.covariates)
+        if likelihood.passes is None or last is None or batch.observed is not None:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
                 outputs = self._outputs(batch, leaf)
-                value = self.likelihood.log_prob(batch.x, *outputs, batch.observed)
+                value = likelihood.log_prob(batch.x, *outputs, batch.observed)
                 (factor * value.sum()).backward()
             assert leaf.grad is not None
             return value.detach(), leaf.grad
         hidden, trace = self.decoder.traced(z, batch.covariates)
         layer = Linear(hidden, last.weight, last.bias)
-        value, slope = self.likelihood.reverse(batch.x, layer, batch.size_factor, factor)
+        value, slope = likelihood.reverse(batch.x, layer, batch.size_factor, factor)
         return value, self.decoder.reverse(slope, trace, batch.covariates)
 
     def size_factor(self, batch: Batch, eta: Tensor) -> Tensor:
@@ -130,7 +138,8 @@ class VAE(nn.Module):
         """
         eta, tangent, weight = self.decoder.linearize(z, batch.covariates)
         size = self.size_factor(batch, eta)
-        fisher, centre = self.likelihood.fisher(batch.x, eta, size, batch.observed)
+        likelihood = self.likelihood_of(batch.covariates)
+        fisher, centre = likelihood.fisher(batch.x, eta, size, batch.observed)
         if centre is not None and size is not batch.size_factor:
             centre = F.softmax(eta, -1)  # unobserved genes are in the sum that divides exp(η)
         if n_genes is not None and n_genes < len(weight):

@@ -1,6 +1,6 @@
 """Columns of ``obs`` for the pictures of cells: scores by fit, categories and their colours."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -102,15 +102,24 @@ def category_colours(
     return dict(zip(names, colours(len(names)), strict=True))
 
 
-# A legend's lines a column, and inches that a column takes beside its longest name, per letter.
-_ROWS, _MARK, _LETTER = 15, 0.45, 0.075
+def shown(names: Iterable[object], most: int) -> list[str]:
+    """The names, long ones without their middle, where all can still be told apart."""
+    full = [str(name) for name in names]
+    end = (most - 1) // 2
+    cut = [n if len(n) <= most else f"{n[: most - 1 - end]}…{n[-end:]}" for n in full]
+    return cut if len(set(cut)) == len(set(full)) else full
+
+
+# A legend's longest name, its lines a column, and inches that a column takes beside its longest
+# name, per letter.
+_LONGEST, _ROWS, _MARK, _LETTER = 36, 15, 0.45, 0.075
 
 
 def legend_width(groups: pd.Categorical | None) -> float:
     """Inches that a legend of the categories takes beside the axes."""
     if groups is None:
         return 0.0
-    names = [str(name) for name in groups.categories]
+    names = shown(groups.categories, _LONGEST)
     columns = 1 + (len(names) - 1) // _ROWS
     return columns * (_MARK + _LETTER * max(map(len, names), default=0))
 
@@ -122,7 +131,7 @@ def coloured(
     found = category_colours(adata, groupby, groups)
     palette = np.array([*found.values(), to_rgba(UNLABELLED)])
     present = np.unique(groups.codes[drawn])
-    names = {code: str(name) for code, name in enumerate(groups.categories)} | {-1: "NA"}
+    names = dict(enumerate(shown(groups.categories, _LONGEST))) | {-1: "NA"}
     dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "markeredgewidth": 0}
     handles = [
         Line2D([], [], color=palette[code], label=names[code], **dot)

@@ -133,7 +133,10 @@ def _basis(adata: AnnData, key: str | None) -> str:
 def _values(adata: AnnData, key: str | None, name: str) -> np.ndarray:
     known = [n for n in OBS_NAMES if n not in ("split", "label")]
     if name not in known:
-        raise ValueError(f"color={name!r} is no score of a fit. {near(name, known)}")
+        raise ValueError(
+            f"color={name!r} is no score of a fit. {near(name, known)} Genes and other columns of "
+            "obs are for scanpy.pl.embedding."
+        )
     values = _column(adata, key, name)
     if not np.isfinite(values).any():
         raise ValueError(f"color={name!r} has no finite value in any of the {adata.n_obs} cells")

@@ -11,8 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from ._cells import categories, category_colours, left_out, scores
+from ._cells import categories, category_colours, left_out, scores, shown
 from ._common import finish
+
+# Of the names beside the boxes.
+_LONGEST = 48
 
 
 def amortization_gap(
@@ -93,11 +96,12 @@ def amortization_gap(
             "scuvae.tl.amortization_gap again, or pass another groupby="
         )
     names = sorted(boxes, key=lambda name: float(np.median(boxes[name])))
-    labels = [f"{name} ({len(boxes[name]):,})" for name in names]
+    written = zip(shown(names, _LONGEST), names, strict=True)
+    labels = [f"{short} ({len(boxes[name]):,})" for short, name in written]
 
     own = ax is None
     if ax is None:
-        longest = min(40, max(len(label) for label in labels))
+        longest = min(_LONGEST + 10, max(len(label) for label in labels))
         size = (3.8 + 0.08 * longest, 1.0 + 0.26 * len(names))
         _, ax = plt.subplots(figsize=size, layout="constrained")
     # Lying boxes, so that long names of cell types can be read; matplotlib 3.10 renamed this.

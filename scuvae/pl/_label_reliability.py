@@ -147,11 +147,11 @@ def _judged(adata: AnnData, labels: str, keys: Keys) -> dict[str, np.ndarray]:
     known = truth.notna().to_numpy()
     if not known.any():
         raise ValueError(f"adata.obs[{labels!r}] has no label: pass a column that has them")
-    # By the probabilities, which cells that are unassigned have too.
+    # By the probabilities, which cells that are unassigned have too. Their columns are all labels:
+    # of the categories AnnData drops those that a part of the cells lacks. Columns have no slash.
     table = adata.obsm[keys.label_probabilities]
-    categories = np.array([str(name) for name in adata.obs[keys.obs["label"]].cat.categories])
-    given = categories[np.asarray(table).argmax(1)]
-    right = given == truth.astype(str).to_numpy()
+    given = np.asarray(table.columns, dtype=str)[np.asarray(table).argmax(1)]
+    right = given == truth.astype(str).str.replace("/", "_", regex=False).to_numpy()
     sure = adata.obs[keys.obs["label_probability"]].to_numpy(dtype=float)
     return reliability(sure[known], right[known])
 

@@ -72,11 +72,13 @@ def latent_dimensions(
     own = ax is None
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
-    for key, colour in zip(asked, colours(len(asked)), strict=True):
+    for i, (key, colour) in enumerate(zip(asked, colours(len(asked)), strict=True)):
         latent = adata.uns[key]["latent"]
         kl = np.asarray(latent["kl"])
         said = f"{key}: {int(latent['n_active'])} of {len(kl)} active"
-        ax.plot(np.arange(1, len(kl) + 1), kl, color=colour, marker="o", ms=4, label=said)
+        # Under it a fit of the same KL, as a refined one has, is still seen.
+        style = "--" if i % 2 else "-"
+        ax.plot(np.arange(1, len(kl) + 1), kl, style, color=colour, marker="o", ms=4, label=said)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("Principal latent axis")

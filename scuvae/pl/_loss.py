@@ -15,6 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from ._common import colours, finish, fits
 
+# Letters of a name that a legend has room for among the lines.
+_LONGEST = 24
+
 
 def loss(
     adata: AnnData,
@@ -75,8 +78,9 @@ def loss(
     chosen = fits(adata, keys)
     histories = {key: _history(adata, key) for key in chosen}
     own = ax is None
+    long = max(map(len, chosen)) > _LONGEST
     if ax is None:
-        many = len(chosen) > 5
+        many = len(chosen) > 5 or long
         size = (6.5, max(2.8, 0.2 * len(chosen))) if many else (4.5, 2.8)
         _, ax = plt.subplots(figsize=size, layout="constrained")
 
@@ -102,9 +106,9 @@ def loss(
     if held_out:
         style: dict[str, Any] = {"color": "0.4", "linewidth": 1.0, "linestyle": "--"}
         handles.append(Line2D([], [], label="−ELBO, held-out cells", **style))
-    # Many fits would cover the lines: beside the axes then.
+    # Many fits, or long names, would cover the lines: beside the axes then.
     where: dict[str, Any] = {}
-    if len(handles) > 6:
+    if len(handles) > 6 or long:
         where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     ax.legend(handles=handles, frameon=False, fontsize="small", **where)
 

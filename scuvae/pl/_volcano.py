@@ -17,8 +17,9 @@ from ._common import colours, finish, point_size
 GROUND = "0.75"
 # Probabilities closer to one are drawn there.
 LEAST = 1e-12
-# The height of a label, in parts of the axes.
+# The height of a label, and what all may take, in parts of the axes.
 _LINE = 0.055
+_NAMES = 0.9
 # What the names take at either side, in parts of the range of changes.
 _ROOM = 0.3
 
@@ -93,24 +94,29 @@ def volcano(
     sure = np.maximum(1 - np.asarray(found["prob_de"][group], dtype=float), LEAST)
     listed = np.asarray(found["expected_fdr"][group], dtype=float) <= fdr
 
+    score = np.abs(np.asarray(found["scores"][group], dtype=float))
+    named = np.flatnonzero(listed)
+    best = named[np.argsort(-score[named], kind="stable")[:n_genes]]
+    sides = {"right": best[change[best] > 0], "left": best[change[best] <= 0]}
+
     own = ax is None
+    line, most = _LINE, int(_NAMES / _LINE)
     if ax is None:
-        _, ax = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
+        taller = max(1.0, max(map(len, sides.values())) / most)
+        _, ax = plt.subplots(figsize=(4.6, 4.0 * taller), layout="constrained")
+        line, most = line / taller, n_genes
     up, down, *_ = colours(3)
     colour = np.where((change > 0)[:, None], up[:3], down[:3])
     size = 4 * point_size(len(change))
     style: dict[str, Any] = {"s": min(size, 16.0), "linewidths": 0, "rasterized": True}
     ax.scatter(change[~listed], sure[~listed], c=GROUND, **style)
     ax.scatter(change[listed], sure[listed], c=colour[listed], **style)
-    score = np.abs(np.asarray(found["scores"][group], dtype=float))
-    named = np.flatnonzero(listed)
-    best = named[np.argsort(-score[named], kind="stable")[:n_genes]]
     # In a column at their side, with a line to each: the surest genes lie all at one height. The
     # highest is named first, of several the outermost, so that lines hardly cross; the axis makes
     # room for the names.
     low, high = float(change.min()), float(change.max())
     room = _ROOM * (high - low)
-    for side, genes in (("right", best[change[best] > 0]), ("left", best[change[best] <= 0])):
+    for side, genes in ((side, genes[:most]) for side, genes in sides.items()):
         if side == "right" and len(genes):
             ax.set_xlim(right=high + room)
         elif len(genes):
@@ -119,7 +125,7 @@ def volcano(
             ax.annotate(
                 str(found["names"][group][gene]),
                 (change[gene], sure[gene]),
-                xytext=(0.98 if side == "right" else 0.02, 0.9 - _LINE * row),
+                xytext=(0.98 if side == "right" else 0.02, 0.9 - line * row),
                 textcoords="axes fraction",
                 ha=side,
                 va="top",

@@ -77,7 +77,9 @@ def compare_n_latent(
     numbers = [whole("n_latents", n) for n in n_latents]
     own = {"n_latent", "copy", "key_added", "random_state"} & options.keys()
     if own:
-        raise TypeError(f"{min(own)}= is not for tl.compare_n_latent: it makes fits of its own")
+        raise TypeError(
+            f"{min(own)}= is not for tl.compare_n_latent: it makes fits of its own, of n_latents="
+        )
     generator = random_generator(rng)
     seed = int(rng) if isinstance(rng, int | np.integer) else int(generator.integers(2**31))
     matrix = inputs.read_matrix(adata, layer)
@@ -124,7 +126,8 @@ def _molecules(adata: AnnData, hidden: Any) -> np.ndarray:
         profile = torch.zeros(len(batch), len(genes))
         for point in points:
             eta = model.decoder(q[batch.index].draw(point), batch.covariates)
-            profile += dense(model.likelihood.mean(eta, model.size_factor(batch, eta), None))
+            likelihood = model.likelihood_of(batch.covariates)
+            profile += dense(likelihood.mean(eta, model.size_factor(batch, eta), None))
         profile = (profile / profile.sum(1, keepdim=True)).double().clamp_min(1e-12)
         counts = torch.as_tensor(hidden[batch.index.numpy()].toarray()).double()
         # Both have the same total: what is left of the Poisson's is the logarithms.

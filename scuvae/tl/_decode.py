@@ -115,7 +115,8 @@ def decode(
                 for row, weight in zip(settings, weights, strict=True):
                     told = row.expand(len(some), -1) if fit.design.n_columns else None
                     eta = model.decoder(some, told)
-                    mean = model.likelihood.mean(eta, total_of(model, total, eta), None)
+                    likelihood = model.likelihood_of(told)
+                    mean = likelihood.mean(eta, total_of(model, total, eta), None)
                     value += weight * mean[:, columns[own]]
                 found[rows : rows + len(some), own] = value.cpu().numpy()
                 rows += len(some)
@@ -124,6 +125,8 @@ def decode(
 
 
 def _points(z: np.ndarray | pd.DataFrame, fit: Fit) -> torch.Tensor:
+    if isinstance(z, str):
+        raise TypeError(f"z={z!r} is a str: pass the points, such as adata.obsm[{z!r}]")
     values = np.asarray(z, dtype=np.float32)
     n_latent = fit.model.n_latent
     if values.ndim != 2 or values.shape[1] != n_latent:

@@ -243,7 +243,8 @@ class _Decode:
     def _mean(self, batch: Batch, z: Tensor, covariates: Tensor | None) -> Tensor:
         eta = self.model.decoder(z, covariates)
         size = self.model.size_factor(batch, eta)
-        return self.model.likelihood.mean(eta, size, batch.observed)[:, self.genes]
+        likelihood = self.model.likelihood_of(covariates)
+        return likelihood.mean(eta, size, batch.observed)[:, self.genes]
 
 
 def checked_library_size(fit: Fit, library_size: float | None) -> float | None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -32,7 +31,9 @@ from scuvae.tl._checkpoint import check_folder, kept_in
 from scuvae.tl._fit_slots import FitSlots, split_of
 from scuvae.tl._fit_warnings import warn_of_factors, warn_of_shapes
 from scuvae.tl._grow import Growth, check_call
+from scuvae.tl._grown_settings import given_of
 from scuvae.tl._model_parts import (
+    check_dispersion,
     choose_likelihood,
     choose_prior,
     encoder_input,
@@ -49,6 +50,7 @@ def fit(
     *,
     amortized: bool | str = False,
     likelihood: str | Likelihood = "auto",
+    dispersion: str = "gene",
     prior: str | Prior = "standard_normal",
     n_latent: int = 10,
     n_hidden: int = 128,
@@ -107,6 +109,9 @@ def fit(
         ``"zero_inflated_negative_binomial"`` (``"zinb"``), ``"bernoulli"`` for zeros and ones (no
         size factor), an instance of a registered likelihood, or ``"auto"``: negative binomial for
         non-negative whole numbers, else Gaussian.
+    dispersion
+        ``"gene"``; ``"gene-batch"``: what the likelihood has of each gene (dispersion, dropout)
+        each batch has for itself, held near their mean by a prior: see docs/batches.md.
     prior
         ``"standard_normal"``; ``"mixture"``: up to 20 Gaussians, fitted to the cells' posteriors,
         as many as the data need (see :class:`scuvae.model.priors.mixture.Mixture`); or an instance
@@ -221,7 +226,7 @@ def fit(
         which no rotation changes, their ``variance``, the cells' average ``uncertainty`` (a
         variance) and ``kl`` (nats), and ``n_active``, how many axes vary by more than .01.
     ``obsm["X_scuvae_embed"]``
-        The map, float32 (n_obs, 30): see :func:`scuvae.tl.embed`.
+        The map, float32 (n_obs, 15), for ``sc.pp.neighbors(use_rep=)``: :func:`scuvae.tl.embed`.
     ``obs["scuvae_scale"]``
         Geometric mean of a cell's posterior standard deviations: 1 for the prior's.
     ``obs["scuvae_split"]``
@@ -248,9 +253,9 @@ def fit(
     --------
     >>> import scuvae
     >>> adata = scuvae.datasets.pbmc68k_counts()
-    >>> scuvae.tl.fit(adata, max_epochs=5)
-    >>> adata.obsm["X_scuvae"].shape
-    (700, 10)
+    >>> scuvae.tl.fit(adata, max_epochs=5)  # yours: also layer="counts", batch_key="donor"
+    >>> adata.obsm["X_scuvae_embed"].shape  # sc.pp.neighbors(adata, use_rep="X_scuvae_embed")
+    (700, 15)
     """
     inputs.check_anndata(adata, copy=copy)
     flag("early_stopping", early_stopping)
@@ -283,6 +288,7 @@ def fit(
     check_call(reference, fine_tune, key, n_processes)
     if reference is not None:
         asked |= {
+            "dispersion": dispersion,
             "prior": prior,
             "mask_var": mask_var,
             "batch_key": batch_key,
@@ -291,7 +297,7 @@ def fit(
             "size_factor_key": size_factor_key,
             "check_values": check_values,
         }
-        given = _given(asked)
+        given = given_of(fit, asked)
         growth = Growth(adata, reference, key, layer, device, given, fine_tune=fine_tune)
         slots = growth.slots(
             early_stopping=early_stopping,
@@ -314,6 +320,7 @@ def fit(
         own = own_rows(held_out, *launched())
         matrix, seen = inputs.rows_of(matrix, own), adata[own]
     chosen = choose_likelihood(likelihood, matrix, inputs.slot_name(layer))
+    check_dispersion(dispersion, chosen, batch_key, matrix.shape[1])
     inputs.check_values(
         matrix,
         seen,
@@ -341,6 +348,7 @@ def fit(
     arguments: dict[str, Any] = {
         **settings.__dict__,
         "likelihood": chosen.name,
+        "dispersion": dispersion,
         "prior": p_of_z.name,
         # Of the package's own schemes amortized says it.
         "has_encoder": None if settings.amortized in INFERENCE else has_encoder,
@@ -407,13 +415,3 @@ def fit(
 
 def _tensor(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, device=device)
-
-
-def _given(asked: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that are not at their defaults."""
-    defaults = {name: one.default for name, one in signature(fit).parameters.items()}
-    return {
-        name: value
-        for name, value in asked.items()
-        if isinstance(value, np.ndarray) or value != defaults[name]
-    }

@@ -1,7 +1,8 @@
 """What a fit that goes on from another takes from it, and what it does not."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from scuvae.runtime import logger
 _EPOCHS = 0.3
 # What is the model's own, by the names of tl.fit's arguments.
 _OF_MODEL = (
-    *("amortized", "likelihood", "prior", "n_latent", "n_hidden", "n_layers", "covariance"),
-    *("mask_var", "batch_key", "categorical_covariate_keys", "continuous_covariate_keys"),
-    *("size_factor_key", "optimizer", "local_step", "kl_weight"),
+    *("amortized", "likelihood", "dispersion", "prior", "n_latent", "n_hidden", "n_layers"),
+    *("covariance", "mask_var", "batch_key", "categorical_covariate_keys"),
+    *("continuous_covariate_keys", "size_factor_key", "optimizer", "local_step", "kl_weight"),
 )
 OF_TRAINING = (
     *("validation_fraction", "max_epochs", "batch_size", "learning_rate", "n_samples", "dropout"),
@@ -28,6 +29,16 @@ OF_TRAINING = (
 # Settings of an encoder that was distilled, and of what the reference's cells alone say.
 _OF_ENCODER = ("has_encoder", "encoder_input", "encoder_covariates", "distilled")
 _DROPPED = ("format", "new_batches", "new_levels", "processes", "rng", "mask_var")
+
+
+def given_of(function: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call that are not at their defaults."""
+    defaults = {name: one.default for name, one in signature(function).parameters.items()}
+    return {
+        name: value
+        for name, value in asked.items()
+        if isinstance(value, np.ndarray) or value != defaults[name]
+    }
 
 
 def check_agreement(fit: Fit, given: Mapping[str, Any]) -> None:
@@ -55,7 +66,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Likelihood | Prior | np.generic):
         value = value.item() if isinstance(value, np.generic) else value.name
     if value is None:
-        return "standard_normal" if name == "prior" else None
+        return {"prior": "standard_normal", "dispersion": "gene"}.get(name)
     if name == "amortized":
         return scheme_of(value)
     if name == "likelihood" and value in LIKELIHOODS:

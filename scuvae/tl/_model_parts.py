@@ -9,6 +9,7 @@ from scuvae.inference.training.settings import Settings
 from scuvae.io import inputs
 from scuvae.model.covariates import Covariates
 from scuvae.model.likelihoods import LIKELIHOODS, Likelihood
+from scuvae.model.likelihoods.by_level import DISPERSIONS
 from scuvae.model.priors import PRIORS, Prior
 from scuvae.runtime import logger
 
@@ -64,6 +65,22 @@ def encoder_input(likelihood: type[Likelihood] | Likelihood) -> str | None:
     """How values enter an encoder; as they are where nothing is said."""
     entering = likelihood.encoder_input()
     return None if entering == "values" else entering
+
+
+def check_dispersion(
+    dispersion: str, likelihood: type[Likelihood] | Likelihood, batch_key: str | None, n_vars: int
+) -> None:
+    if one_of("dispersion", dispersion, DISPERSIONS) == "gene":
+        return
+    if batch_key is None:
+        raise ValueError(
+            "dispersion='gene-batch' is of batches: name their column by batch_key=, or pass 'gene'"
+        )
+    if not list(instance_of(likelihood, n_vars).parameters()):
+        raise ValueError(
+            f"dispersion='gene-batch': likelihood={likelihood.name!r} has no dispersion. Pass "
+            "'gene', or likelihood='negative_binomial' for counts"
+        )
 
 
 # Each level of a covariate adds n_latent columns to the decoder's widest product.

@@ -175,7 +175,7 @@ def novelty(
     n_neighbors = whole("n_neighbors", n_neighbors)
     flag("adjust_genes", adjust_genes)
     reference = read_reference(reference, key, cells=True)
-    fit = read_extended(adata, key_added, read_fit(reference, key))
+    fit = read_extended(adata, key_added, read_fit(reference, key, "reference"))
     where = resolve_device(device)
     # The same genes for both: a score over others is another score.
     shared = adata.var_names.intersection(reference.var_names)

@@ -132,9 +132,10 @@ def _log_worst(table: pd.DataFrame, n: int = 5) -> None:
 def _predictive(model: VAE, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """E[x], Var[x] and P(x = 0) of each value under q, from draws z; (cells, genes) each."""
     mean = within = between = zero = torch.zeros(())
+    likelihood = model.likelihood_of(batch.covariates)
     for n, point in enumerate(z):
         eta = model.decoder(point, batch.covariates)
-        m = model.likelihood.moments(eta, model.size_factor(batch, eta), batch.observed)
+        m = likelihood.moments(eta, model.size_factor(batch, eta), batch.observed)
         step = m.mean - mean.to(m.mean)
         mean = m.mean - step * n / (n + 1)
         between = between.to(step) + step.square() * n / (n + 1)

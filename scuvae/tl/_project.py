@@ -179,7 +179,7 @@ def project(
     one_of("new_batches", new_batches, NEW_BATCHES)
     chosen = None if genes is None else pd.Index(names("genes", genes))
     reference = read_reference(reference, key)
-    fit = read_fit(reference, key)
+    fit = read_fit(reference, key, "reference")
     entry = copying.deepcopy(read_entry(reference, key))
     if layer is not None:
         entry["params"]["layer"] = layer

@@ -98,7 +98,7 @@ def sample(
                 z = q.draw(normal_like(q.mean))
                 eta = model.decoder(z, batch.covariates)
                 size = model.size_factor(batch, eta)
-                values = model.likelihood.sample(eta, size, batch.observed)
+                values = model.likelihood_of(batch.covariates).sample(eta, size, batch.observed)
                 drawn = values[:, genes].cpu().numpy().astype(np.float32)
                 part.append(_widened(drawn, columns, adata.n_vars, discrete))
                 if extended is not None:
@@ -112,7 +112,8 @@ def sample(
                 for i, part in enumerate(parts):
                     eta = wide.decoder(kept[n * n_samples + i], batch.covariates)
                     size = wide.size_factor(batch, eta)
-                    values = wide.likelihood.sample(eta, size, batch.observed)
+                    likelihood = wide.likelihood_of(batch.covariates)
+                    values = likelihood.sample(eta, size, batch.observed)
                     drawn = values[:, genes].cpu().numpy().astype(np.float32)
                     part[n] = part[n] + _widened(drawn, columns, adata.n_vars, discrete)
 

@@ -160,7 +160,7 @@ def transfer_labels(
     least = real("min_probability", min_probability, low=0.0, below=1.0)
     novel = _novel(adata, keys, max_novelty)
     reference = read_reference(reference, key, cells=True)
-    fit = read_extended(adata, key_added, read_fit(reference, key))
+    fit = read_extended(adata, key_added, read_fit(reference, key, "reference"))
     kinds = _labels(reference, labels)
     if (least or novel is not None) and UNASSIGNED in map(str, kinds.categories):
         raise ValueError(

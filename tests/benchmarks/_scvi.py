@@ -238,7 +238,7 @@ class SCVIEncoder(nn.Module):
             for layer, name in ((self.mean, "mean_encoder"), (self.log_variance, "var_encoder")):
                 _put(layer, state[f"z_encoder.{name}.weight"], state[f"z_encoder.{name}.bias"])
 
-    def forward(self, x: Tensor) -> Gaussian:
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Gaussian:
         h = self.hidden(x.log1p()).relu()
         scale = (self.log_variance(h).exp() + 1e-4).sqrt()
         return Gaussian(self.mean(h), scale)

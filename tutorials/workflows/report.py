@@ -20,7 +20,9 @@ FIGURES = {
 }
 STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    "td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top}"
 )
+pd.set_option("display.max_colwidth", None)  # names of genes are not cut off
 
 
 def main(folder: str, output: str) -> None:
@@ -46,9 +48,9 @@ def main(folder: str, output: str) -> None:
     table = pd.DataFrame({"genes with 5 % false": found, "first": best.rename(str)})
     parts = [
         "<h1>scuvae report</h1>",
-        pd.Series(rows).astype(str).to_frame("").to_html(),
+        pd.Series(rows).astype(str).to_frame("").to_html(header=False, border=0),
         "<h2>Groups and their markers</h2>",
-        table.to_html(),
+        table.to_html(border=0),
     ]
     for name, text in FIGURES.items():
         image = base64.b64encode(Path(folder, "figures", f"{name}.png").read_bytes()).decode()

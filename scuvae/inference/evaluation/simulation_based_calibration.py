@@ -25,7 +25,8 @@ def simulate(model: VAE, batch: Batch) -> tuple[Tensor, Batch]:
     """
     z = model.prior.sample((len(batch),))
     eta = model.decoder(z, batch.covariates)
-    x = model.likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
+    likelihood = model.likelihood_of(batch.covariates)
+    x = likelihood.sample(eta, model.size_factor(batch, eta), batch.observed)
     values = x if model.likelihood.support == "real" else SparseRows.from_dense(x)
     return z, dataclasses.replace(batch, x=values)
 

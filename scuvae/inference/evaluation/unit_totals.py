@@ -79,10 +79,11 @@ def add_cells(
     observed = batch.observed
     places = genes if observed is None else (observed.long().cumsum(0) - 1)[genes]
     mean = square = inner = torch.zeros((), device=genes.device)
+    likelihood = model.likelihood_of(batch.covariates)
     points = normal_points(n_samples, q.mean)
     for point in points:
         eta = model.decoder(q.draw(point), batch.covariates)
-        found = model.likelihood.moments(eta, model.size_factor(batch, eta), observed)
+        found = likelihood.moments(eta, model.size_factor(batch, eta), observed)
         value = found.mean[:, places]
         mean = mean + value / len(points)
         square = square + value.square() / len(points)

@@ -63,6 +63,8 @@ def with_design(model: VAE, design: Design) -> VAE:
         slopes = flat.unflatten(0, (model.n_vars, model.n_latent)).mT
     wider = with_offsets(model, _widened(known_offsets(model), model.design, design), slopes)
     wider.design = design
+    if design.has_batch:
+        wider.likelihood = wider.likelihood.with_levels(design.n_levels[0])
     encoder = wider.encoder
     if encoder is not None and encoder.n_covariates:
         for layer in encoder.entered:

@@ -58,7 +58,9 @@ def stabilised(
     rows, weights = model.design.settings(n_levels)
     out = z.new_zeros(len(z), model.n_vars)
     for row, weight in zip(rows.to(z), weights.tolist(), strict=True):
-        out += weight * model.likelihood.stabilised(model.decoder(z, row.expand(len(z), -1)), size)
+        told = row.expand(len(z), -1)
+        likelihood = model.likelihood_of(told)
+        out += weight * likelihood.stabilised(model.decoder(z, told), size)
     return out / weights.sum().item()
 
 

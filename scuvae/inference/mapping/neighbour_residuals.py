@@ -57,7 +57,8 @@ class Residuals:
 def residuals(model: VAE, batch: Batch, mean: Tensor) -> Residuals:
     """Of a batch's cells, at posterior means."""
     eta = model.decoder(mean, batch.covariates)
-    moments = model.likelihood.moments(eta, model.size_factor(batch, eta), batch.observed)
+    likelihood = model.likelihood_of(batch.covariates)
+    moments = likelihood.moments(eta, model.size_factor(batch, eta), batch.observed)
     x = batch.x if batch.observed is None else select(batch.x, batch.observed)
     return Residuals(mean, dense(x), moments.mean, moments.variance)
 

@@ -295,7 +295,8 @@ class _Climb:
             if len(decoder.layers) == 1 or decoder.linear_path:
                 eta = decoder(q.mean, batch.covariates)
                 size = self.model.size_factor(batch, eta)
-                fisher, _ = self.model.likelihood.fisher(batch.x, eta, size, batch.observed)
+                likelihood = self.model.likelihood_of(batch.covariates)
+                fisher, _ = likelihood.fisher(batch.x, eta, size, batch.observed)
                 found[-1] += fisher.sum(0)
             if len(decoder.layers) > 1:
                 of_z = self.model.curvature(batch, q.mean).diagonal(dim1=1, dim2=2).sum()

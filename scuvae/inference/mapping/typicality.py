@@ -49,8 +49,9 @@ def typicality(model: VAE, batch: Batch, q: Gaussian, n_samples: int) -> Typical
         eta = model.decoder(z[:, i], covariates)
         size = model.size_factor(replace(batch, size_factor=total.expand(n_samples)), eta)
         _restore(states, device)
-        simulated = model.likelihood.sample(_unobserved_out(model, eta, batch.observed), size)
-        log_p = model.likelihood.log_prob(simulated, eta, size, batch.observed)
+        likelihood = model.likelihood_of(covariates)
+        simulated = likelihood.sample(_unobserved_out(model, eta, batch.observed), size)
+        log_p = likelihood.log_prob(simulated, eta, size, batch.observed)
         expected.append(log_p.double().mean())
     _restore(states, device)  # for the next batch
     reconstruction = found.log_likelihood.double().mean(0)

@@ -17,6 +17,6 @@ def simulated(model: VAE, batch: Batch, q: Gaussian, totals: bool = False) -> Ba
     With ``totals`` their size factors are their own totals: what a real cell of such counts has.
     """
     eta = model.decoder(q.draw(normal_like(q.mean)), batch.covariates)
-    x = model.likelihood.sample(eta, batch.size_factor)
+    x = model.likelihood_of(batch.covariates).sample(eta, batch.size_factor)
     size_factor = x.sum(1).clamp_min(1) if totals else batch.size_factor
     return replace(batch, x=x, size_factor=size_factor)

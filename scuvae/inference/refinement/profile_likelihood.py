@@ -62,7 +62,8 @@ def profile_given(model: VAE, batch: Batch, z: Tensor, covariates: Tensor | None
     link = model.likelihood.link
     if link == "identity":
         x = dense(x) if beside is None else dense(x) - beside
-        weight, _ = model.likelihood.fisher(x, eta[:1].expand_as(x), batch.size_factor, observed)
+        likelihood = model.likelihood_of(batch.covariates)
+        weight, _ = likelihood.fisher(x, eta[:1].expand_as(x), batch.size_factor, observed)
         return (weight * x) @ eta.T - 0.5 * weight @ eta.square().T
     if observed is not None:
         eta = eta[:, observed]

@@ -45,10 +45,11 @@ class GeneTotals:
         model, x = self.model, sparse(batch.x)
         observed = x.value.new_zeros(model.n_vars).index_add_(0, x.col.long(), x.value)
         predicted = torch.zeros_like(observed)
+        likelihood = model.likelihood_of(batch.covariates)
         for point in normal_points(self.n_samples, q.mean):
             eta = model.decoder(q.draw(point), batch.covariates)
             size = model.size_factor(batch, eta)
-            predicted += model.likelihood.mean(eta, size, batch.observed).sum(0)
+            predicted += likelihood.mean(eta, size, batch.observed).sum(0)
         self.observed += observed.cpu().double()
         self.predicted += predicted.cpu().double() / self.n_samples
 

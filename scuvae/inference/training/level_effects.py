@@ -55,7 +55,8 @@ class LevelEffects:
             assert batch.covariates is not None
             eta = model.decoder(q.mean, batch.covariates)
             size = model.size_factor(batch, eta)
-            fisher, _ = model.likelihood.fisher(batch.x, eta, size, batch.observed)
+            likelihood = model.likelihood_of(batch.covariates)
+            fisher, _ = likelihood.fisher(batch.x, eta, size, batch.observed)
             found += fisher.T @ batch.covariates.square()
         return found
 

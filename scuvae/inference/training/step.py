@@ -63,7 +63,8 @@ class Step:
         on_device = (
             group.get("capturable") and isinstance(group["lr"], Tensor) for group in groups
         )
-        return self.reduce_gradients is None and all(on_device)
+        fixed = self.reduce_gradients is None and not self.model.likelihood.by_level
+        return fixed and all(on_device)
 
     def set_rate(self, rate: float) -> None:
         """The schedule's factor on all step sizes."""
@@ -120,6 +121,7 @@ class Step:
             output = self.model.decoder.output.weight
             if output.grad is not None:
                 output.grad.addcmul_(output.detach(), self.output_precision)
+        self.model.likelihood.add_slopes_of_prior()
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from scuvae.io.integrity.manifest import Damaged
 from scuvae.io.model_arrays import build_model
 from scuvae.model.covariates import Design
 from scuvae.model.likelihoods import LIKELIHOODS
+from scuvae.model.likelihoods.by_level import DISPERSIONS
 from scuvae.model.priors import PRIORS
 
 # What ``params`` may hold. What is not here this version would leave out of account: a new setting
@@ -29,7 +30,7 @@ SETTINGS = _NEEDED | {
     *("categorical_covariate_keys", "categorical_covariate_levels", "categorical_covariate_sizes"),
     *("continuous_covariate_keys", "continuous_covariate_means", "continuous_covariate_scales"),
     *("prior", "has_encoder", "encoder_input", "encoder_covariates", "linear_path", "distilled"),
-    *("covariate_slopes", "processes"),
+    *("covariate_slopes", "processes", "dispersion"),
     *("validation_fraction", "max_epochs", "batch_size", "learning_rate", "optimizer", "n_samples"),
     *("early_stopping", "check_values"),
 }
@@ -63,6 +64,9 @@ def check_settings(params: Mapping[str, Any], where: str) -> None:
         one_of("covariance", params["covariance"], COVARIANCES)
         real("kl_weight", params["kl_weight"], above=0.0)
         real("dropout", params["dropout"], low=0.0, below=1.0)
+        one_of("dispersion", params.get("dispersion", "gene"), DISPERSIONS)
+        if params.get("dispersion") == "gene-batch" and not params.get("batches"):
+            raise ValueError("dispersion='gene-batch' of a fit without batches")
         if not isinstance(params["amortized"], bool | str):
             raise TypeError(f"amortized={params['amortized']!r}")
         if not isinstance(params["local_step"], str):

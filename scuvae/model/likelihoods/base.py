@@ -11,6 +11,7 @@ likelihood is six short methods of x, η and these means μ.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,6 +53,9 @@ class Likelihood(nn.Module, ABC):
     passes: ClassVar[Passes | None] = None
     """log p and its slopes in closed form, those in its parameters in their order; None where
     autograd is asked."""
+    by_level: ClassVar[bool] = False
+    """Whether each batch has parameters of its own: then cells are asked for one by one, and steps
+    have no fixed shapes."""
 
     def __init__(self, n_vars: int) -> None:
         super().__init__()
@@ -66,6 +70,22 @@ class Likelihood(nn.Module, ABC):
     def pca_input(cls) -> str:
         """How they enter the PCA that cells start from: ``"profile"`` or ``"values"``."""
         return "profile" if cls.support == "counts" else "values"
+
+    def given(self, rows: Tensor) -> "Likelihood":
+        """The likelihood of some cells, by their batches' columns of covariates, (cells, batches):
+        itself, where batches are alike to it."""
+        return self
+
+    def each(self, change: Callable[["Likelihood"], "Likelihood"]) -> "Likelihood":
+        """``change`` of it; where batches have their own, of every one's."""
+        return change(self)
+
+    def with_levels(self, n_levels: int) -> "Likelihood":
+        """The same for so many batches, further ones the mean of those known."""
+        return self
+
+    def add_slopes_of_prior(self) -> None:
+        """Add to its parameters' ``grad`` what a prior of theirs says, in nats of all cells."""
 
     def log_prob(
         self,
