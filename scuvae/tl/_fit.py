@@ -19,6 +19,7 @@ from scuvae.batches.sources.registry import source_of
 from scuvae.inference.posteriors import POSTERIORS
 from scuvae.inference.training.distributed import agreed_seed, joined, own_rows
 from scuvae.inference.training.held_out import hold_out
+from scuvae.inference.training.loop import train
 from scuvae.inference.training.settings import DROPOUT, INFERENCE, Settings, scheme_of
 from scuvae.io import inputs
 from scuvae.io.covariates import read_covariates, size_factors
@@ -40,7 +41,7 @@ from scuvae.tl._model_parts import (
     instance_of,
     with_slopes,
 )
-from scuvae.tl._trained import trained
+from scuvae.tl._trained import begun, ended
 
 
 @isolated
@@ -386,24 +387,23 @@ def fit(
         if checkpoint is not None:
             about = (adata, genes, params, cells, covariates, group)
             keeper = kept_in(checkpoint, checkpoint_every, *about)
-        history, q = trained(
-            model,
-            cells,
-            held_out[own],
-            settings,
+        with begun(
+            *(model, cells, held_out[own], settings),
             early_stopping=early_stopping,
             seed=int(generator.integers(2**63)),
             keeper=keeper,
             group=group,
             progress=progress,
-        )
+        ) as start:
+            history = train(**start.arguments)
+        epochs, q = ended(start, history)
     if group.rank:  # the first has it all
         return target(adata, copy) if copy else None
     total = torch.from_numpy(q.pop("total")[:, 0]) if n_processes > 1 else cells.size_factor
     names = adata.var_names.astype(str)  # files have names, whatever an index holds
     about_it = {
         "params": params,
-        "history": history,
+        "history": epochs,
         "var_names": np.array(names if genes is None else names[genes], object),
     }
     slots = FitSlots.of(model, q, about_it, covariates, total, split_of(held_out))

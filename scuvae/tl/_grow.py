@@ -19,6 +19,7 @@ from scuvae.inference.mapping.covariate_columns import with_design
 from scuvae.inference.refinement.refine import step_options
 from scuvae.inference.training.distributed import ALONE
 from scuvae.inference.training.held_out import hold_out
+from scuvae.inference.training.loop import train
 from scuvae.io import inputs
 from scuvae.io.fit_state import read_entry, read_fit, sealed
 from scuvae.io.genes import match, warn_of_empty
@@ -32,7 +33,7 @@ from scuvae.tl._grown_settings import OF_TRAINING, check_agreement, fine_tuned_p
 from scuvae.tl._known_cells import check_genes, check_same_cells, note_of, rows_in
 from scuvae.tl._project import read_reference
 from scuvae.tl._projection import polished, project_cells, projected
-from scuvae.tl._trained import trained
+from scuvae.tl._trained import begun, ended
 
 # Cells whose stored q are read at once.
 _AT_ONCE = 8192
@@ -206,20 +207,19 @@ class Growth:
             def begin(training: torch.Tensor) -> Iterator[tuple[torch.Tensor, Gaussian]]:
                 return self._begin(model, training)
 
-            history, q = trained(
-                model,
-                cells,
-                held_out,
-                settings,
+            with begun(
+                *(model, cells, held_out, settings),
                 early_stopping=early_stopping,
                 seed=int(generator.integers(2**63)),
                 keeper=keeper,
                 progress=progress,
                 begin=begin,
-            )
+            ) as start:
+                history = train(**start.arguments)
+            epochs, q = ended(start, history)
         about = {
             "params": params,
-            "history": history,
+            "history": epochs,
             "var_names": np.array(fit.var_names, object),
             "reference": note,
         }

@@ -1,6 +1,8 @@
-"""A model and its cells' posteriors, from the first step of training to the last."""
+"""A model and its cells' posteriors: before the first step of training, and after the last."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +11,14 @@ import scuvae.inference.training.fit as training
 from scuvae.batches import Cells
 from scuvae.inference.training.checkpoint import Checkpoint
 from scuvae.inference.training.distributed import ALONE, Processes
-from scuvae.inference.training.fit import Begin
+from scuvae.inference.training.fit import Begin, Start
 from scuvae.inference.training.settings import Settings
 from scuvae.model import VAE
 from scuvae.runtime import logger
 
 
-def trained(
+@contextmanager
+def begun(
     model: VAE,
     cells: Cells,
     held_out: np.ndarray,
@@ -27,15 +30,15 @@ def trained(
     group: Processes = ALONE,
     progress: bool | None = None,
     begin: Begin | None = None,
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The history of a training of ``model``, and the moments of every cell's q.
+) -> Iterator[Start]:
+    """A training of ``model``, whose arguments are to be given to ``train`` inside: with a bar,
+    and with checkpoints where there is a keeper.
 
-    Of several processes the first has those of all cells, with the cells' ``total`` beside them;
-    others have nothing. ``begin``: as :func:`scuvae.inference.training.fit.start` takes it.
+    ``begin``: as :func:`scuvae.inference.training.fit.start` takes it.
     """
     if early_stopping and not group.most(int(held_out.any())):
         logger.warning("no cells are held out: early stopping is off")
-    begun = training.start(
+    start = training.start(
         model,
         cells,
         held_out,
@@ -47,10 +50,20 @@ def trained(
         begin=begin,
     )
     shown = False if group.rank else progress
-    bar = training.bar("fit", settings.max_epochs, shown, begun.n_done)
+    bar = training.bar("fit", settings.max_epochs, shown, start.n_done)
     with bar as on_epoch, keeper or nullcontext():
-        history = training.train(**begun.arguments, on_epoch=on_epoch)
-    q = training.finish(begun)
+        yield replace(start, arguments=start.arguments | {"on_epoch": on_epoch})
+
+
+def ended(
+    start: Start, history: list[dict[str, float]]
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The history of a training, and the moments of every cell's q.
+
+    Of several processes the first has those of all cells, with the cells' ``total`` beside them;
+    others have nothing.
+    """
+    q, group, cells = training.finish(start), start.processes, start.cells
     if group.several:
         q["total"] = cells.size_factor.cpu().numpy()[:, None]
         gathered = {name: group.collected(values, cells.room) for name, values in q.items()}
