@@ -201,8 +201,8 @@ def fit(
     fine_tune
         False: the reference's decoder stays, its cells keep their posteriors, and new ones have
         those of :func:`scuvae.tl.project` with ``new_batches="estimate"``. True: all is trained
-        further on ``adata``, by default in three tenths of the epochs and half the step size of a
-        fit from the start. Of new cells alone the result is a model of these.
+        further on ``adata``, by default in three tenths of the epochs of a fit from the start. Of
+        new cells alone the result is a model of these.
     key_added
         Name of the fit; see below.
     copy

@@ -104,7 +104,7 @@ def main() -> None:
     add("--batch-key", help="the last batch is new")
     add("--new", help="or this one")
     add("--epochs", type=float, nargs="*", default=[], help="shares of the default's")
-    add("--rates", type=float, nargs="*", default=[0.5], help="shares of the default step size")
+    add("--rates", type=float, nargs="*", default=[1.0], help="shares of the default step size")
     add("--json", help="file for all figures")
     args = parser.parse_args()
     rows = []
