@@ -127,7 +127,7 @@ def fitted() -> AnnData:
 
 
 ENDS = {
-    "in training": "scuvae.inference.training.fit.train",
+    "in training": "scuvae.tl._fit.train",
     "in the last refinement": "scuvae.inference.training.fit.final_posterior",
     "at the map": "scuvae.tl._fit_slots.new_map",
     "at the digests": "scuvae.tl._fit_slots.sealed",

@@ -27,14 +27,13 @@ from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS, GeneTotals
 from scuvae.inference.training.held_out import HeldOutCells
 from scuvae.inference.training.level_effects import LevelEffects
-from scuvae.inference.training.loop import train
 from scuvae.inference.training.optimizers import OPTIMIZERS, cosine
 from scuvae.inference.training.settings import Settings, scheme_of
 from scuvae.model import VAE
 from scuvae.model.linear_start import start_decoder
 from scuvae.runtime import chunk_on, show_progress
 
-__all__ = ["Start", "bar", "final_posterior", "finish", "start", "train"]
+__all__ = ["Start", "bar", "final_posterior", "finish", "start"]
 
 logger = logging.getLogger("scuvae")
 
