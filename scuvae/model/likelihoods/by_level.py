@@ -6,8 +6,8 @@ normal prior about what they have in common, the penalty
 
     ½ τ Σ_b (p_gb − p̄_g)²,        p̄_g the mean over batches.
 
-A cell whose row of the covariates is no level but a mean of
-levels, as averages over batches have it, has that mean of p: what a decoder makes of such rows.
+A cell whose row of the covariates is no level but a mean of levels, as averages over batches have
+it, has that mean of p: what a decoder makes of such rows.
 """
 
 import copy
@@ -122,6 +122,8 @@ class ByLevel(_Of):
         for own in zip(*(level.parameters() for level in self.levels), strict=True):
             mean = torch.stack(own).mean(0)
             for parameter in own:
+                if not parameter.requires_grad:
+                    continue
                 slope = (parameter - mean).mul_(PRECISION)
                 parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
 
@@ -213,42 +215,30 @@ class _Parted(_Of):
     def mean(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
     ) -> Tensor:
-        return self._together(
-            -2,
-            [
-                one.mean(eta.index_select(-2, i), _size(size_factor, i), observed)
-                for one, i in self.parts
-            ],
-        )
+        return self._together(-2, self._each("mean", eta, size_factor, observed))
 
     def moments(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
     ) -> Moments:
-        found = [
-            one.moments(eta.index_select(-2, i), _size(size_factor, i), observed)
-            for one, i in self.parts
-        ]
+        found = self._each("moments", eta, size_factor, observed)
         return Moments(*(self._together(-2, values) for values in zip(*found, strict=True)))
 
     def sample(
         self, eta: Tensor, size_factor: Tensor | None = None, observed: Tensor | None = None
     ) -> Tensor:
-        return self._together(
-            -2,
-            [
-                one.sample(eta.index_select(-2, i), _size(size_factor, i), observed)
-                for one, i in self.parts
-            ],
-        )
+        return self._together(-2, self._each("sample", eta, size_factor, observed))
 
     def stabilised(self, eta: Tensor, size_factor: Tensor | None = None) -> Tensor:
-        return self._together(
-            -2,
-            [
-                one.stabilised(eta.index_select(-2, i), _size(size_factor, i))
-                for one, i in self.parts
-            ],
-        )
+        return self._together(-2, self._each("stabilised", eta, size_factor))
+
+    def _each(
+        self, method: str, eta: Tensor, size_factor: Tensor | None, *observed: Tensor | None
+    ) -> list[Any]:
+        """What each part says of its cells' η."""
+        return [
+            getattr(one, method)(eta.index_select(-2, i), _size(size_factor, i), *observed)
+            for one, i in self.parts
+        ]
 
     def _together(self, dim: int, found: Any) -> Tensor:
         """What each part's cells have, in the order of the cells."""
