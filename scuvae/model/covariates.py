@@ -232,13 +232,9 @@ class Covariates:
             self.codes.index_select(0, index), self.values.index_select(0, index)
         )
 
-    def part(self, rows: slice) -> "Covariates":
-        """Those of some neighbouring cells."""
-        return replace(self, codes=self.codes[rows], values=self.values[rows])
-
-    def of(self, index: Tensor) -> "Covariates":
+    def part(self, rows: slice | Tensor) -> "Covariates":
         """Those of some cells."""
-        return replace(self, codes=self.codes[index], values=self.values[index])
+        return replace(self, codes=self.codes[rows], values=self.values[rows])
 
     def to(self, device: torch.device) -> "Covariates":
         return replace(self, codes=self.codes.to(device), values=self.values.to(device))

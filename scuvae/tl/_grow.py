@@ -158,7 +158,7 @@ class Growth:
             return np.asarray(self.source.obsm[slot])[self.old[self.known]]
         covariates = self.matched.covariates
         if covariates is not None:
-            covariates = covariates.of(torch.as_tensor(self.known, device=self.where))
+            covariates = covariates.part(torch.as_tensor(self.known, device=self.where))
         z = torch.as_tensor(mean[self.known], device=self.where)
         return placed(model, z, self.entry["embed"], covariates)
 

@@ -70,7 +70,7 @@ def project_cells(
         mean = torch.as_tensor(found["mean"], device=where)
         covariates = matched.covariates
         if covariates is not None and rows is not None:
-            covariates = covariates.of(rows)
+            covariates = covariates.part(rows)
         if covariates is not None and "alignment" in entry["embed"]:
             known = Alignment.of(entry["embed"]["alignment"], mean)
             own = known.with_levels(fit.design, mean, covariates)

@@ -156,8 +156,7 @@ def fit_alignment(mean: Tensor, covariates: Covariates, metric: Tensor) -> Align
     z = mean[index].cpu().double()
     told = covariates.to(mean.device).rows(index).cpu().double()
     points = z @ torch.linalg.cholesky(metric.cpu().double())
-    groups = [design.columns_of(number) for number in range(len(design.categorical))]
-    groups += [slice(at, at + 1) for at in range(sum(design.n_levels), design.n_columns)]
+    groups = design.columns_of_each()
     mixtures = []
     for n in n_kinds:
         r = _clusters(points, n)
