@@ -16,7 +16,6 @@ from scuvae.batches.sources import in_memory as sources
 from scuvae.batches.sources.in_memory import SparseSource
 from scuvae.inference.posteriors import Posterior
 from scuvae.inference.training import cuda_graphs as replays
-from scuvae.inference.training import fit as _run
 from scuvae.inference.training.loop import train
 from scuvae.model import VAE
 
@@ -68,7 +67,7 @@ def test_steps_do_not_wait(amortized: bool, monkeypatch: pytest.MonkeyPatch) -> 
     def watched(model: VAE, posterior: Posterior, cells: Iterable[Batch], **options: Any) -> Any:
         return train(model, posterior, Watched(cells), **options)
 
-    monkeypatch.setattr(_run, "train", watched)
+    monkeypatch.setattr("scuvae.tl._fit.train", watched)
     # Batches of one size, in whole epochs: precisions are then renewed of all cells or of none.
     options: dict[str, Any] = {"max_epochs": 20, "batch_size": 50, "validation_fraction": 0}
     tl.fit(adata, amortized=amortized, n_latent=2, device="cuda", **options)

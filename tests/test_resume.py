@@ -20,6 +20,8 @@ from scuvae.batches.sources.registry import source_of
 from scuvae.inference.posteriors import POSTERIORS, Posterior, objectives
 from scuvae.inference.refinement.adam import Gradient
 from scuvae.inference.training import fit
+from scuvae.inference.training.early_stopping import EarlyStopping
+from scuvae.inference.training.loop import train
 from scuvae.inference.training.optimizers import (
     OPTIMIZERS,
     CompiledAdam,
@@ -103,7 +105,7 @@ def whole(*kind: str) -> tuple[dict[str, Tensor], int]:
 
     with using(torch.Generator().manual_seed(1)):
         start = begun(*kind, seed=1)
-        history = fit.train(**start.arguments, on_step=count)
+        history = train(**start.arguments, on_step=count)
         return outcome(start, history), taken - 1  # the last call is that at the end
 
 
@@ -131,7 +133,7 @@ def in_parts(after: list[int], *kind: str) -> dict[str, Tensor]:
     for seed in range(1, 2 + len(after)):
         with using(torch.Generator().manual_seed(seed)), suppress(Killed):
             start = begun(*kind, seed=seed)
-            history = fit.train(**start.arguments, state=state, on_step=stop)
+            history = train(**start.arguments, state=state, on_step=stop)
             return outcome(start, history)
     raise AssertionError
 
@@ -164,7 +166,7 @@ def test_what_is_not_looked_at_yet_is_in_the_state() -> None:
         with using(torch.Generator().manual_seed(seed)):
             start = begun(*kind, seed=seed)
             options = {"look_every": 1000, "evaluate_every": 100, "state": state}
-            return fit.train(
+            return train(
                 **start.arguments | options,
                 on_step=lambda current, last: states.append(copy.deepcopy(current())),
             )
@@ -206,11 +208,11 @@ def test_early_stopping_goes_on_where_it_was() -> None:
 
         with using(torch.Generator().manual_seed(1)):
             start = begun(*kind, seed=1)
-            stopping = fit.EarlyStopping(patience=2)
+            stopping = EarlyStopping(patience=2)
             options = {"held_out": Falls(), "early_stopping": stopping, "state": state}
             history = None
             with suppress(Killed):
-                history = fit.train(**start.arguments | options, on_step=on_step)
+                history = train(**start.arguments | options, on_step=on_step)
             return found, history, start.model.state_dict()
 
     _, expected, best = run(None, -1)
@@ -336,7 +338,7 @@ def test_a_hook_that_changes_nothing_changes_nothing(kind: str) -> None:
     for hook in (None, watch):
         with using(torch.Generator().manual_seed(1)):
             start = begun("negative_binomial", kind, "adam", "natural", seed=1)
-            history = fit.train(**start.arguments | {"reduce_gradients": hook})
+            history = train(**start.arguments | {"reduce_gradients": hook})
             results.append(outcome(start, history))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=0, atol=0, equal_nan=True)

@@ -43,10 +43,9 @@ def fitted(x: Any, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     import anndata as ad
 
     import scuvae
-    from scuvae.inference.training import fit as run
+    from scuvae.inference.training.loop import train
 
     walls, cpus = [], []
-    original = run.train
 
     def traced(*positional: Any, **named: Any) -> Any:
         def on_epoch(row: dict[str, float]) -> None:
@@ -55,10 +54,10 @@ def fitted(x: Any, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
 
         named.pop("on_epoch")
         on_epoch({})
-        return original(*positional, on_epoch=on_epoch, **named)
+        return train(*positional, on_epoch=on_epoch, **named)
 
     adata = ad.AnnData(x)
-    with patch.object(run, "train", traced):
+    with patch("scuvae.tl._fit.train", traced):
         scuvae.tl.fit(
             adata,
             likelihood="nb",

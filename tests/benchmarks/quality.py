@@ -9,7 +9,6 @@ which is checked against scvi-tools' own module first.
 
 import argparse
 import copy
-import importlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +36,7 @@ from _common import (
 )
 
 import scuvae
+from scuvae.inference.training.loop import train as training_loop
 from scuvae.model import VAE
 
 KINDS: dict[str, bool | str] = {"unamortized": False, "semi": "semi", "amortized": True}
@@ -143,8 +143,6 @@ def fit_traced(
     The training loop that ``tl.fit`` calls is wrapped, to look at the model at the end of each
     epoch; the clock stands still meanwhile. It covers all else: PCA start, validation, final q.
     """
-    module = importlib.import_module("scuvae.inference.training.fit")
-    original = module.train
     points: list[tuple[int, float, Callable[[], VAE]]] = []
 
     def traced(model: VAE, *args: Any, **kwargs: Any) -> Any:
@@ -157,10 +155,10 @@ def fit_traced(
                 state = copy.deepcopy(model.state_dict())
                 points.append((len(points) + 1, seconds, lambda: _with_state(model, state)))
 
-        return original(model, *args, on_epoch=on_epoch, **kwargs)
+        return training_loop(model, *args, on_epoch=on_epoch, **kwargs)
 
     adata = train.copy()
-    with patch.object(module, "train", traced):
+    with patch("scuvae.tl._fit.train", traced):
         clock = Clock()
         scuvae.tl.fit(adata, rng=seed, likelihood="nb", progress=False, device="cpu", **arguments)
         return adata, clock.seconds(), points
