@@ -69,6 +69,7 @@ def test_every_container_and_dtype(
 ) -> None:
     """The posterior is that of dense float32; what was handed in is as it was."""
     x = (x > 0) if dtype == "bool" else x
+    hypothesis.assume(dtype != "f2" or "cs" not in container)  # scipy has no such matrices
     given_x = CONTAINERS[container](x.astype(dtype))
     one, two = AnnData(x.astype(np.float32)), AnnData(given_x)
     before = fingerprint(two.X)
