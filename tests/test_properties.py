@@ -70,6 +70,8 @@ def test_every_container_and_dtype(
     """The posterior is that of dense float32; what was handed in is as it was."""
     x = (x > 0) if dtype == "bool" else x
     hypothesis.assume(dtype != "f2" or "cs" not in container)  # scipy has no such matrices
+    # Of two cells both genes say as much: rounding has the sign of the axis that means start from.
+    hypothesis.assume(len(x) > 2)
     given_x = CONTAINERS[container](x.astype(dtype))
     one, two = AnnData(x.astype(np.float32)), AnnData(given_x)
     before = fingerprint(two.X)
