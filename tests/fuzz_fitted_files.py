@@ -80,6 +80,7 @@ def ended(path: Path, new: AnnData, expected: Any) -> str:
         signal.alarm(LONGEST)  # ends a call of C too
         trace = os.open(path.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         faulthandler.dump_traceback_later(LONGEST - 1, file=trace)
+        faulthandler.enable(file=trace)
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # HDF5's own complaints
             adata = anndata.read_h5ad(path)
@@ -121,7 +122,7 @@ def main() -> None:
             end = ended(path, new, expected)
             slowest = max(slowest, perf_counter() - start)
             counts[end] += 1
-            if end == "silently different":
+            if end == "silently different" or end.startswith("ended by SIGSEGV"):
                 print(f"file {number} of seed {args.seed} is {end}", flush=True)
     for name, count in sorted(counts.items()):
         print(f"{name:>30} {count:>7,}")
