@@ -31,15 +31,15 @@ from scuvae.inference.mapping.embedding import evenly_spaced
 from scuvae.model.covariates import Covariates, Design
 
 # Cells that it is fitted to, and kinds.
-_MOST_CELLS, _MOST_KINDS = 16_384, 50
+_FEWEST_CELLS, _MOST_CELLS, _MOST_KINDS = 250, 16_384, 50
 # Cells for each kind, of several mixtures whose shifts are averaged: one by itself shows borders
 # of its clusters, which another seed's latent variable would have elsewhere.
-CELLS_A_KIND = 80, 100, 125
+CELLS_A_KIND = 60, 70, 80, 90, 100, 115, 130, 150, 175, 200
 # Columns of covariates above which a kind has too few cells of a level to say anything.
 LARGEST_DESIGN = 64
-_ROUNDS = 30
+_ROUNDS = 15
 # Starts of k-means, of which the best is kept, and rounds of each.
-_STARTS, _FIRST_ROUNDS = 10, 20
+_STARTS, _FIRST_ROUNDS = 3, 20
 _CHUNK = 2048
 # Chances that are as good as none.
 _TINY = 1e-4
@@ -71,9 +71,11 @@ class Alignment:
 
     def responsibilities(self, z: Tensor, told: Tensor) -> Tensor:
         """r, (mixtures, cells, kinds), of cells at z that are told ``told``, (cells, columns)."""
-        own = (self.centre.unsqueeze(1) + self.effects(told)) @ self.factor.unsqueeze(1)
-        left = (z @ self.factor).unsqueeze(2) - own
-        return (self.weight.log().unsqueeze(1) - 0.5 * left.square().sum(3)).softmax(2)
+        # In coordinates in which Σ is the identity.
+        effect = self.effect @ self.factor.unsqueeze(1)
+        left = (z @ self.factor).unsqueeze(2) - (self.centre @ self.factor).unsqueeze(1)
+        left -= torch.einsum("np,mkpl->mnkl", told, effect)
+        return (self.weight.log().unsqueeze(1) - 0.5 * left.square_().sum(3)).softmax(2)
 
     def effects(self, told: Tensor) -> Tensor:
         """What covariates add to z in each kind, (mixtures, cells, kinds, latent)."""
@@ -145,14 +147,14 @@ def fit_alignment(mean: Tensor, covariates: Covariates, metric: Tensor) -> Align
     """Mixtures of regressions of posterior means, (cells, latent), on covariates.
 
     From all cells, or evenly spaced ones where there are many. ``metric``, (latent, latent), gives
-    the distances by which kinds are first told apart. None where there are too few cells for two
-    kinds, or too many columns.
+    the distances by which kinds are first told apart. None where there are too few cells, or too
+    many columns.
     """
     design = covariates.design
     index = evenly_spaced(mean, _MOST_CELLS)
-    n_kinds = [min(len(index) // n, _MOST_KINDS) for n in CELLS_A_KIND]
-    if min(n_kinds) < 2 or design.n_columns > LARGEST_DESIGN:
+    if len(index) < _FEWEST_CELLS or design.n_columns > LARGEST_DESIGN:
         return None
+    n_kinds = [min(max(len(index) // n, 2), _MOST_KINDS) for n in CELLS_A_KIND]
     z = mean[index].cpu().double()
     told = covariates.to(mean.device).rows(index).cpu().double()
     points = z @ torch.linalg.cholesky(metric.cpu().double())
@@ -216,17 +218,20 @@ def maximised(
     n_kinds, n_columns = r.shape[1], told.shape[1]
     design = torch.cat([z.new_ones(n, 1), told], 1)
     penalty = torch.cat([z.new_full((1,), 1e-6), 1 / size]).diag()
-    found = z.new_zeros(n_kinds, 1 + n_columns, n_latent)
-    variance = z.new_zeros(n_kinds, n_columns)
+    xx = z.new_zeros(n_kinds, 1 + n_columns, 1 + n_columns)
+    xz = z.new_zeros(n_kinds, 1 + n_columns, n_latent)
     left = z.new_zeros(n_latent, n_latent)
     for k in range(n_kinds):
         mine = (r[:, k] > _TINY).nonzero().squeeze(1)
         x, y, weight = design[mine], z[mine], r[mine, k].unsqueeze(1)
-        inverse = torch.linalg.inv((weight * x).T @ x + penalty)
-        found[k] = inverse @ ((weight * x).T @ y)
-        variance[k] = inverse.diagonal()[1:]
-        apart = y - x @ found[k]
-        left += (weight * apart).T @ apart
+        weighted = (weight * x).T
+        xx[k], xz[k] = weighted @ x, weighted @ y
+        left += (weight * y).T @ y
+    inverse = torch.linalg.inv(xx + penalty)
+    found = inverse @ xz
+    variance = inverse.diagonal(dim1=1, dim2=2)[:, 1:]
+    explained = found.mT @ xz
+    left += (found.mT @ xx @ found - explained - explained.mT).sum(0)
     effect = found[:, 1:]
     spread = torch.einsum("kpa,ab,kpb->kp", effect, precision, effect) / n_latent + variance
     size = size.clone()
