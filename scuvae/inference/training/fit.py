@@ -218,6 +218,7 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
         for q in judge.parts():
             table.store(begun.validation[at : at + len(q.mean)], q)
             at += len(q.mean)
+            release()
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
         return moments(parts, settings.covariance, cells.room)
