@@ -1,5 +1,6 @@
 """Cells on disk: each format against the same matrix in memory, and what a changing file does."""
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from scuvae.batches.stored.base import Stored
 from scuvae.batches.stored.matrix import StoredMatrix
 from scuvae.batches.stored.registry import STORED, kind_of
 from scuvae.inference.training import loop
+from scuvae.kernels.malloc import keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -456,6 +458,41 @@ def test_spilled_tables_keep_their_values() -> None:
     spill.release()
     assert (table[5] == 3).all()
     assert spill.room(0, 4).shape == (0, 4)
+
+
+def resident(kinds: tuple[str, ...]) -> int:
+    """Bytes of this process's memory of some kinds, as Linux counts them."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        pytest.skip("no /proc")
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
+
+
+def test_a_few_rows_of_a_spilled_table_are_not_all_of_it() -> None:
+    table = spill.room(2**18, 64)  # 64 MB
+    for rows in np.split(table, 16):
+        rows[:] = 1.0
+        spill.release()
+    before = resident(("RssFile", "RssShmem"))
+    assert table[:: 2**10].sum() == 256 * 64
+    # With each of these rows 64 kB are mapped, a quarter of all; half is as far as it may go.
+    assert resident(("RssFile", "RssShmem")) - before < 2**25
+
+
+def test_what_was_freed_is_given_back_with_tables() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("no glibc")
+    keep_freed_memory()
+    blocks = [torch.ones(2**18) for _ in range(64)]  # 64 MB in pieces that a heap holds
+    kept = blocks[-1].clone()  # at its end: what lies before is not given back by itself
+    table = spill.room(8, 8)
+    before = resident(("RssAnon",))
+    del blocks
+    spill.release()
+    assert before - resident(("RssAnon",)) > 2**25
+    assert len(table) == 8
+    assert kept.sum() == 2**18
 
 
 def test_large_tables_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

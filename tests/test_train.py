@@ -22,12 +22,13 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from scuvae._random import normal_like
 from scuvae.batches import Batch
-from scuvae.distributions.gaussian import COVARIANCES
+from scuvae.distributions.gaussian import COVARIANCES, concatenate
 from scuvae.inference.posteriors import POSTERIORS, Posterior, objectives
 from scuvae.inference.posteriors.unamortized import UnamortizedPosterior
 from scuvae.inference.posteriors.whitened_pca import WhitenedPCA
 from scuvae.inference.refinement.initialization import prior_start
 from scuvae.inference.refinement.refine import LOCAL_STEPS, THOROUGH, refine
+from scuvae.inference.training import loop
 from scuvae.inference.training.early_stopping import EarlyStopping
 from scuvae.inference.training.held_out import HeldOutCells
 from scuvae.inference.training.loop import TrainingError, train
@@ -232,7 +233,7 @@ def test_held_out_cells_are_judged_by_an_optimised_q(local_step: str, covariance
     expected = evidence - (gap if covariance == "diagonal" else 0.0)
     # a tenth of a nat: gradient steps end when they may, and the ELBO is taken over eight draws
     assert value == pytest.approx(expected, abs=0.1)
-    q = judge.q()
+    q = concatenate(list(judge.parts()))
     assert ((q.mean - mean) * precision.diagonal().sqrt()).abs().max() < 0.1
     # another decoder has another ELBO
     with torch.no_grad():
@@ -293,6 +294,38 @@ def test_a_loss_that_is_no_number_stops_the_training(kind: str, value: float) ->
     assert any(moved)
     for found, expected in zip(snapshot(model, posterior), states[-1], strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("most", [20, 30])
+def test_of_a_posterior_all_tables_are_kept_or_none(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve cells' means are 24 numbers, their scales 36: what is not kept does not come back."""
+    monkeypatch.setattr(loop, "MOST_KEPT", most)
+    torch.manual_seed(5)
+    model = model_of("gaussian")
+    batches = minibatches(cells_of(model, 12), torch.arange(12).split(4))
+    posterior = posterior_of("unamortized", 12, 2, "full")
+    as_it_was: list[Tensor] = []
+
+    def before(visited: int) -> Batch | None:
+        if visited < 5:
+            return None
+        as_it_was[:] = [value.clone() for value in posterior.state_dict().values()]
+        return batch_of(torch.full((4, 12), math.nan).double(), index=batches[2].index)
+
+    with pytest.raises(TrainingError):
+        train(
+            model,
+            posterior,
+            Calls(batches, before),
+            n_obs=12,
+            optimizer=sgd(model, 1e-4),
+            max_epochs=5,
+        )
+    others = torch.arange(8)
+    for found, expected in zip(posterior.state_dict().values(), as_it_was, strict=True):
+        assert torch.equal(found[others], expected[others])
 
 
 @pytest.mark.parametrize("spoiled_at", [None, 2, 12, 14])

@@ -11,6 +11,8 @@ from weakref import WeakSet
 
 import numpy as np
 
+from scuvae.kernels.malloc import give_back_freed_memory
+
 _open: WeakSet[mmap.mmap] = WeakSet()
 
 
@@ -30,12 +32,20 @@ def room(*shape: int) -> np.ndarray:
                 f"{error.strerror}. Set TMPDIR to a folder that has it"
             ) from error
         memory = mmap.mmap(file.fileno(), n_bytes)
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Otherwise Linux has such a file in pieces of megabytes, and maps all of one where a single
+        # row is asked for.
+        memory.madvise(mmap.MADV_RANDOM)
     _open.add(memory)
     return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def release() -> None:
-    """Let go of the memory that tables take, whose values stay in the system's cache or file."""
+    """Let go of the memory that tables take, whose values stay in the system's cache or file, and
+    where there are tables of what was freed beside them."""
+    tables = list(_open)
     if hasattr(mmap, "MADV_DONTNEED"):
-        for memory in list(_open):
+        for memory in tables:
             memory.madvise(mmap.MADV_DONTNEED)
+    if tables:
+        give_back_freed_memory()

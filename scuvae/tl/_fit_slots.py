@@ -78,11 +78,10 @@ class FitSlots:
 
 def split_of(held_out: np.ndarray, added: np.ndarray | None = None) -> pd.Categorical:
     """``train`` and ``validation``; ``added``: cells that came when the decoder was finished."""
-    names = np.where(held_out, "validation", "train").astype(object)
-    categories = ["train", "validation"]
+    codes, categories = held_out.astype(np.int8), ["train", "validation"]
     if added is not None:
-        names[added], categories = "added", [*categories, "added"]
-    return pd.Categorical(names, categories=categories)
+        codes[added], categories = 2, [*categories, "added"]
+    return pd.Categorical.from_codes(codes, categories)
 
 
 def in_use(q: dict[str, np.ndarray]) -> dict[str, Any]:

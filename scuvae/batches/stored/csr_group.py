@@ -12,7 +12,7 @@ from scuvae.batches.stored.base import Stored, root_of
 class CSRGroup(Stored):
     """What ``anndata.io.sparse_dataset`` makes of a group with ``data``, ``indices``, ``indptr``.
 
-    Row starts are kept in memory, eight bytes a cell.
+    Row starts are kept in memory, as the file has them: four or eight bytes a cell.
     """
 
     sparse = True
@@ -26,13 +26,13 @@ class CSRGroup(Stored):
         self.shape = (int(x.shape[0]), int(x.shape[1]))
         self.values, self.columns = self.group["data"], self.group["indices"]
         self.dtype = np.dtype(self.values.dtype)
-        self.starts = np.asarray(self.group["indptr"][:], np.int64)
+        self.starts = np.asarray(self.group["indptr"][:])
         chunk = getattr(self.values, "chunks", None)
         self.per_row = max(1.0, self.starts[-1] / max(1, self.shape[0]))
         self.chunk = chunk[0] / self.per_row if chunk else 1.0
 
     def read(self, first: int, last: int) -> Any:
-        starts = self.starts[first : last + 1]
+        starts = self.starts[first : last + 1].astype(np.int64)
         here = slice(int(starts[0]), int(starts[-1]))
         arrays = self.values[here], self.columns[here], starts - starts[0]
         return sp.csr_matrix(arrays, shape=(last - first, self.shape[1]))

@@ -213,8 +213,12 @@ def finish(begun: Start) -> dict[str, np.ndarray]:
         processes.add(*averages)
         for values in averages:
             values /= processes.size
-    if judge is not None and table is not None and len(begun.validation):
-        table.store(begun.validation, judge.q())
+    if judge is not None and table is not None:
+        at = 0
+        for q in judge.parts():
+            table.store(begun.validation[at : at + len(q.mean)], q)
+            at += len(q.mean)
+            release()
     if not counts:
         parts = final_posterior(model, posterior, cells, settings)
         return moments(parts, settings.covariance, cells.room)

@@ -217,9 +217,11 @@ def _all_finite(model: VAE, posterior: Posterior) -> bool:
 
 
 def _snapshot(model: VAE, posterior: Posterior) -> dict[str, Any]:
-    own = posterior.state_dict().items()
-    kept = {name: tensor for name, tensor in own if tensor.numel() <= MOST_KEPT}
-    return copy.deepcopy({"model": dict(model.state_dict()), "posterior": kept})
+    own = posterior.state_dict()
+    # All of it or none: means of one epoch do not go with scales of another.
+    if max((tensor.numel() for tensor in own.values()), default=0) > MOST_KEPT:
+        own = {}
+    return copy.deepcopy({"model": dict(model.state_dict()), "posterior": dict(own)})
 
 
 def _restore(state: dict[str, Any], model: VAE, posterior: Posterior) -> None:
