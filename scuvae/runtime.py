@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from scuvae._checks import called_right, one_of, plain, random_generator
+from scuvae._checks import called_right, flags, one_of, plain, random_generator
 from scuvae._launched import launched, local_number
 from scuvae._random import using
 
@@ -59,6 +59,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 stack.enter_context(_one_thread())
             for name, value in kwargs.items():
                 kwargs[name] = plain(value)
+            flags(parameters, kwargs)
             return function(*args, **kwargs)
 
     return inside

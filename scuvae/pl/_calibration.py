@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from scipy.special import ndtr, ndtri
 
 from .._keys import Keys
-from ._common import colours, finish, panels, result
+from ._common import colours, finish, panels, picture, result
 
 FAMILIES = ("full", "diagonal", "encoder")
 LEVELS = np.linspace(0.01, 0.99, 99)
 
 
+@picture
 def calibration(
     adata: AnnData,
     *,

@@ -1,25 +1,68 @@
 """What every picture shares: which fits there are, their colours, and when to show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from .._adata import check_type
+from .._checks import called_right, flags, path, plain
 from .._errors import near
 from .._keys import DEFAULT, Keys
 from .._replacing import checked_target, replacing
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Entries read at once: 32 MiB a matrix in float64, whatever the size of the data.
 BLOCK = 4_194_304
+
+
+def picture(function: Callable[P, R]) -> Callable[P, R]:
+    """A verb of pl: what all have in common is looked at first, and what fails leaves no figure."""
+    parameters = signature(function).parameters
+
+    @wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        called_right(parameters, function.__name__, args, kwargs)
+        for name, value in kwargs.items():
+            kwargs[name] = plain(value)
+        flags(parameters, kwargs)
+        check_type(args[0] if args else kwargs.get("adata"))
+        if (save := kwargs.get("save")) is not None:
+            _kind_of(save)
+            checked_target(path("save", save, "a file"))
+        _check_axes(kwargs.get("ax"))
+        before = plt.get_fignums()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            for number in set(plt.get_fignums()) - set(before):
+                plt.close(number)
+            raise
+
+    return drawn
+
+
+def _check_axes(ax: object) -> None:
+    given = [ax] if ax is None or isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
+    for one in given:
+        if one is not None and not isinstance(one, Axes):
+            raise TypeError(
+                f"ax={ax!r} is a {type(ax).__name__}, not axes of matplotlib: pass those of "
+                "plt.subplots(), or None for a new figure"
+            )
 
 
 def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
@@ -158,12 +201,19 @@ def finish(
     return None if show else drawn
 
 
-def _write(figure: Figure, path: str | PathLike[str]) -> None:
-    """The file is the old picture or the new one, whatever happens meanwhile."""
-    kinds, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.removeprefix(".")
+def _kind_of(save: object) -> str:
+    """The kind of picture that a file's name asks for."""
+    text = path("save", save, "a file")
+    kinds, suffix = FigureCanvasBase.get_supported_filetypes(), Path(text).suffix.removeprefix(".")
     if suffix not in kinds:
-        raise ValueError(f"save={str(path)!r} names no kind of picture. {near(suffix, kinds)}")
-    with replacing(checked_target(path)) as new:
+        raise ValueError(f"save={text!r} names no kind of picture. {near(suffix, kinds)}")
+    return suffix
+
+
+def _write(figure: Figure, save: str | PathLike[str]) -> None:
+    """The file is the old picture or the new one, whatever happens meanwhile."""
+    suffix = _kind_of(save)
+    with replacing(checked_target(save)) as new:
         # SVG and PDF would carry the date.
         dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(new, dpi=200, bbox_inches="tight", metadata=dated.get(suffix))

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from .._errors import near
 from .._keys import OBS_NAMES
 from ._cells import scores
-from ._common import finish, panels, point_size
+from ._common import finish, panels, picture, point_size
 from ._latent import bare, coordinates, latent, slots
 
 COLUMNS = 3
@@ -24,6 +24,7 @@ MISSING = "lightgray"
 USUAL = ("scale", "neighbor_stability", "elbo", "novelty", "amortization_gap")
 
 
+@picture
 def embedding_scores(
     adata: AnnData,
     *,

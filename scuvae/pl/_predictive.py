@@ -14,7 +14,7 @@ from scipy.special import logit as log_odds
 
 from .._checks import whole
 from .._keys import Keys
-from ._common import colours, finish, panels, result
+from ._common import colours, finish, panels, picture, result
 
 NAMES = {"zero_fraction": "zero fraction", "mean": "mean", "variance": "variance"}
 # Two-sided 95 % of a normal.
@@ -24,6 +24,7 @@ OUTSIDE = colours(2)[1]
 _LINE, _LETTER = 0.07, 0.045
 
 
+@picture
 def predictive_check(
     adata: AnnData,
     *,

@@ -11,9 +11,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from .._keys import Keys
 from ._cells import categories, coloured, left_out, legend_width, scores
-from ._common import BLOCK, finish, fits, fitted_to, point_size
+from ._common import BLOCK, finish, fits, fitted_to, picture, point_size
 
 
+@picture
 def elbo_by_size(
     adata: AnnData,
     *,
