@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter
 from numbers import Integral, Real
-from os import PathLike, fspath
+from os import PathLike, curdir, fspath
+from os.path import exists, isabs
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -105,6 +106,11 @@ def path(name: str, value: object, what: str) -> str:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass the path of {what}")
     if not text.strip("\0") or "\0" in text:
         raise ValueError(f"{name}={text!r} is no path: pass that of {what}")
+    if not isabs(text) and not exists(curdir):
+        raise FileNotFoundError(
+            f"{name}={text!r} is relative to the present folder, which is gone: pass the whole "
+            f"path of {what}"
+        )
     return text
 
 

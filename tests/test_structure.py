@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "pp": {"inference", "io", "model", "distributions", "batches", "runtime"},
     "pl": set(),
     "get": {"io", "model", "runtime"},
-    "io": {"model", "distributions", "batches"},
+    "io": {"model", "distributions", "batches", "runtime"},
     "inference": {"model", "distributions", "batches", "kernels", "runtime"},
     "model": {"distributions", "batches", "kernels"},
     "distributions": {"kernels"},

@@ -13,10 +13,12 @@ from scuvae._replacing import checked_target, free_bytes, replacing
 from scuvae.io.fit_state import checked, read_entry, sealed
 from scuvae.io.integrity import manifest, safetensors
 from scuvae.io.integrity.manifest import Damaged
+from scuvae.runtime import isolated
 
 _PARTS = {"manifest", "settings"}
 
 
+@isolated
 def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = None) -> None:
     """Write a fit's model to a file: what :func:`scuvae.tl.project` needs, and no cells.
 
@@ -75,6 +77,7 @@ def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = 
         ) from error
 
 
+@isolated
 def read_model(path: str | PathLike[str]) -> AnnData:
     """Read a model file, as a reference for whatever takes one.
 

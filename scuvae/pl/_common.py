@@ -43,7 +43,8 @@ def picture(function: Callable[P, R]) -> Callable[P, R]:
         if (save := kwargs.get("save")) is not None:
             _kind_of(save)
             checked_target(path("save", save, "a file"))
-        _check_axes(kwargs.get("ax"))
+        if (ax := kwargs.get("ax")) is not None:
+            _check_axes(ax, one=parameters["ax"].annotation == Axes | None)
         before = plt.get_fignums()
         try:
             return function(*args, **kwargs)
@@ -55,14 +56,13 @@ def picture(function: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
-def _check_axes(ax: object) -> None:
-    given = [ax] if ax is None or isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
-    for one in given:
-        if one is not None and not isinstance(one, Axes):
-            raise TypeError(
-                f"ax={ax!r} is a {type(ax).__name__}, not axes of matplotlib: pass those of "
-                "plt.subplots(), or None for a new figure"
-            )
+def _check_axes(ax: object, *, one: bool) -> None:
+    given = [ax] if one or isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
+    if not all(isinstance(part, Axes) for part in given):
+        raise TypeError(
+            f"ax={ax!r} is a {type(ax).__name__}, not axes of matplotlib: pass those of "
+            "plt.subplots(), or None for a new figure"
+        )
 
 
 def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
