@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
@@ -65,23 +66,47 @@ def _check_axes(ax: object, *, one: bool) -> None:
         )
 
 
-def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
-    """The ``uns`` keys of the fits asked for; None means all, the default key first."""
+def known_fits(adata: AnnData) -> list[str]:
+    """The ``uns`` keys of all fits, the default key first."""
     known = [
         k
         for k, v in adata.uns.items()
         if isinstance(v, Mapping) and {"params", "history"} <= set(v)
     ]
-    known.sort(key=lambda k: k != DEFAULT)
+    return sorted(known, key=lambda k: k != DEFAULT)
+
+
+def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
+    """The ``uns`` keys of the fits asked for; None means all, the default key first."""
+    known = known_fits(adata)
     if keys is None:
         if not known:
             raise ValueError("adata.uns holds no fit. Call scuvae.tl.fit(adata) first.")
+        for key in known:
+            _check_entry(adata.uns[key], key)
         return known
     asked = [keys] if isinstance(keys, str) else list(keys)
     for key in asked:
         if key not in known:
             raise ValueError(f"adata.uns has no fit {key!r}. {near(key, known)}")
+        _check_entry(adata.uns[key], key)
     return asked
+
+
+def _check_entry(fit: Mapping[str, Any], key: str) -> None:
+    """What pictures read of a fit is what a fit has: its digests are looked at by tl alone."""
+    odd = ""
+    history = fit["history"]
+    if not isinstance(fit["params"], Mapping):
+        odd = f"['params'] is a {type(fit['params']).__name__}"
+    elif np.ndim(fit.get("var_names", ())) != 1:
+        odd = f"['var_names'] is a {type(fit['var_names']).__name__}"
+    elif isinstance(history, pd.DataFrame) and any(d.kind not in "fiu" for d in history.dtypes):
+        odd = "['history'] holds what are no numbers"
+    if odd:
+        raise ValueError(
+            f"adata.uns[{key!r}]{odd}, which no fit has: read an undamaged copy, or fit again"
+        )
 
 
 def matrix(adata: AnnData, layer: str | None) -> Any:
