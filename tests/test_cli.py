@@ -419,6 +419,31 @@ sys.exit(cli.main(["fit", "in.h5ad", "-o", "out.h5ad"]))
     assert contents(tmp_path) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_ctrl_c_while_code_is_made_from_text(tmp_path: Path) -> None:
+    """As libraries do while they are imported: Python would end ``-m`` by a signal after all."""
+    (tmp_path / "ends.py").write_text("""
+import signal, sys
+from scuvae.cli.messages import say, terminable
+def main():
+    try:
+        with terminable():
+            exec("signal.raise_signal(signal.SIGINT)")
+    except KeyboardInterrupt:
+        return say("interrupted", 130)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "ends"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "scuvae: interrupted\n"
+
+
 # --------------------------------------------------------------------------------- end to end
 
 
