@@ -444,6 +444,34 @@ sys.exit(main())
     assert done.stderr == "scuvae: interrupted\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="FIFOs are POSIX's")
+def test_an_input_that_is_no_file_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To open a FIFO waits for somebody to write to it: that may be never."""
+    fifo, cells = str(tmp_path / "fifo.h5ad"), str(tmp_path / "in.h5ad")
+    os.mkfifo(fifo)
+    datasets.linear_factor(9, 5, 1).write_h5ad(cells)
+    out = ["-o", str(tmp_path / "out.h5ad")]
+    for argv in (
+        ["fit", fifo, *out],
+        ["fit", fifo, cells, *out],
+        ["fit", cells, "--reference", fifo, *out],
+        ["project", cells, "--reference", fifo, *out],
+        ["model", "show", fifo],
+        ["plot", "loss", fifo, "-o", str(tmp_path / "a.png")],
+    ):
+        assert cli.main(argv) == 1
+        assert "fifo.h5ad is a FIFO or device: name a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["denoise", cells, "--genes", fifo, "--table", str(tmp_path / "t.csv")])
+    assert "is no file: name a text file of genes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"reference=.* is a FIFO or device"):
+        tl.project(datasets.linear_factor(9, 5, 1), fifo)
+    assert cli.main(["model", "show", str(tmp_path / "gone.h5ad")]) == 1
+    assert "gone.h5ad: no such file" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- end to end
 
 

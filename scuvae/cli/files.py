@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def checked_output(output: Path, *inputs: Path) -> Path:
     """The file that ``output`` names, links followed, or an error before any work."""
     for path in inputs:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
+        checked_input(path)
     target = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -37,6 +36,14 @@ def checked_output(output: Path, *inputs: Path) -> Path:
     return checked_target(output, folder=zarr)
 
 
+def checked_input(path: Path) -> None:
+    """Raise unless a file or folder is there; to open a FIFO would wait for somebody to write."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a FIFO or device: name a file")
+
+
 def unclobbered(args: argparse.Namespace, targets: dict[str, Path]) -> None:
     """With --no-clobber, raise if one of the outputs is there."""
     for name, target in targets.items():
@@ -48,8 +55,7 @@ def files_of(sources: Sequence[Path]) -> list[Path]:
     """Files as they are; of a folder, and of a collection of annbatch's, what lies in it."""
     found: list[Path] = []
     for path in sources:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
+        checked_input(path)
         parts = [path]
         if path.is_dir() and path.suffix != ".zarr":
             parts = [part for part in path.iterdir() if part.suffix in SUFFIXES]
@@ -208,6 +214,7 @@ def read(path: Path) -> "AnnData":
 
 
 def _reading(how: Callable[[Path], "AnnData"], path: Path) -> "AnnData":
+    checked_input(path)
     try:
         return how(path)
     except Exception as error:

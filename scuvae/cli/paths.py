@@ -47,6 +47,8 @@ json_path = path_of(".json")
 def lines(text: str) -> list[str]:
     """The names in a file, one a line, as editors, spreadsheets and R write them."""
     try:
+        if Path(text).exists() and not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} is no file: name a text file of genes")
         data = Path(text).read_bytes()
         # A byte-order mark says which; UTF-8 has one too where Windows wrote it.
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -272,6 +272,8 @@ def _read(path: Path, name: str) -> AnnData:
         raise FileNotFoundError(
             f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
         )
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"reference={str(path)!r} is a FIFO or device: name a file with a fit")
     if not path.is_dir() and path.suffix != ".h5ad" and not is_hdf5(path):
         return read_as(path, name)
     try:
