@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from scuvae._errors import near
+from scuvae._replacing import unreachable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -106,6 +107,8 @@ def path(name: str, value: object, what: str) -> str:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass the path of {what}")
     if not text.strip("\0") or "\0" in text:
         raise ValueError(f"{name}={text!r} is no path: pass that of {what}")
+    if why := unreachable(text):
+        raise ValueError(f"{name}={text!r}: {why}. Pass the path of {what}")
     if not isabs(text) and not exists(curdir):
         raise FileNotFoundError(
             f"{name}={text!r} is relative to the present folder, which is gone: pass the whole "

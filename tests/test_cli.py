@@ -472,6 +472,33 @@ def test_an_input_that_is_no_file_is_not_waited_for(
     assert "gone.h5ad: no such file" in capsys.readouterr().err
 
 
+def test_places_that_nothing_can_be_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the work, of inputs and of outputs; and a number of threads that none has."""
+    cells, long = str(tmp_path / "in.h5ad"), "a" * 300 + ".h5ad"
+    datasets.linear_factor(9, 5, 1).write_h5ad(cells)
+    (tmp_path / "loop.h5ad").symlink_to("loop.h5ad")
+    loop, out = str(tmp_path / "loop.h5ad"), ["-o", str(tmp_path / "out.h5ad")]
+    for path, says in ((long, "too long for a file"), (loop, "leads round to itself")):
+        for argv in (
+            ["fit", path, *out],
+            ["fit", cells, "-o", path],
+            [
+                "fit",
+                cells,
+                "--checkpoint",
+                path.removesuffix(".h5ad") if path == long else path,
+                *out,
+            ],
+            ["fit", cells, "--reference", path, *out],
+            ["model", "show", path],
+        ):
+            assert cli.main(argv) == 1, argv
+            assert says in capsys.readouterr().err
+    assert not (tmp_path / "out.h5ad").exists()
+    small = ["--max-epochs", "1", "-q", "--likelihood", "gaussian", "--n-latent", "2"]
+    assert cli.main(["fit", cells, *out, *small, "--threads", "9" * 50]) == 0
+
+
 # --------------------------------------------------------------------------------- end to end
 
 

@@ -10,7 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scuvae._replacing import checked_target, free_bytes, replacing, temporary
+from scuvae._replacing import (
+    checked_target,
+    free_bytes,
+    replacing,
+    temporary,
+    unreachable,
+)
 from scuvae.cli.messages import one_line
 from scuvae.cli.paths import SUFFIXES
 
@@ -22,6 +28,8 @@ def checked_output(output: Path, *inputs: Path) -> Path:
     """The file that ``output`` names, links followed, or an error before any work."""
     for path in inputs:
         checked_input(path)
+    if why := unreachable(output):
+        raise ValueError(f"{output}: {why}: name another file")
     target = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -38,6 +46,8 @@ def checked_output(output: Path, *inputs: Path) -> Path:
 
 def checked_input(path: Path) -> None:
     """Raise unless a file or folder is there; to open a FIFO would wait for somebody to write."""
+    if why := unreachable(path):
+        raise ValueError(f"{path}: {why}")
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     if not path.is_file() and not path.is_dir():
@@ -209,6 +219,7 @@ def _stays_on_disk(args: argparse.Namespace, output: Path) -> bool:
 def read(path: Path) -> "AnnData":
     import anndata
 
+    checked_input(path)
     zarr = path.suffix == ".zarr" or path.is_dir()
     return _reading(anndata.read_zarr if zarr else anndata.read_h5ad, path)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ data_path = path_of(*SUFFIXES)
 def source_path(text: str) -> Path:
     """A file of cells, or a folder of such files."""
     found = Path(text)
-    return found if found.is_dir() else data_path(text)
+    return found if os.path.isdir(text) else data_path(text)
 
 
 model_path = path_of(".scuvae")
