@@ -111,7 +111,7 @@ def fault(process: subprocess.Popen[str], signum: int, folder: Path) -> str:
     if status != 128 + signum:
         return f"status {status}: {said[-200:]}"
     word = "interrupted" if signum == signal.SIGINT else "terminated"
-    if not re.search(rf"^scuvae: .*{word}", lines[-1]):
+    if not lines or not re.search(rf"^scuvae: .*{word}", lines[-1]):
         return f"no sentence: {said[-200:]}"
     return "an output all the same" if new else ""
 

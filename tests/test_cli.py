@@ -472,6 +472,35 @@ def test_an_input_that_is_no_file_is_not_waited_for(
     assert "gone.h5ad: no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_a_signal_that_a_checkpoint_answers_is_said_too(
+    signum: int,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from scuvae.inference.training import loop
+
+    original = loop.Losses.add
+
+    def add(*args: Any) -> None:
+        original(*args)
+        signal.raise_signal(signum)
+
+    monkeypatch.setattr(loop.Losses, "add", add)
+    cells, out, kept = (str(tmp_path / name) for name in ("in.h5ad", "out.h5ad", "kept"))
+    datasets.linear_factor(30, 5, 1).write_h5ad(cells)
+    argv = ["fit", cells, "-o", out, "--checkpoint", kept, "-q", "--likelihood", "gaussian"]
+    assert cli.main([*argv, "--n-latent", "2"]) == 128 + signum
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"scuvae: {word}: the fit goes on from {kept}"
+    assert not Path(out).exists()
+
+
 def test_places_that_nothing_can_be_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before the work, of inputs and of outputs; and a number of threads that none has."""
     cells, long = str(tmp_path / "in.h5ad"), "a" * 300 + ".h5ad"
