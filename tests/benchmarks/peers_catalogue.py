@@ -10,7 +10,7 @@ left out. A row is as described where
 - what should be warned of is: any warning that names it counts;
 - what should work does: one epoch, and latent means that are finite.
 
-Each row has a process of its own, with 60 seconds and 16 GB. ``--ours`` sends the same rows through
+Each row has a process of its own, with 20 seconds and 16 GB. ``--ours`` sends the same rows through
 ``tl.fit`` by the same lenient rules.
 """
 
@@ -62,6 +62,7 @@ LIKELIHOODS = {
     "poisson": "poisson",
 }
 KNOWN = {*SETUP, *MODEL, *TRAIN, "likelihood"}
+LIMIT = 20  # seconds of a row
 # Words that name a matrix and what is wrong with it.
 OF_VALUES = r"adata\.X|layer|count|nan|inf|finite|negative|integer|zero|\bX\b|dtype|sparse"
 
@@ -238,6 +239,8 @@ def _outcome(one: Asked, fit: Callable[..., np.ndarray]) -> str:
     said = [str(w.message) for w in caught]
     named = any(re.search(one.words, text, re.IGNORECASE) for text in said)
     if one.should == "work":
+        if error is not None and ".copy()" in str(error):  # what the catalogue allows of views
+            return ""
         if error is not None:
             return f"raises {type(error).__name__}: {str(error)[:80]}"
         return "" if np.isfinite(means).all() else "means that are not finite"
@@ -260,7 +263,7 @@ def _apart(one: Asked, fit: Callable[..., np.ndarray]) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(LIMIT)
         resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
@@ -279,12 +282,12 @@ def _apart(one: Asked, fit: Callable[..., np.ndarray]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ours", action="store_true")
-    parser.add_argument("--few", type=int, default=1, help="every so-manieth row")
+    parser.add_argument("--first", type=int, default=0, help="rows before it are left out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.ours:
         pass  # before the processes, once
-    fit, rows = (ours if args.ours else theirs), asked()[:: args.few]
+    fit, rows = (ours if args.ours else theirs), asked()[args.first :]
     right: dict[tuple[str, str], list[bool]] = {}
     for one in rows:
         end = _apart(one, fit)
