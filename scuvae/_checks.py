@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter
 from numbers import Integral, Real
+from os import PathLike, curdir, fspath
+from os.path import exists, isabs
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from scuvae._errors import near
+from scuvae._replacing import unreachable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,7 +23,8 @@ _LARGEST = 2**62
 
 def whole(name: str, value: object, *, at_least: int = 1) -> int:
     """``value`` as an int; bools, floats and strings are refused."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    # numpy's durations are registered as whole numbers.
+    if isinstance(value, bool | np.timedelta64) or not isinstance(value, Integral):
         raise TypeError(
             f"{name}={value!r} is a {type(value).__name__}: pass a whole number >= {at_least}"
         )
@@ -43,9 +47,12 @@ def real(
     allowed = f"> {above}" if above is not None else f">= {low}"
     if below < math.inf:
         allowed += f" and < {below}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool | np.timedelta64) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass a number {allowed}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
     too_low = number <= above if above is not None else number < low
     if not math.isfinite(number) or too_low or number >= below:
         raise ValueError(f"{name}={value!r}: pass a finite number {allowed}")
@@ -85,6 +92,31 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def flags(parameters: Mapping[str, Parameter], given: Mapping[str, object]) -> None:
+    """Those of a call's arguments that are to be True or False, or None where that is allowed."""
+    for name, value in given.items():
+        kind = parameters[name].annotation if name in parameters else None
+        if kind is bool or (kind == bool | None and value is not None):
+            flag(name, value)
+
+
+def path(name: str, value: object, what: str) -> str:
+    """``value`` as the text of a path, which must be one; ``what``: what the path is to name."""
+    text = fspath(value) if isinstance(value, str | PathLike) else None
+    if not isinstance(text, str):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass the path of {what}")
+    if not text.strip("\0") or "\0" in text:
+        raise ValueError(f"{name}={text!r} is no path: pass that of {what}")
+    if why := unreachable(text):
+        raise ValueError(f"{name}={text!r}: {why}. Pass the path of {what}")
+    if not isabs(text) and not exists(curdir):
+        raise FileNotFoundError(
+            f"{name}={text!r} is relative to the present folder, which is gone: pass the whole "
+            f"path of {what}"
+        )
+    return text
+
+
 def one_of(name: str, value: object, known: Iterable[object]) -> Any:
     """``value``, which must be among ``known``."""
     known = list(known)
@@ -117,7 +149,7 @@ def names(name: str, value: object) -> list[str]:
 
 def random_generator(rng: int | np.random.Generator | None) -> np.random.Generator:
     """``rng`` itself, or a new generator from the seed; None for one that nobody can repeat."""
-    if isinstance(rng, bool) or not (
+    if isinstance(rng, bool | np.timedelta64) or not (
         rng is None or isinstance(rng, int | np.integer | np.random.Generator)
     ):
         raise TypeError(

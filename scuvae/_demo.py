@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from scuvae import datasets, get, pl, tl
+from scuvae._replacing import replacing
 
 FITS = {"amortized": True, "unamortized": False}
 LABELS = "cell_type"
@@ -123,7 +124,8 @@ def _umap(adata: AnnData, folder: Path) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
 

@@ -10,12 +10,22 @@ def launched() -> tuple[int, int]:
     """The number of this process and how many there are: 0 and 1 where nobody launched several."""
     if any(name not in os.environ for name in _TOLD):
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return _number("RANK"), _number("WORLD_SIZE")
 
 
 def local_number() -> int:
     """The number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(
+            f"the environment's {name} is {os.environ[name]!r}, no number: start processes by "
+            "torchrun, or unset it"
+        ) from None
 
 
 def number_of_processes(asked: int | None) -> int:

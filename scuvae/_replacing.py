@@ -32,6 +32,8 @@ def checked_target(output: str | os.PathLike[str], *, folder: bool = False) -> P
 
     What earlier, killed runs left beside it is swept away.
     """
+    if why := unreachable(output):
+        raise ValueError(f"{output}: {why}: name another file")
     target = Path(os.path.realpath(output))
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such folder to write {target.name} to")
@@ -50,6 +52,18 @@ def checked_target(output: str | os.PathLike[str], *, folder: bool = False) -> P
     except OSError as error:
         raise ValueError(f"cannot write to {target.parent}: {error.strerror}") from error
     return target
+
+
+def unreachable(text: str | os.PathLike[str]) -> str:
+    """Why nothing can ever be at a path, in words; "" where something could."""
+    try:
+        os.stat(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return "the name is too long for a file"
+        if error.errno == errno.ELOOP:
+            return "a link there leads round to itself"
+    return ""
 
 
 @contextmanager

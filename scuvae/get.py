@@ -14,6 +14,7 @@ from scuvae.runtime import isolated
 __all__ = ["fit", "history", "model", "posterior"]
 
 
+@isolated
 def fit(adata: AnnData, *, key: str | None = None) -> FitSummary:
     """What a fit is: on what, how, how good, what it wrote and what can be done next.
 
@@ -112,6 +113,7 @@ def posterior(adata: AnnData, *, key: str | None = None) -> Distribution:
     return read_posterior(check_anndata(adata), key).as_torch()
 
 
+@isolated
 def history(adata: AnnData, *, key: str | None = None) -> pd.DataFrame:
     """The loss trace: one row an epoch, nats per cell.
 

@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
 from threading import Lock
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from scuvae._checks import called_right, one_of, plain, random_generator
+from scuvae._checks import called_right, flags, one_of, plain, random_generator
 from scuvae._launched import launched, local_number
 from scuvae._random import using
 
@@ -59,6 +59,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 stack.enter_context(_one_thread())
             for name, value in kwargs.items():
                 kwargs[name] = plain(value)
+            flags(parameters, kwargs)
             return function(*args, **kwargs)
 
     return inside
@@ -90,17 +91,27 @@ def _one_thread() -> Iterator[None]:
 
 
 _lock = Lock()
-# Calls inside that found another default dtype, and that dtype: it is the whole process's.
-_changed: list[torch.dtype] = []
+# Calls inside that found other settings, and these: they are the whole process's.
+_changed: list[tuple[Any, ...]] = []
+# Where torch says how exact products of float32 are; before 2.9 one setting was for all.
+PRODUCTS = [
+    part.matmul
+    for part in (torch.backends.mkldnn, torch.backends.cuda)
+    if hasattr(getattr(part, "matmul", None), "fp32_precision")
+]
+_EXACT = "ieee" if PRODUCTS else "highest"
 
 
 @contextmanager
 def _single_precision() -> Iterator[None]:
+    """New tensors are float32, and products of such are no less exact."""
+    own: tuple[Any, ...] = (torch.float32, *[_EXACT] * max(len(PRODUCTS), 1))
     with _lock:
-        changed = bool(_changed) or torch.get_default_dtype() is not torch.float32
+        found = _precision()
+        changed = bool(_changed) or found != own
         if changed:
-            _changed.append(_changed[0] if _changed else torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
+            _changed.append(_changed[0] if _changed else found)
+            _set_precision(*own)
     try:
         yield
     finally:
@@ -108,7 +119,20 @@ def _single_precision() -> Iterator[None]:
             with _lock:
                 before = _changed.pop()
                 if not _changed:  # the last call out
-                    torch.set_default_dtype(before)
+                    _set_precision(*before)
+
+
+def _precision() -> tuple[Any, ...]:
+    products = [part.fp32_precision for part in PRODUCTS]
+    return (torch.get_default_dtype(), *(products or [torch.get_float32_matmul_precision()]))
+
+
+def _set_precision(dtype: torch.dtype, *products: str) -> None:
+    torch.set_default_dtype(dtype)
+    if not PRODUCTS:
+        torch.set_float32_matmul_precision(*products)
+    for part, exact in zip(PRODUCTS, products, strict=False):
+        part.fp32_precision = exact
 
 
 def resolve_device(device: str) -> torch.device:

@@ -4,17 +4,21 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from decimal import Decimal
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from anndata import AnnData
 from catalogue import FIT, Row, refused, rows
 from helpers import VERBS, WITH_GROUPS, WITH_REFERENCE, small_counts, small_fit, unchanged
 
-from scuvae import pp, tl
+from scuvae import datasets, io, pl, pp, tl
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,149 @@ def test_numpys_scalars_are_pythons(name: str, tmp_path: Path) -> None:
     tl.score(back, key=key, n_samples=2)
     for value in adata.uns[key]["params"].values():
         assert type(value) in (str, bool, int, float, np.ndarray), value
+
+
+# --- numbers that are none ----------------------------------------------------------------------
+
+NUMBERS: dict[str, Any] = {
+    "beyond all floats": 10**400,
+    "a duration": np.timedelta64(3, "s"),
+    "missing": pd.NA,
+    "complex": 1 + 0j,
+    "a decimal": Decimal("0.5"),
+    "an array of one": np.array([0.5]),
+    "masked": np.ma.masked,
+}
+TAKES_NUMBERS: dict[str, Callable[[AnnData, Any], object]] = {
+    **{
+        name: lambda adata, value, name=name: tl.fit(adata, **{**FIT, name: value})
+        for name in ("learning_rate", "kl_weight", "dropout", "n_latent", "checkpoint_every")
+    },
+    "library_size": lambda adata, value: tl.denoise(adata, library_size=value),
+    "threshold": lambda adata, value: tl.rank_genes(adata, "cell_type", threshold=value),
+    "fraction": lambda adata, value: pp.thin_counts(adata, fraction=value),
+    "rng": lambda adata, value: seeded(adata, value),
+    "fdr": lambda adata, value: pl.volcano(adata, fdr=value),
+    "max_points": lambda adata, value: pl.observed_vs_predicted(adata, max_points=value),
+    "n_obs": lambda adata, value: datasets.linear_factor(n_obs=value),
+    "depth": lambda adata, value: datasets.two_conditions(depth=value),
+}
+
+
+def seeded(adata: AnnData, value: Any) -> None:
+    """A seed may be as large as it likes; not as small."""
+    if isinstance(value, int):
+        pp.thin_counts(adata, rng=value, copy=True)
+        value = -value
+    tl.score(adata, rng=value)
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+@pytest.mark.parametrize("argument", TAKES_NUMBERS)
+def test_what_is_no_number(argument: str, what: str, fitted: AnnData) -> None:
+    with unchanged(fitted), pytest.raises((TypeError, ValueError)) as caught:
+        TAKES_NUMBERS[argument](fitted, NUMBERS[what])
+    assert type(caught.value) in (TypeError, ValueError)
+    assert str(caught.value).startswith(f"{argument}=")
+
+
+# --- switches, paths and axes -------------------------------------------------------------------
+
+NO_SWITCHES: list[Any] = [1, "yes", [], pd.NA, np.array([True]), pd.Series([True])]
+
+
+@pytest.mark.parametrize("value", NO_SWITCHES, ids=[type(v).__name__ for v in NO_SWITCHES])
+@pytest.mark.parametrize("verb", [*VERBS, "neighbors", "thin_counts", "loss"])
+def test_a_switch_is_on_or_off(verb: str, value: Any, fitted: AnnData) -> None:
+    """Every argument that is annotated as one; None only where that is allowed."""
+    function = next(getattr(part, verb) for part in (tl, pp, pl) if hasattr(part, verb))
+    first = (fitted, fitted) if verb in WITH_REFERENCE else (fitted,)
+    first += ("cell_type",) if verb in WITH_GROUPS else ()
+    found = signature(function).parameters
+    names = [n for n, p in found.items() if p.annotation in (bool, bool | None)]
+    assert names
+    for name in names:
+        with unchanged(fitted), pytest.raises(TypeError) as caught:
+            function(*first, **{name: value})
+        assert f"{name}={value!r} is a" in str(caught.value)
+        assert "pass True or False" in str(caught.value)
+
+
+NO_PATHS: dict[str, tuple[Any, type[Exception]]] = {
+    "a list": (["m"], TypeError),
+    "bytes": (b"m", TypeError),
+    "a number": (3, TypeError),
+    "missing": (pd.NA, TypeError),
+    "nothing": ("", ValueError),
+    "a NUL": ("a\0b", ValueError),
+}
+
+
+@pytest.mark.parametrize("what", NO_PATHS)
+def test_what_is_no_path(what: str, fitted: AnnData) -> None:
+    value, kind = NO_PATHS[what]
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("path", lambda: io.write_model(value, fitted)),
+        ("path", lambda: io.read_model(value)),
+        ("save", lambda: pl.loss(fitted, save=value)),
+    ]
+    if isinstance(value, str):
+        calls.append(("reference", lambda: tl.project(small_counts(), value)))
+    for name, call in calls:
+        with unchanged(fitted), pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value).startswith(f"{name}={value!r} is")
+        assert "pass" in str(caught.value)
+
+
+def test_what_is_no_file_of_a_fit(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    for name in ("folder", "text.h5ad"):
+        for call in (
+            lambda name=name: tl.project(small_counts(), tmp_path / name),
+            lambda name=name: tl.fit(small_counts(), reference=tmp_path / name),
+        ):
+            with pytest.raises(ValueError, match=r"reference=.* cannot be read as an AnnData"):
+                call()
+    with pytest.raises(IsADirectoryError, match=r"folder' is a folder: name a file"):
+        io.read_model(tmp_path / "folder")
+
+
+NO_AXES: list[Any] = [[], "axes", 3, pd.NA, [None], plt.Figure()]
+
+
+@pytest.mark.parametrize("ax", NO_AXES, ids=[type(ax).__name__ for ax in NO_AXES])
+def test_what_are_no_axes(ax: Any, fitted: AnnData) -> None:
+    for draw in (pl.loss, pl.latent_dimensions, pl.volcano):
+        with pytest.raises(TypeError, match=r"ax=.* not axes of matplotlib: pass"):
+            draw(fitted, ax=ax)
+
+
+def test_a_picture_that_fails_leaves_no_figure(tmp_path: Path, fitted: AnnData) -> None:
+    before = plt.get_fignums()
+    for options in ({"save": tmp_path / "a.docx"}, {"save": tmp_path / "gone" / "a.png"}):
+        with pytest.raises(ValueError, match=r"no kind of picture|no such folder"):
+            pl.loss(fitted, **options)
+    adata = fitted.copy()
+    adata.obsm["X_scuvae"] = adata.obsm["X_scuvae"] * np.inf
+    with pytest.raises(ValueError, match="no cell has both a place in the embedding"):
+        pl.embedding_scores(adata, basis="X_scuvae", color="scale", show=False)
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(("value", "says"), [(5, "is a int"), (b"ab", "is a bytes"), ([], "empty")])
+def test_no_numbers_of_latent_dimensions(value: Any, says: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"n_latents.*{says}"):
+        tl.compare_n_latent(small_counts(), n_latents=value)
+
+
+def test_points_that_are_no_numbers_and_names_without_order(fitted: AnnData) -> None:
+    for z in (pd.Series(["a"]), pd.Index(["a"]), [["a", "b", "c"]]):
+        with pytest.raises(TypeError, match="of what are no numbers: pass the points"):
+            tl.decode(fitted, z, batch="b0")
+    with pytest.raises(TypeError, match="has no order: pass a list"):
+        pp.thin_counts(small_counts(), layers_added={"a", "b"})
 
 
 # --- names of slots -----------------------------------------------------------------------------

@@ -236,3 +236,18 @@ def test_values_that_went_bad_after_the_fit(verb: Callable[..., object], value: 
     adata.X[3, 7] = value
     with unchanged(adata), pytest.raises(ValueError, match=r"adata\.X holds .* cell 'cell3'"):
         verb(adata)
+
+
+@pytest.mark.parametrize("of", ["csr", "csc", "dask"])
+def test_half_precision_is_no_matter(of: str) -> None:
+    """Nor is anything said of it: what is compared with it is not beyond it."""
+    alone, adata = small_counts(), small_counts()
+    tl.fit(alone, likelihood="nb", **FIT)
+    if of == "dask":
+        adata.X = pytest.importorskip("dask.array").from_array(adata.X.astype(np.float16), (20, 40))
+    else:
+        matrix = sp.csr_matrix(adata.X) if of == "csr" else sp.csc_matrix(adata.X)
+        matrix.data = matrix.data.astype(np.float16)  # as files hold it; scipy makes none
+        adata.X = matrix
+    assert said(lambda: tl.fit(adata, likelihood="nb", **FIT)) == []
+    np.testing.assert_allclose(adata.obsm["X_scuvae"], alone.obsm["X_scuvae"], atol=1e-5)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from anndata import AnnData
+from fuzz_checkpoints import outcomes
 from helpers import fingerprint, small_counts, small_data, small_fit, unchanged
 from torch import Tensor
 
@@ -354,3 +355,9 @@ def test_processes_that_are_killed(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_or_read_as_it_was() -> None:
+    """Files that are changed, gone, empty, folders, links to nothing or another checkpoint's."""
+    counts = outcomes(30, seed=5)
+    assert set(counts) == {"as undamaged", "refused"}, counts

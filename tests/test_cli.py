@@ -419,6 +419,115 @@ sys.exit(cli.main(["fit", "in.h5ad", "-o", "out.h5ad"]))
     assert contents(tmp_path) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_ctrl_c_while_code_is_made_from_text(tmp_path: Path) -> None:
+    """As libraries do while they are imported: Python would end ``-m`` by a signal after all."""
+    (tmp_path / "ends.py").write_text("""
+import signal, sys
+from scuvae.cli.messages import say, terminable
+def main():
+    try:
+        with terminable():
+            exec("signal.raise_signal(signal.SIGINT)")
+    except KeyboardInterrupt:
+        return say("interrupted", 130)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "ends"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "scuvae: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="FIFOs are POSIX's")
+def test_an_input_that_is_no_file_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To open a FIFO waits for somebody to write to it: that may be never."""
+    fifo, cells = str(tmp_path / "fifo.h5ad"), str(tmp_path / "in.h5ad")
+    os.mkfifo(fifo)
+    datasets.linear_factor(9, 5, 1).write_h5ad(cells)
+    out = ["-o", str(tmp_path / "out.h5ad")]
+    for argv in (
+        ["fit", fifo, *out],
+        ["fit", fifo, cells, *out],
+        ["fit", cells, "--reference", fifo, *out],
+        ["project", cells, "--reference", fifo, *out],
+        ["model", "show", fifo],
+        ["plot", "loss", fifo, "-o", str(tmp_path / "a.png")],
+    ):
+        assert cli.main(argv) == 1
+        assert "fifo.h5ad is a FIFO or device: name a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["denoise", cells, "--genes", fifo, "--table", str(tmp_path / "t.csv")])
+    assert "is no file: name a text file of genes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"reference=.* is a FIFO or device"):
+        tl.project(datasets.linear_factor(9, 5, 1), fifo)
+    assert cli.main(["model", "show", str(tmp_path / "gone.h5ad")]) == 1
+    assert "gone.h5ad: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_a_signal_that_a_checkpoint_answers_is_said_too(
+    signum: int,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from scuvae.inference.training import loop
+
+    original = loop.Losses.add
+
+    def add(*args: Any) -> None:
+        original(*args)
+        signal.raise_signal(signum)
+
+    monkeypatch.setattr(loop.Losses, "add", add)
+    cells, out, kept = (str(tmp_path / name) for name in ("in.h5ad", "out.h5ad", "kept"))
+    datasets.linear_factor(30, 5, 1).write_h5ad(cells)
+    argv = ["fit", cells, "-o", out, "--checkpoint", kept, "-q", "--likelihood", "gaussian"]
+    assert cli.main([*argv, "--n-latent", "2"]) == 128 + signum
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"scuvae: {word}: the fit goes on from {kept}"
+    assert not Path(out).exists()
+
+
+def test_places_that_nothing_can_be_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the work, of inputs and of outputs; and a number of threads that none has."""
+    cells, long = str(tmp_path / "in.h5ad"), "a" * 300 + ".h5ad"
+    datasets.linear_factor(9, 5, 1).write_h5ad(cells)
+    (tmp_path / "loop.h5ad").symlink_to("loop.h5ad")
+    loop, out = str(tmp_path / "loop.h5ad"), ["-o", str(tmp_path / "out.h5ad")]
+    for path, says in ((long, "too long for a file"), (loop, "leads round to itself")):
+        for argv in (
+            ["fit", path, *out],
+            ["fit", cells, "-o", path],
+            [
+                "fit",
+                cells,
+                "--checkpoint",
+                path.removesuffix(".h5ad") if path == long else path,
+                *out,
+            ],
+            ["fit", cells, "--reference", path, *out],
+            ["model", "show", path],
+        ):
+            assert cli.main(argv) == 1, argv
+            assert says in capsys.readouterr().err
+    assert not (tmp_path / "out.h5ad").exists()
+    small = ["--max-epochs", "1", "-q", "--likelihood", "gaussian", "--n-latent", "2"]
+    assert cli.main(["fit", cells, *out, *small, "--threads", "9" * 50]) == 0
+
+
 # --------------------------------------------------------------------------------- end to end
 
 

@@ -71,14 +71,18 @@ def test_linear_factor_sizes_and_generator() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"n_obs": 0}, ValueError, "n_obs must be at least 1"),
-        ({"n_vars": -1}, ValueError, "n_vars must be at least 1"),
-        ({"n_factors": 2.5}, TypeError, "n_factors must be a whole number"),
-        ({"n_obs": True}, TypeError, "n_obs must be a whole number"),
-        ({"n_obs": "10"}, TypeError, "n_obs must be a whole number"),
-        ({"rng": 1.5}, TypeError, "rng must be"),
-        ({"rng": True}, TypeError, "rng must be"),
-        ({"rng": -1}, ValueError, "rng must not be negative"),
+        ({"n_obs": 0}, ValueError, "n_obs=0: pass a whole number >= 1"),
+        ({"n_vars": -1}, ValueError, "n_vars=-1: pass a whole number >= 1"),
+        ({"n_factors": 2.5}, TypeError, "n_factors=2.5 is a float"),
+        ({"n_obs": True}, TypeError, "n_obs=True is a bool"),
+        ({"n_obs": "10"}, TypeError, "n_obs='10' is a str"),
+        ({"n_obs": 10**7, "n_vars": 10**9}, ValueError, "n_obs=10000000 with n_vars=.*GiB"),
+        ({"n_obs": 10**400}, ValueError, "of at most"),
+        ({"n_vars": np.timedelta64(3, "s")}, TypeError, "is a timedelta64"),
+        ({"rng": np.timedelta64(3, "s")}, TypeError, "rng=.* is a timedelta64"),
+        ({"rng": 1.5}, TypeError, "pass an int, a numpy.random.Generator"),
+        ({"rng": True}, TypeError, "pass an int, a numpy.random.Generator"),
+        ({"rng": -1}, ValueError, "a seed is not negative"),
     ],
 )
 def test_linear_factor_refuses(arguments: dict, error: type[Exception], words: str) -> None:

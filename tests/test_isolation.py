@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from anndata import AnnData
 from helpers import SCHEMES, fingerprint, random_states, small_counts, small_fit
 
-from scuvae import get, pp, tl
+from scuvae import get, io, pp, runtime, tl
 from scuvae._random import normal_like
 from scuvae.runtime import random_state
 
@@ -25,6 +26,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def rough_products() -> Iterator[None]:
+    """What lightning advises: where the processor has bfloat16, products of float32 are its."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no gradients": torch.no_grad,
     "inference mode": torch.inference_mode,
@@ -32,13 +43,22 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "another device": lambda: torch.device("meta"),
+    "rough products": rough_products,
 }
 # Settings that do not touch each other go together: a verb is called three times, not six.
 TOGETHER = {
     "inference mode": ("inference mode",),
-    "float64 without gradients": ("no gradients", "float64"),
+    "float64 without gradients": ("no gradients", "float64", "rough products"),
     "bfloat16 elsewhere": ("bfloat16", "autocast", "another device"),
 }
+
+
+def there_and_back(adata: AnnData) -> None:
+    with TemporaryDirectory() as folder:
+        io.write_model(f"{folder}/m.scuvae", adata, key="semi")
+        io.read_model(f"{folder}/m.scuvae")
+
+
 VERBS: dict[str, Callable[[AnnData, AnnData], Any]] = {
     "project": lambda new, old: tl.project(new, old, key="semi"),
     "polish": lambda new, old: tl.project(new, old, key="semi", polish="moments"),
@@ -62,12 +82,17 @@ VERBS: dict[str, Callable[[AnnData, AnnData], Any]] = {
     "thin_counts": lambda new, old: pp.thin_counts(old),
     "model": lambda new, old: get.model(old, key="semi"),
     "posterior": lambda new, old: get.posterior(old, key="semi"),
+    "summary": lambda new, old: str(get.fit(old, key="semi")),
+    "history": lambda new, old: get.history(old, key="semi"),
+    "a model's file": lambda new, old: there_and_back(old),
 }
 
 
 def state() -> tuple[Any, ...]:
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
-    return random_states(), modes, torch.get_default_device(), torch.is_autocast_enabled("cpu")
+    products = torch.get_float32_matmul_precision(), [p.fp32_precision for p in runtime.PRODUCTS]
+    cast = torch.is_autocast_enabled("cpu")
+    return random_states(), modes, torch.get_default_device(), cast, products
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +120,30 @@ def test_a_fit_does_not_mind(amortized: bool | str, setting: str) -> None:
         small_fit(adata, amortized=amortized)
         assert state() == before
     assert fingerprint(adata) == fingerprint(alone)
+
+
+def test_products_are_exact_whatever_is_set() -> None:
+    """Also on processors where that changes nothing; other calls meanwhile end as they like."""
+    found = []
+
+    @runtime.isolated
+    def verb() -> None:
+        found.append(
+            torch.get_float32_matmul_precision()
+            if not runtime.PRODUCTS
+            else [part.fp32_precision for part in runtime.PRODUCTS]
+        )
+
+    @runtime.isolated
+    def around() -> None:
+        verb()
+
+    with rough_products():
+        before = state()
+        verb()
+        around()
+        assert state() == before
+    assert found in (["highest"] * 2, [["ieee", "ieee"]] * 2)
 
 
 @pytest.mark.parametrize("settings", TOGETHER)

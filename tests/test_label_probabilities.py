@@ -285,3 +285,20 @@ def test_the_picture_has_the_bins() -> None:
     with pytest.raises(ValueError, match="no 'scuvae_label_calibration'"):
         pl.label_reliability(profiles()[1])
     plt.close("all")
+
+
+def test_dense_counts_are_as_good_as_sparse_ones() -> None:
+    """Whichever the reference holds, and whichever the new cells do."""
+    old, new = small_fit(small_counts(n_obs=220), max_epochs=1), small_counts(n_obs=60, seed=1)
+    found = []
+    for of_reference in (np.asarray, sp.csr_matrix):
+        for of_new in (np.asarray, sp.csr_matrix):
+            reference, adata = old.copy(), new.copy()
+            reference.X, adata.X = of_reference(reference.X), of_new(adata.X)
+            tl.transfer_labels(adata, reference)
+            table = np.asarray(adata.obsm["scuvae_label_probabilities"])
+            found.append((table, adata.uns["scuvae_label_calibration"]["ece"]))
+    for table, error in found[1:]:
+        # Float32's sums of the same numbers in another order.
+        np.testing.assert_allclose(table, found[0][0], atol=1e-3)
+        assert error == pytest.approx(found[0][1], abs=1e-3)

@@ -506,3 +506,20 @@ def test_large_tables_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
             usual.uns["scuvae"]["history"][name], large.uns["scuvae"]["history"][name], rtol=1e-6
         )
     np.testing.assert_allclose(large.obsm["X_scuvae"], usual.obsm["X_scuvae"], atol=0.05)
+
+
+def test_a_view_of_a_dask_array_is_one() -> None:
+    """Cells chosen of an AnnData that is not in memory: fitted, and as a reference."""
+    da = pytest.importorskip("dask.array")
+    plain, lazy = small_counts(n_obs=120), small_counts(n_obs=120)
+    lazy.X = da.from_array(lazy.X, (50, 40))
+    chosen = np.arange(120) % 3 > 0
+    results = []
+    for adata in (plain, lazy):
+        part = tl.fit(adata[chosen], copy=True, likelihood="nb", **{**SMALL, "max_epochs": 1})
+        assert part is not None
+        new = small_counts(seed=1)
+        tl.novelty(new, part, n_samples=2, n_reference=30)
+        results.append((part.obsm["X_scuvae"], new.obs["scuvae_novelty"].to_numpy()))
+    for held, read in zip(*results, strict=True):
+        np.testing.assert_allclose(read, held, atol=1e-3)

@@ -324,7 +324,7 @@ def test_axes_of_the_caller(simulated: ad.AnnData) -> None:
     assert pl.observed_vs_predicted(simulated, ax=grid) == list(grid)
     with pytest.raises(ValueError, match="ax has 1 axes for 2 panels"):
         pl.observed_vs_predicted(simulated, ax=grid[0])
-    with pytest.raises(ValueError, match="max_points must be at least 1"):
+    with pytest.raises(ValueError, match="max_points=0: pass a whole number >= 1"):
         pl.observed_vs_predicted(simulated, max_points=0)
 
 

@@ -21,10 +21,10 @@ from helpers import assert_same_posterior, fingerprint, small_counts, small_fit
 from scipy import sparse as sp
 
 from scuvae import tl
+from scuvae._adata import find_level
 from scuvae._keys import Keys
 from scuvae.cli.arguments import lines
 from scuvae.io import inputs
-from scuvae.io.covariates import find_level
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

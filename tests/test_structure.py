@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "pp": {"inference", "io", "model", "distributions", "batches", "runtime"},
     "pl": set(),
     "get": {"io", "model", "runtime"},
-    "io": {"model", "distributions", "batches"},
+    "io": {"model", "distributions", "batches", "runtime"},
     "inference": {"model", "distributions", "batches", "kernels", "runtime"},
     "model": {"distributions", "batches", "kernels"},
     "distributions": {"kernels"},
@@ -43,7 +43,10 @@ ARROWS: dict[str, set[str]] = {
     "runtime": set(),
     "datasets": set(),
 }
-HELPERS = {"_keys", "_checks", "_errors", "_launched", "_replacing", "_random", "_reliability"}
+HELPERS = {
+    *("_adata", "_keys", "_checks", "_errors", "_launched", "_replacing", "_random"),
+    "_reliability",
+}
 
 # What nothing that the part imports from scuvae may import either.
 FORBIDDEN: dict[str, set[str]] = {

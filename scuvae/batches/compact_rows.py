@@ -11,7 +11,7 @@ from scuvae.batches.sparse_rows import SparseRows, entries
 from scuvae.kernels.csr_rows import ESCAPE, narrow, widen
 
 # The last of the whole numbers that float32 holds one by one.
-_MOST = 2**24
+_MOST = np.float32(2**24)  # half precision, compared with a whole number, would overflow
 
 
 def is_count(values: np.ndarray) -> np.ndarray:

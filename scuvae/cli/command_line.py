@@ -21,10 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable(), messages(args.verbose), use_threads(args.threads):
             args.run(args)
-    except KeyboardInterrupt:
-        return say("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return say(str(error) or "interrupted", 130)
     except Terminated:
         return say("terminated", 143)
+    except SystemExit as error:
+        if error.code != 143:
+            raise
+        # After a checkpoint, which a fit answers SIGTERM with.
+        return say(f"terminated: the fit goes on from {args.checkpoint}", 143)
     except Exception as error:
         if args.debug:
             raise

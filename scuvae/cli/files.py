@@ -10,7 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scuvae._replacing import checked_target, free_bytes, replacing, temporary
+from scuvae._replacing import (
+    checked_target,
+    free_bytes,
+    replacing,
+    temporary,
+    unreachable,
+)
 from scuvae.cli.messages import one_line
 from scuvae.cli.paths import SUFFIXES
 
@@ -21,8 +27,9 @@ if TYPE_CHECKING:
 def checked_output(output: Path, *inputs: Path) -> Path:
     """The file that ``output`` names, links followed, or an error before any work."""
     for path in inputs:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
+        checked_input(path)
+    if why := unreachable(output):
+        raise ValueError(f"{output}: {why}: name another file")
     target = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -37,6 +44,16 @@ def checked_output(output: Path, *inputs: Path) -> Path:
     return checked_target(output, folder=zarr)
 
 
+def checked_input(path: Path) -> None:
+    """Raise unless a file or folder is there; to open a FIFO would wait for somebody to write."""
+    if why := unreachable(path):
+        raise ValueError(f"{path}: {why}")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a FIFO or device: name a file")
+
+
 def unclobbered(args: argparse.Namespace, targets: dict[str, Path]) -> None:
     """With --no-clobber, raise if one of the outputs is there."""
     for name, target in targets.items():
@@ -48,8 +65,7 @@ def files_of(sources: Sequence[Path]) -> list[Path]:
     """Files as they are; of a folder, and of a collection of annbatch's, what lies in it."""
     found: list[Path] = []
     for path in sources:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
+        checked_input(path)
         parts = [path]
         if path.is_dir() and path.suffix != ".zarr":
             parts = [part for part in path.iterdir() if part.suffix in SUFFIXES]
@@ -203,11 +219,13 @@ def _stays_on_disk(args: argparse.Namespace, output: Path) -> bool:
 def read(path: Path) -> "AnnData":
     import anndata
 
+    checked_input(path)
     zarr = path.suffix == ".zarr" or path.is_dir()
     return _reading(anndata.read_zarr if zarr else anndata.read_h5ad, path)
 
 
 def _reading(how: Callable[[Path], "AnnData"], path: Path) -> "AnnData":
+    checked_input(path)
     try:
         return how(path)
     except Exception as error:

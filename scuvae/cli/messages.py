@@ -17,20 +17,31 @@ class Terminated(BaseException):
     """SIGTERM. Raised like Ctrl-C's, so that temporary folders are removed on the way out."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. One that Python does not know: of its own, raised while code is made from text, it
+    remembers that it was raised, and ends the process by a signal after all."""
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted if signum == signal.SIGINT else Terminated
 
+    taken = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a parent ignores it
+        taken.append(signal.SIGINT)
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, terminate)
+        for number in taken:
+            before[number] = signal.signal(number, end)
     except ValueError:  # not the main thread: signals are the caller's
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

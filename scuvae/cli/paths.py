@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ data_path = path_of(*SUFFIXES)
 def source_path(text: str) -> Path:
     """A file of cells, or a folder of such files."""
     found = Path(text)
-    return found if found.is_dir() else data_path(text)
+    return found if os.path.isdir(text) else data_path(text)
 
 
 model_path = path_of(".scuvae")
@@ -47,6 +48,8 @@ json_path = path_of(".json")
 def lines(text: str) -> list[str]:
     """The names in a file, one a line, as editors, spreadsheets and R write them."""
     try:
+        if Path(text).exists() and not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} is no file: name a text file of genes")
         data = Path(text).read_bytes()
         # A byte-order mark says which; UTF-8 has one too where Windows wrote it.
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

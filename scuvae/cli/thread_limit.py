@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# No machine has more; libraries count them in few bytes.
+MOST = 1024
+
 
 @contextmanager
 def use_threads(n: int | None) -> Iterator[None]:
@@ -13,6 +16,8 @@ def use_threads(n: int | None) -> Iterator[None]:
     import numba
     import torch
     from threadpoolctl import threadpool_limits
+
+    n = min(n, MOST)
 
     before = torch.get_num_threads(), numba.get_num_threads()
     try:

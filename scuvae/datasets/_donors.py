@@ -1,14 +1,13 @@
 """Cells of several donors in two conditions, drawn around the profiles of real ones."""
 
-from numbers import Real
-
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from .._checks import random_generator, real, whole
 from ._pbmc import pbmc68k_counts
-from ._simulate import _check_size, _generator
+from ._simulate import check_cells
 
 TYPES = ("CD14+ Monocyte", "CD19+ B", "CD56+ NK", "CD8+ Cytotoxic T", "Dendritic")
 # Shares of the types, whose spread between donors is that of a Dirichlet of this concentration.
@@ -69,15 +68,12 @@ def two_conditions(
     >>> (adata.varm["log2_change"] != 0).mean().round(1).tolist()
     [0.1, 0.1, 0.1, 0.1, 0.1]
     """
-    for name, value in (("n_donors", n_donors), ("n_cells", n_cells)):
-        _check_size(name, value)
+    n_donors, n_cells = whole("n_donors", n_donors), whole("n_cells", n_cells)
     if n_donors < 4 or n_donors % 2:
         raise ValueError(f"n_donors must be an even number of at least 4, not {n_donors}.")
-    if isinstance(depth, bool) or not isinstance(depth, Real):
-        raise TypeError(f"depth must be a number, not {depth!r}.")
-    if not 0 < depth < np.inf:
-        raise ValueError(f"depth must be finite and positive, not {depth}.")
-    generator = _generator(rng)
+    depth = real("depth", depth, above=0.0)
+    check_cells({"n_donors": n_donors, "n_cells": n_cells, "n_vars": 765})
+    generator = random_generator(rng)
     profiles, names = _profiles()
     change = _changes(len(names), generator)
 

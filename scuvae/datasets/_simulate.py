@@ -1,10 +1,13 @@
 """Simulated matrices whose truth is stored beside them."""
 
-from numbers import Integral
+import math
+import os
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+
+from .._checks import random_generator, whole
 
 FACTOR_SCALE = 0.5
 LOADING_SCALE = 0.5
@@ -63,10 +66,12 @@ def linear_factor(
     >>> round(float(residual.std()), 2)
     0.3
     """
-    sizes = {"n_obs": n_obs, "n_vars": n_vars, "n_factors": n_factors}
-    for name, value in sizes.items():
-        _check_size(name, value)
-    generator = _generator(rng)
+    n_obs, n_vars = whole("n_obs", n_obs), whole("n_vars", n_vars)
+    n_factors = whole("n_factors", n_factors)
+    check_cells({"n_obs": n_obs, "n_vars": n_vars})
+    check_cells({"n_obs": n_obs, "n_factors": n_factors})
+    check_cells({"n_vars": n_vars, "n_factors": n_factors})
+    generator = random_generator(rng)
 
     # The order of the draws fixes the numbers: factors, loadings, data.
     factors = generator.normal(scale=FACTOR_SCALE, size=(n_obs, n_factors))
@@ -92,21 +97,16 @@ def linear_factor(
     )
 
 
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, not {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}.")
-
-
-def _generator(rng: object) -> np.random.Generator:
-    if isinstance(rng, np.random.Generator):
-        return rng
-    if rng is None:
-        return np.random.default_rng()
-    # numpy would take True as the seed 1.
-    if isinstance(rng, bool | np.bool_) or not isinstance(rng, Integral):
-        raise TypeError(f"rng must be an int, a numpy.random.Generator or None, not {rng!r}.")
-    if rng < 0:
-        raise ValueError(f"rng must not be negative, not {rng}.")
-    return np.random.default_rng(int(rng))
+def check_cells(sizes: dict[str, int]) -> None:
+    """Raise where no memory of this machine holds an array of these sizes, in float64."""
+    needed = 8.0 * math.prod(sizes.values())
+    try:
+        there = float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        there = math.inf
+    if needed > there:
+        said = " with ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ValueError(
+            f"{said} takes {needed / 2**30:,.4g} GiB of memory at least, and there are "
+            f"{there / 2**30:,.4g} GiB: pass less"
+        )

@@ -1,7 +1,6 @@
 """Columns of obs that a model sees: batches and other covariates, size factors."""
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,9 +9,8 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+from scuvae._adata import column_of, find_level, level_names, names_in
 from scuvae._checks import plain
-from scuvae._errors import near
-from scuvae.io.inputs import obs_column
 from scuvae.model.covariates import Categorical, Continuous, Covariates, Design
 
 logger = logging.getLogger("scuvae")
@@ -29,7 +27,6 @@ _OTHER_SCALE = 2.0
 _FAR = 20.0
 # What missing values become where a column is made text.
 _ABSENT = {"", "nan", "none", "null", "<na>", "nat"}
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
 # --- of a fit -----------------------------------------------------------------------------------
@@ -174,36 +171,7 @@ def batch_codes(
     return _levels(adata, "batch_key", batch_key, known)
 
 
-def find_level(name: object, levels: Sequence[str]) -> int | None:
-    """The number of the level with this value: by name, or else by what the name says."""
-    text = str(name)
-    if text in levels:
-        return list(levels).index(text)
-    value = _value(text)
-    alike = [i for i, level in enumerate(levels) if _value(level) == value]
-    return alike[0] if len(alike) == 1 else None
-
-
 # --- columns ------------------------------------------------------------------------------------
-
-
-def column_of(adata: AnnData, argument: str, key: object, owner: str = "adata") -> pd.Series:
-    """The one column of obs that an argument names."""
-    if not isinstance(key, str):
-        several = ": several go into categorical_covariate_keys=" if argument == "batch_key" else ""
-        raise TypeError(
-            f"{argument}={key!r} is a {type(key).__name__}: pass the name of one column of "
-            f"{owner}.obs{several}"
-        )
-    if key not in adata.obs:
-        raise ValueError(f"{argument}={key!r} is no column of {owner}.obs. {near(key, adata.obs)}")
-    column = obs_column(adata, key)
-    if isinstance(column, pd.DataFrame):
-        raise ValueError(
-            f"{owner}.obs has {column.shape[1]} columns named {key!r}, which {argument} names: "
-            "keep one"
-        )
-    return column
 
 
 def _keys(argument: str, keys: object) -> list[str]:
@@ -223,7 +191,7 @@ def _levels(
 
     Levels are what values say, however they are stored: 1, 1.0, True and "1" are one.
     """
-    column = column_of(adata, argument, key)
+    column = names_in(adata, argument, key)
     missing = column.isna().to_numpy()
     what = "batch" if argument == "batch_key" else "level"
     if missing.any():
@@ -239,7 +207,7 @@ def _levels(
             "it with .astype(str) if it is one"
         )
     code, kinds = pd.factorize(column)
-    names = [str(name) for name in pd.Index(kinds).astype(str)]
+    names = level_names(kinds)
     levels = list(known or ())
     place: dict[str, int] = {}
     for name in sorted(names):
@@ -255,13 +223,6 @@ def _mixed(column: pd.Series) -> bool:
     """Whether values of several types stand in one column, where 1 and "1" are one level."""
     kinds = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
     return kinds.dtype == object and pd.api.types.infer_dtype(kinds).startswith("mixed")
-
-
-def _value(name: str) -> object:
-    """What a level's name says: a number, where it is one written out."""
-    if name in ("True", "False"):
-        return float(name == "True")
-    return float(name) if _NUMBER.fullmatch(name) else name
 
 
 def _numbers(adata: AnnData, argument: str, key: str) -> np.ndarray:

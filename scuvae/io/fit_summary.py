@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from pandas.api.types import is_numeric_dtype
 
 from scuvae._keys import DEFAULT, Keys
 from scuvae.io.fit_state import read_entry
@@ -128,7 +129,7 @@ def _last(history: pd.DataFrame, column: str) -> float | None:
 def _means(adata: AnnData, keys: Keys) -> dict[str, float]:
     found = {}
     for name in _MEASURES:
-        if keys.obs[name] in adata.obs:
+        if keys.obs[name] in adata.obs and is_numeric_dtype(adata.obs[keys.obs[name]]):
             found[name] = float(np.nanmean(adata.obs[keys.obs[name]].to_numpy(float)))
     return found
 

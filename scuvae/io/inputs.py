@@ -1,6 +1,5 @@
 """AnnData in: the matrix a fit sees, checked before any work."""
 
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse as sp
 
+from scuvae._adata import check_type, obs_column
 from scuvae._errors import near
 from scuvae.batches.stored.matrix import StoredMatrix
 from scuvae.batches.stored.registry import kind_of
@@ -32,22 +32,6 @@ __all__ = [
     "totals",
     "warn_of_counts_meant",
 ]
-
-
-def check_type(adata: object, name: str = "adata") -> AnnData:
-    """``adata`` itself, if it is an AnnData."""
-    if isinstance(adata, AnnData):
-        return adata
-    kind = type(adata)
-    if kind.__name__ == "MuData":
-        modalities = ", ".join(map(repr, adata.mod))  # type: ignore[attr-defined]
-        raise TypeError(
-            f"{name} is a MuData with modalities {modalities}: pass one of them, mdata[modality]"
-        )
-    if kind.__name__ == "Raw":
-        raise TypeError(f"{name} is an AnnData's raw: pass {name} = adata.raw.to_adata()")
-    hint = "anndata.read_h5ad(path)" if isinstance(adata, str | PathLike) else "AnnData(X)"
-    raise TypeError(f"{name} is a {kind.__module__}.{kind.__name__}, not an AnnData: pass {hint}")
 
 
 def check_anndata(adata: object, *, copy: bool = True) -> AnnData:
@@ -96,12 +80,6 @@ def check_unique_genes(adata: AnnData) -> None:
         raise ValueError(
             f"adata.var_names holds {unwritable[0]!r}, and no file takes a NUL: rename this gene"
         )
-
-
-def obs_column(adata: AnnData, key: str) -> pd.Series:
-    """A column of obs, in memory also where ``anndata.experimental.read_lazy`` left it on disk."""
-    column = adata.obs[key]
-    return column if isinstance(column, pd.Series | pd.DataFrame) else column.to_pandas()
 
 
 def gene_mask(adata: AnnData, mask_var: Any) -> np.ndarray | None:

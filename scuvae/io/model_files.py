@@ -6,16 +6,19 @@ from pathlib import Path
 import pandas as pd
 from anndata import AnnData
 
+from scuvae._adata import check_type
+from scuvae._checks import path as checked_path
 from scuvae._keys import DEFAULT
 from scuvae._replacing import checked_target, free_bytes, replacing
 from scuvae.io.fit_state import checked, read_entry, sealed
-from scuvae.io.inputs import check_type
 from scuvae.io.integrity import manifest, safetensors
 from scuvae.io.integrity.manifest import Damaged
+from scuvae.runtime import isolated
 
 _PARTS = {"manifest", "settings"}
 
 
+@isolated
 def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = None) -> None:
     """Write a fit's model to a file: what :func:`scuvae.tl.project` needs, and no cells.
 
@@ -62,7 +65,7 @@ def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = 
     written = manifest.from_json(entry.pop("manifest"), "the manifest")
     settings, arrays = manifest.flat(entry)
     text = manifest.to_json({"manifest": written, "settings": settings})
-    target = checked_target(path)
+    target = checked_target(checked_path("path", path, "a file"))
     needed = len(text) + sum(array.nbytes for array in arrays.values())
     try:
         with replacing(target) as new, open(new, "wb") as file:
@@ -74,6 +77,7 @@ def write_model(path: str | PathLike[str], adata: AnnData, *, key: str | None = 
         ) from error
 
 
+@isolated
 def read_model(path: str | PathLike[str]) -> AnnData:
     """Read a model file, as a reference for whatever takes one.
 
@@ -111,7 +115,7 @@ def read_model(path: str | PathLike[str]) -> AnnData:
     >>> reference.shape
     (0, 765)
     """
-    return read_as(Path(path), DEFAULT)
+    return read_as(Path(checked_path("path", path, "a file of io.write_model")), DEFAULT)
 
 
 def is_hdf5(path: Path) -> bool:
@@ -126,6 +130,8 @@ def read_as(path: Path, name: str) -> AnnData:
     """As :func:`read_model`, the fit in ``uns[name]``."""
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist: name a file of io.write_model")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: name a file of io.write_model")
     text, arrays = safetensors.read(path)
     parts = manifest.from_json(text, f"{path}: its manifest")
     if not isinstance(parts, dict) or set(parts) != _PARTS:

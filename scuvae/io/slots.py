@@ -59,7 +59,12 @@ def gaussian_of(values: dict[str, np.ndarray]) -> Gaussian:
         longest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
         jitter = 1e-6 * longest * torch.eye(mean.shape[1], dtype=torch.float64)
         bad = (failed > 0)[:, None, None]
-        tril = torch.linalg.cholesky(torch.where(bad, covariance + jitter, covariance))
+        tril, failed = torch.linalg.cholesky_ex(torch.where(bad, covariance + jitter, covariance))
+        if failed.any():
+            raise ValueError(
+                f"the covariances of {int((failed > 0).sum())} cells' posteriors in adata.obsm are "
+                "no covariances, not positive definite: refit these cells with tl.project"
+            )
     return Gaussian(mean, tril.float())
 
 
@@ -99,7 +104,10 @@ def write_components(adata: AnnData, key: str | None, share: np.ndarray | None) 
 
 def _check_moments(adata: AnnData, slot: str, width: int, *, positive: bool) -> None:
     """Raise unless a slot is what a posterior's moments can be."""
-    values, remedy = np.asarray(adata.obsm[slot]), "refit its cells with tl.project"
+    held, remedy = adata.obsm[slot], "refit its cells with tl.project"
+    if np.ma.is_masked(held):
+        raise ValueError(f"adata.obsm[{slot!r}] is a masked array with masked values: {remedy}")
+    values = np.asarray(held)
     if values.shape != (adata.n_obs, width) or values.dtype.kind not in "fiu":
         raise ValueError(
             f"adata.obsm[{slot!r}] is {values.dtype} of shape {values.shape}, but the fit's has "

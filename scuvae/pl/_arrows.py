@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from .._checks import whole
 from ._cells import categories, coloured, legend_width
-from ._common import finish, point_size
+from ._common import finish, picture, point_size
 from ._latent import bare, coordinates, latent, slots
 
 GROUND = "0.82"
@@ -19,6 +19,7 @@ GROUND = "0.82"
 NEIGHBOURS = 15
 
 
+@picture
 def refinement_arrows(
     adata: AnnData,
     *,

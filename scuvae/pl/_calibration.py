@@ -5,18 +5,20 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import ndtr, ndtri
 
 from .._keys import Keys
-from ._common import colours, finish, panels, result
+from ._common import colours, finish, panels, picture, result
 
 FAMILIES = ("full", "diagonal", "encoder")
 LEVELS = np.linspace(0.01, 0.99, 99)
 
 
+@picture
 def calibration(
     adata: AnnData,
     *,
@@ -70,7 +72,12 @@ def calibration(
     ('Nominal level (%)', 'Coverage (%)')
     """
     found = result(adata, key, Keys.of(key).calibration, "calibration", Mapping)
-    table, pit = found["coverage"], found["pit"]
+    table, pit = found.get("coverage"), found.get("pit")
+    if not isinstance(table, pd.DataFrame) or not isinstance(pit, Mapping) or not pit:
+        raise ValueError(
+            f"adata.uns[{Keys.of(key).calibration!r}] is no result of tl.calibration: call "
+            "scuvae.tl.calibration(adata) again"
+        )
     n_cells, n_latent = next(iter(pit.values())).shape
     axes = panels(ax, 2, 2, (3.6, 2.8))
     left, right = axes

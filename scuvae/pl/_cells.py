@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_rgba
 from matplotlib.lines import Line2D
 
+from .._adata import names_in
 from .._errors import near
 from .._keys import DEFAULT, SCVI, Keys
 from ._common import colours
@@ -69,7 +70,7 @@ def categories(adata: AnnData, groupby: str) -> pd.Categorical:
         )
     if groupby not in adata.obs:
         raise ValueError(f"adata.obs has no {groupby!r}. {near(groupby, adata.obs)}")
-    column = adata.obs[groupby]
+    column = names_in(adata, "groupby", groupby)
     levels = column.dropna().unique()
     floats = pd.api.types.is_float_dtype(column)
     most = MOST_FLOAT_LEVELS if floats else MOST_LEVELS

@@ -1,44 +1,112 @@
 """What every picture shares: which fits there are, their colours, and when to show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from .._adata import check_type
+from .._checks import called_right, flags, path, plain
 from .._errors import near
 from .._keys import DEFAULT, Keys
 from .._replacing import checked_target, replacing
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Entries read at once: 32 MiB a matrix in float64, whatever the size of the data.
 BLOCK = 4_194_304
 
 
-def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
-    """The ``uns`` keys of the fits asked for; None means all, the default key first."""
+def picture(function: Callable[P, R]) -> Callable[P, R]:
+    """A verb of pl: what all have in common is looked at first, and what fails leaves no figure."""
+    parameters = signature(function).parameters
+
+    @wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        called_right(parameters, function.__name__, args, kwargs)
+        for name, value in kwargs.items():
+            kwargs[name] = plain(value)
+        flags(parameters, kwargs)
+        check_type(args[0] if args else kwargs.get("adata"))
+        if (save := kwargs.get("save")) is not None:
+            _kind_of(save)
+            checked_target(path("save", save, "a file"))
+        if (ax := kwargs.get("ax")) is not None:
+            _check_axes(ax, one=parameters["ax"].annotation == Axes | None)
+        before = plt.get_fignums()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            for number in set(plt.get_fignums()) - set(before):
+                plt.close(number)
+            raise
+
+    return drawn
+
+
+def _check_axes(ax: object, *, one: bool) -> None:
+    given = [ax] if one or isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
+    if not all(isinstance(part, Axes) for part in given):
+        raise TypeError(
+            f"ax={ax!r} is a {type(ax).__name__}, not axes of matplotlib: pass those of "
+            "plt.subplots(), or None for a new figure"
+        )
+
+
+def known_fits(adata: AnnData) -> list[str]:
+    """The ``uns`` keys of all fits, the default key first."""
     known = [
         k
         for k, v in adata.uns.items()
         if isinstance(v, Mapping) and {"params", "history"} <= set(v)
     ]
-    known.sort(key=lambda k: k != DEFAULT)
+    return sorted(known, key=lambda k: k != DEFAULT)
+
+
+def fits(adata: AnnData, keys: str | Sequence[str] | None) -> list[str]:
+    """The ``uns`` keys of the fits asked for; None means all, the default key first."""
+    known = known_fits(adata)
     if keys is None:
         if not known:
             raise ValueError("adata.uns holds no fit. Call scuvae.tl.fit(adata) first.")
+        for key in known:
+            _check_entry(adata.uns[key], key)
         return known
     asked = [keys] if isinstance(keys, str) else list(keys)
     for key in asked:
         if key not in known:
             raise ValueError(f"adata.uns has no fit {key!r}. {near(key, known)}")
+        _check_entry(adata.uns[key], key)
     return asked
+
+
+def _check_entry(fit: Mapping[str, Any], key: str) -> None:
+    """What pictures read of a fit is what a fit has: its digests are looked at by tl alone."""
+    odd = ""
+    history = fit["history"]
+    if not isinstance(fit["params"], Mapping):
+        odd = f"['params'] is a {type(fit['params']).__name__}"
+    elif np.ndim(fit.get("var_names", ())) != 1:
+        odd = f"['var_names'] is a {type(fit['var_names']).__name__}"
+    elif isinstance(history, pd.DataFrame) and any(d.kind not in "fiu" for d in history.dtypes):
+        odd = "['history'] holds what are no numbers"
+    if odd:
+        raise ValueError(
+            f"adata.uns[{key!r}]{odd}, which no fit has: read an undamaged copy, or fit again"
+        )
 
 
 def matrix(adata: AnnData, layer: str | None) -> Any:
@@ -158,12 +226,19 @@ def finish(
     return None if show else drawn
 
 
-def _write(figure: Figure, path: str | PathLike[str]) -> None:
-    """The file is the old picture or the new one, whatever happens meanwhile."""
-    kinds, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.removeprefix(".")
+def _kind_of(save: object) -> str:
+    """The kind of picture that a file's name asks for."""
+    text = path("save", save, "a file")
+    kinds, suffix = FigureCanvasBase.get_supported_filetypes(), Path(text).suffix.removeprefix(".")
     if suffix not in kinds:
-        raise ValueError(f"save={str(path)!r} names no kind of picture. {near(suffix, kinds)}")
-    with replacing(checked_target(path)) as new:
+        raise ValueError(f"save={text!r} names no kind of picture. {near(suffix, kinds)}")
+    return suffix
+
+
+def _write(figure: Figure, save: str | PathLike[str]) -> None:
+    """The file is the old picture or the new one, whatever happens meanwhile."""
+    suffix = _kind_of(save)
+    with replacing(checked_target(save)) as new:
         # SVG and PDF would carry the date.
         dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(new, dpi=200, bbox_inches="tight", metadata=dated.get(suffix))

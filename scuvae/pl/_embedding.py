@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from .._errors import near
 from .._keys import OBS_NAMES
 from ._cells import scores
-from ._common import finish, panels, point_size
+from ._common import finish, panels, picture, point_size
 from ._latent import bare, coordinates, latent, slots
 
 COLUMNS = 3
@@ -24,6 +24,7 @@ MISSING = "lightgray"
 USUAL = ("scale", "neighbor_stability", "elbo", "novelty", "amortization_gap")
 
 
+@picture
 def embedding_scores(
     adata: AnnData,
     *,
@@ -167,6 +168,11 @@ def _draw(ax: Axes, place: np.ndarray, name: str, values: np.ndarray) -> None:
     missing = np.flatnonzero(seen & ~known)
     dots: dict[str, Any] = {"s": point_size(int(seen.sum())), "linewidths": 0, "rasterized": True}
     ax.scatter(place[missing, 0], place[missing, 1], c=MISSING, **dots)
+    if not known.any():
+        raise ValueError(
+            f"no cell has both a place in the embedding and a finite {name!r}: make them anew, or "
+            "pass another basis= or color="
+        )
     order = np.flatnonzero(known)
     order = order[np.argsort(values[order], kind="stable")]
     low, high = np.percentile(values[order], (ROBUST, 100 - ROBUST))

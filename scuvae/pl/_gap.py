@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from ._cells import categories, category_colours, left_out, scores, shown
-from ._common import finish
+from ._common import finish, picture
 
 # Of the names beside the boxes.
 _LONGEST = 48
 
 
+@picture
 def amortization_gap(
     adata: AnnData,
     *,

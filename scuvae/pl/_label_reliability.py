@@ -11,16 +11,18 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .._adata import find_level, level_names, names_in
 from .._errors import near
 from .._keys import Keys
 from .._reliability import expected_calibration_error, reliability
-from ._common import colours, finish
+from ._common import colours, finish, picture
 
 # Bars of counts take this part of the axes' height.
 _BARS = 0.2
 _LEVEL = 1.96
 
 
+@picture
 def label_reliability(
     adata: AnnData,
     *,
@@ -143,15 +145,18 @@ def _judged(adata: AnnData, labels: str, keys: Keys) -> dict[str, np.ndarray]:
     ):
         if slot not in held:
             raise ValueError(f"adata has no {slot!r} any more: call scuvae.tl.transfer_labels")
-    truth = pd.Series(adata.obs[labels])
+    truth = names_in(adata, "labels", labels)
     known = truth.notna().to_numpy()
     if not known.any():
         raise ValueError(f"adata.obs[{labels!r}] has no label: pass a column that has them")
     # By the probabilities, which cells that are unassigned have too. Their columns are all labels:
     # of the categories AnnData drops those that a part of the cells lacks. Columns have no slash.
     table = adata.obsm[keys.label_probabilities]
-    given = np.asarray(table.columns, dtype=str)[np.asarray(table).argmax(1)]
-    right = given == truth.astype(str).str.replace("/", "_", regex=False).to_numpy()
+    columns = [str(name) for name in table.columns]
+    code, kinds = pd.factorize(truth)
+    found = [find_level(name.replace("/", "_"), columns) for name in level_names(kinds)]
+    place = np.array([-1 if number is None else number for number in found], int)
+    right = np.asarray(table).argmax(1) == place[code]
     sure = adata.obs[keys.obs["label_probability"]].to_numpy(dtype=float)
     return reliability(sure[known], right[known])
 

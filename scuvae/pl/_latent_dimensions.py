@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ._common import colours, finish, fits
+from ._common import colours, finish, fits, picture
 
 
+@picture
 def latent_dimensions(
     adata: AnnData,
     *,

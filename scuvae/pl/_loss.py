@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from ._common import colours, finish, fits
+from ._common import colours, finish, fits, picture
 
 # Letters of a name that a legend has room for among the lines.
 _LONGEST = 24
 
 
+@picture
 def loss(
     adata: AnnData,
     *,

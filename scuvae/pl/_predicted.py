@@ -12,12 +12,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from .._checks import whole
 from .._keys import DEFAULT
-from ._common import BLOCK, finish, fits, fitted_to, matrix, panels
+from ._common import BLOCK, finish, fits, fitted_to, matrix, panels, picture
 
 COLUMNS = 4
 
 
+@picture
 def observed_vs_predicted(
     adata: AnnData,
     *,
@@ -77,8 +79,7 @@ def observed_vs_predicted(
     >>> ax.get_title()
     'Oracle\\nr = 0.814'
     """
-    if max_points < 1:
-        raise ValueError(f"max_points must be at least 1, not {max_points}.")
+    max_points = whole("max_points", max_points)
     chosen = fits(adata, keys)
     drawn = []
     if oracle is not None:

@@ -14,7 +14,7 @@ from scipy.special import logit as log_odds
 
 from .._checks import whole
 from .._keys import Keys
-from ._common import colours, finish, panels, result
+from ._common import colours, finish, panels, picture, result
 
 NAMES = {"zero_fraction": "zero fraction", "mean": "mean", "variance": "variance"}
 # Two-sided 95 % of a normal.
@@ -24,6 +24,7 @@ OUTSIDE = colours(2)[1]
 _LINE, _LETTER = 0.07, 0.045
 
 
+@picture
 def predictive_check(
     adata: AnnData,
     *,
@@ -84,7 +85,12 @@ def predictive_check(
     n_genes = whole("n_genes", n_genes, at_least=0)
     slot = Keys.of(key).predictive_check
     table = result(adata, key, slot, "predictive_check", pd.DataFrame)
-    names = [name for name in NAMES if name in table]
+    names = [name for name in NAMES if {name, f"{name}_predicted"} <= set(table)]
+    if not names:
+        raise ValueError(
+            f"adata.uns[{slot!r}] is no table of tl.predictive_check: call "
+            "scuvae.tl.predictive_check(adata) again"
+        )
     axes = panels(ax, len(names), len(names), (2.8, 2.8))
     for panel, name in zip(axes, names, strict=True):
         observed, predicted = (

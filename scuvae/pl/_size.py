@@ -11,9 +11,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from .._keys import Keys
 from ._cells import categories, coloured, left_out, legend_width, scores
-from ._common import BLOCK, finish, fits, fitted_to, point_size
+from ._common import BLOCK, finish, fits, fitted_to, known_fits, picture, point_size
 
 
+@picture
 def elbo_by_size(
     adata: AnnData,
     *,
@@ -118,10 +119,7 @@ def elbo_by_size(
 
 
 def _known(adata: AnnData) -> list[str]:
-    try:
-        return fits(adata, None)
-    except ValueError:
-        return []
+    return fits(adata, None) if known_fits(adata) else []
 
 
 def _totals(adata: AnnData, fit: str | None, layer: str | None) -> tuple[np.ndarray, int]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .._checks import real, whole
 from .._errors import near
-from ._common import colours, finish, point_size
+from ._common import colours, finish, picture, point_size
 
 GROUND = "0.75"
 # Probabilities closer to one are drawn there.
@@ -24,6 +24,7 @@ _NAMES = 0.9
 _ROOM = 0.3
 
 
+@picture
 def volcano(
     adata: AnnData,
     *,

@@ -129,7 +129,7 @@ def neighbors(
     draws = draws_in_map(fit.model, q, basis, n_samples, generator)
     times = times_near(draws, k, seed)
     weights = (times + times.T) / (2 * n_samples)
-    means = np.asarray(adata.obsm[keys.embed], np.float32)
+    means = _map_of(adata, keys.embed)
     indices, distances = nearest(means, k, seed)
 
     params: dict[str, Any] = {
@@ -174,3 +174,13 @@ def draws_in_map(
         noise = generator.standard_normal(tuple(q.mean.shape), np.float32)
         z = q.draw(torch.from_numpy(noise))
         yield place(model, z, basis).numpy()
+
+
+def _map_of(adata: AnnData, slot: str) -> np.ndarray:
+    values = np.asarray(adata.obsm[slot])
+    if values.ndim != 2 or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise ValueError(
+            f"adata.obsm[{slot!r}] is {values.dtype} of shape {values.shape}, not finite numbers "
+            "of each cell: call scuvae.tl.embed(adata) again"
+        )
+    return values.astype(np.float32)

@@ -1,6 +1,6 @@
 """pp.thin_counts: each count split in two, molecule by molecule."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ def thin_counts(
     inputs.check_anndata(adata, copy=copy)
     fraction = real("fraction", fraction, above=0, below=1)
     flag("copy", copy)
+    if isinstance(layers_added, Set):
+        raise TypeError(f"layers_added={layers_added!r} has no order: pass a list of two names")
     added = [check_name("layers_added", name) for name in names("layers_added", layers_added)]
     if len(added) != 2 or added[0] == added[1] or layer in added:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Which fit a checkpoint is of."""
 
 import tempfile
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 
+from scuvae._checks import path
 from scuvae.batches import Cells
 from scuvae.batches.sparse_rows import dense
 from scuvae.inference.training.checkpoint import Checkpoint, digest
@@ -23,15 +24,9 @@ _LOOKED_AT = 200
 
 def check_folder(checkpoint: object) -> None:
     """Raise, before any work, if checkpoints cannot be kept there."""
-    if not isinstance(checkpoint, str | PathLike) or not isinstance(fspath(checkpoint), str):
-        raise TypeError(
-            f"checkpoint={checkpoint!r} is a {type(checkpoint).__name__}: pass the path of a folder"
-        )
-    shown = repr(fspath(checkpoint))
-    if not fspath(checkpoint).strip("\0") or "\0" in fspath(checkpoint):
-        raise ValueError(f"checkpoint={shown} is no path: pass that of a folder")
-    folder = Path(checkpoint)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    text = path("checkpoint", checkpoint, "a folder")
+    shown, folder = repr(text), Path(text)
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not there.is_dir():
         what = "" if there == folder else f"lies in {str(there)!r}, which "
         raise ValueError(f"checkpoint={shown} {what}is a file: pass a folder")

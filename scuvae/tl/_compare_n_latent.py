@@ -1,6 +1,6 @@
 """tl.compare_n_latent: how many latent dimensions, by what was held out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,13 @@ def compare_n_latent(
     ['validation_elbo', 'molecules', 'molecules_se', 'n_active']
     """
     inputs.check_anndata(adata)
+    if isinstance(n_latents, str | bytes | Mapping) or not isinstance(n_latents, Iterable):
+        raise TypeError(
+            f"n_latents={n_latents!r} is a {type(n_latents).__name__}: pass a list of whole numbers"
+        )
     numbers = [whole("n_latents", n) for n in n_latents]
+    if not numbers:
+        raise ValueError("n_latents is empty: pass at least one number of latent dimensions")
     own = {"n_latent", "copy", "key_added", "random_state"} & options.keys()
     if own:
         raise TypeError(

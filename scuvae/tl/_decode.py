@@ -127,7 +127,13 @@ def decode(
 def _points(z: np.ndarray | pd.DataFrame, fit: Fit) -> torch.Tensor:
     if isinstance(z, str):
         raise TypeError(f"z={z!r} is a str: pass the points, such as adata.obsm[{z!r}]")
-    values = np.asarray(z, dtype=np.float32)
+    try:
+        values = np.asarray(z, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"z is a {type(z).__name__} of what are no numbers: pass the points, such as "
+            "adata.obsm['X_scuvae']"
+        ) from None
     n_latent = fit.model.n_latent
     if values.ndim != 2 or values.shape[1] != n_latent:
         raise ValueError(f"z has shape {values.shape}: pass (points, {n_latent}), as the fit has")

@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from scuvae._adata import find_level
 from scuvae._checks import flag, names, real, whole
 from scuvae._errors import near
 from scuvae._keys import Keys, check_name
@@ -18,7 +19,6 @@ from scuvae.distributions.quasi_random import normal_points
 from scuvae.inference.mapping.alignment import Alignment
 from scuvae.inference.training.gene_totals import DENOISING_DRAWS
 from scuvae.io import inputs
-from scuvae.io.covariates import find_level
 from scuvae.io.fit_state import Fit, read_entry, read_fit
 from scuvae.io.further_genes import read_further
 from scuvae.io.genes import cells_of, places

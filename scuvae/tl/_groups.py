@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scuvae._adata import groups_of, names_in
 from scuvae._errors import near
-from scuvae.io.covariates import batch_codes, column_of
+from scuvae.io.covariates import batch_codes
 from scuvae.io.fit_state import Fit
 
 logger = logging.getLogger("scuvae")
@@ -112,21 +113,18 @@ def design_of(
 
 def _column(adata: AnnData, argument: str, name: Any) -> pd.Categorical:
     """A column of names, without categories that no cell has."""
-    values = column_of(adata, argument, name)
+    values = names_in(adata, argument, name)
     if values.dtype.kind == "f":
         raise ValueError(
             f"adata.obs[{name!r}] is {values.dtype}, a measurement: pass {argument}= a column of "
             "names, or convert it with .astype(str)"
         )
-    found = pd.Categorical(values).remove_unused_categories()
+    found = groups_of(values)
     if not len(found.categories):
         raise ValueError(
             f"adata.obs[{name!r}] is missing for all cells: pass {argument}= a column of names"
         )
-    kinds = [str(kind) for kind in found.categories]
-    if len(set(kinds)) < len(kinds):  # 1 and "1" are one group
-        return pd.Categorical(values.astype(str).where(values.notna()))
-    return found.rename_categories(kinds)
+    return found
 
 
 def _check_cells(

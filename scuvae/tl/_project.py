@@ -13,6 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scuvae._checks import flag, names, one_of, whole
+from scuvae._checks import path as path_of
 from scuvae._keys import Keys
 from scuvae.distributions.gaussian import COVARIANCES
 from scuvae.inference.refinement.infer import POLISH, Polish
@@ -230,7 +231,8 @@ def read_reference(
     The one fit of a model file is found under ``key``. ``cells``: the reference's are needed too.
     """
     if isinstance(reference, str | PathLike):
-        reference = _read(Path(reference), Keys.of(key).uns)
+        text = path_of("reference", reference, "a file with a fit, or pass a fitted AnnData")
+        reference = _read(Path(text), Keys.of(key).uns)
     inputs.check_type(reference, "reference")
     if cells and not reference.n_obs:
         raise ValueError(
@@ -270,8 +272,15 @@ def _read(path: Path, name: str) -> AnnData:
         raise FileNotFoundError(
             f"reference={str(path)!r} does not exist: pass a fitted AnnData, or the path of one"
         )
-    if path.is_dir():
-        return anndata.read_zarr(str(path))
-    if path.suffix == ".h5ad" or is_hdf5(path):
-        return anndata.read_h5ad(path)
-    return read_as(path, name)
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"reference={str(path)!r} is a FIFO or device: name a file with a fit")
+    if not path.is_dir() and path.suffix != ".h5ad" and not is_hdf5(path):
+        return read_as(path, name)
+    try:
+        return anndata.read_zarr(str(path)) if path.is_dir() else anndata.read_h5ad(path)
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"reference={str(path)!r} cannot be read as an AnnData ({said}): pass a fitted "
+            "AnnData, or the path of one"
+        ) from error

@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 from torch.nn import functional as F
 
+from scuvae._adata import groups_of, names_in
 from scuvae._checks import flag, random_state_alias, real, whole
 from scuvae._keys import Keys
 from scuvae.batches import Batch
@@ -19,7 +20,6 @@ from scuvae.inference.mapping.label_probabilities import (
     chunks,
 )
 from scuvae.io import inputs
-from scuvae.io.covariates import column_of
 from scuvae.io.fit_state import Fit, read_extended, read_fit, read_missing
 from scuvae.io.genes import match, warn_of_empty
 from scuvae.io.slots import read_posterior, target
@@ -296,7 +296,7 @@ def _columns(categories: pd.Index) -> list[str]:
 
 def _labels(reference: AnnData, column: str) -> pd.Categorical:
     """The labels of the reference's cells, without categories that no cell has."""
-    values = column_of(reference, "labels", column, owner="reference")
+    values = names_in(reference, "labels", column, owner="reference")
     if values.dtype.kind == "f":
         raise ValueError(
             f"reference.obs[{column!r}] is {values.dtype}, a measurement: pass labels= a column of "
@@ -307,6 +307,10 @@ def _labels(reference: AnnData, column: str) -> pd.Categorical:
         raise ValueError(
             f"reference.obs[{column!r}] has no label: pass labels= a column that has them"
         )
+    if (
+        found.categories.dtype.kind not in "iub"
+    ):  # numbers stay numbers; dates, say, go into no file
+        found = groups_of(values)
     without = int((found.codes < 0).sum())
     if without:
         logger.info("%d of %d reference cells have no label, and no vote", without, len(found))

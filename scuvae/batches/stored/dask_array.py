@@ -16,7 +16,9 @@ class DaskArray(Stored):
 
     @classmethod
     def takes(cls, x: Any) -> bool:
-        return type(x).__module__.split(".")[0] == "dask" and getattr(x, "ndim", 0) == 2
+        # Or a part of one, as a view of an AnnData has it.
+        kinds = (kind.__module__.split(".")[0] for kind in type(x).__mro__)
+        return "dask" in kinds and getattr(x, "ndim", 0) == 2
 
     def __init__(self, x: Any) -> None:
         if not all(np.isfinite(size) for size in x.shape):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scuvae._reliability import expected_calibration_error, reliability
 from scuvae.batches import Batch, Cells, SparseRows
+from scuvae.batches.sparse_rows import sparse
 from scuvae.batches.thinning import shallow
 from scuvae.inference.mapping.label_regression import LabelRegression
 from scuvae.inference.mapping.label_transfer import votes
@@ -68,8 +69,8 @@ class Values:
     typical: float
 
     def of(self, batch: Batch) -> Any:
-        """(cells, genes), a CSR matrix of counts or zeros and ones, else an array."""
-        x = batch.x
+        """(cells, genes), a CSR matrix of counts, else as they are held: CSR or an array."""
+        x = sparse(batch.x) if self.counts else batch.x
         if not isinstance(x, SparseRows):
             return x.cpu().numpy()
         value = x.value
@@ -80,9 +81,9 @@ class Values:
 
     def depth(self, batch: Batch) -> np.ndarray:
         """ln of each cell's total over the typical one; 0 of other values than counts."""
-        if not self.counts or not isinstance(batch.x, SparseRows):
+        if not self.counts:
             return np.zeros(len(batch))
-        total = batch.x.sum().clamp_min(1.0).double().cpu().numpy()
+        total = sparse(batch.x).sum().clamp_min(1.0).double().cpu().numpy()
         return np.log(total / self.typical)
 
 
@@ -182,8 +183,8 @@ class LabelProbabilities:
         depth = np.clip(self.values.depth(batch), *self.range)
         by_regression = self.regression.probabilities(self.values.of(batch))
         found = combine(self.weights, terms(shares, by_regression, depth))
-        if self.values.counts and isinstance(batch.x, SparseRows):
-            empty = (batch.x.sum() == 0).cpu().numpy()
+        if self.values.counts:
+            empty = (sparse(batch.x).sum() == 0).cpu().numpy()
             found[empty] = shares[empty]
         return found, shares
 

@@ -196,10 +196,10 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            whole = json.loads(path.read_text())
+            whole = json.loads(_regular(path).read_text())
             content = whole["content"]
             intact = whole["sha256"] == _digest(_text(content).encode())
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             intact = False
         if not intact:
             raise ValueError(f"{path} is damaged: delete the folder, and fit anew")
@@ -211,7 +211,11 @@ class Checkpoint:
         _check_same(content["fit"], self.fit, self.folder)
         part = content["parts"][self.processes.rank]
         tensors = self.folder / part["tensors"]
-        if not tensors.exists() or _digest_of(tensors) != part["sha256"]:
+        try:
+            intact = _digest_of(_regular(tensors)) == part["sha256"]
+        except OSError:
+            intact = False
+        if not intact:
             raise ValueError(f"{tensors} is damaged or gone: delete the folder, and fit anew")
         self._number = int(content["number"])
         return _joined(part["state"], load_file(tensors))
@@ -296,6 +300,13 @@ def digest(*parts: Tensor | Iterable[str]) -> str:
             found.update("\0".join(part).encode())
         found.update(b"\0\0")
     return found.hexdigest()
+
+
+def _regular(path: Path) -> Path:
+    """The path of a file, which can be opened without waiting for anybody to write to it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    return path
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from scuvae._checks import random_generator
+from scuvae._checks import random_generator, real
 from scuvae.batches import Batch, SparseRows
 from scuvae.batches.loader import Loader
 from scuvae.distributions.gaussian import Gaussian
@@ -351,6 +351,18 @@ def agreed_seed(
     return int(seed)
 
 
+def _timeout() -> float:
+    """Seconds to wait for others, at most."""
+    given = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT))
+    try:
+        return real(TIMEOUT_VARIABLE, float(given), above=0.0)
+    except ValueError:
+        raise ValueError(
+            f"the environment's {TIMEOUT_VARIABLE} is {given!r}: set it to a number of seconds, or "
+            "unset it"
+        ) from None
+
+
 @contextmanager
 def joined(size: int, device: torch.device, first: int = 0) -> Iterator[Processes]:
     """Inside, the processes that were launched can exchange what they have.
@@ -369,7 +381,7 @@ def joined(size: int, device: torch.device, first: int = 0) -> Iterator[Processe
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), first=first)
             return
-        limit = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
+        limit = timedelta(seconds=_timeout())
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
         # torchrun may hand the store of processes that were killed to those that follow them.
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -78,8 +78,10 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         yield "/".join((*path, "columns")), [str(name) for name in value]
         for name in value:
             yield "/".join((*path, str(name))), value[name].to_numpy()
+    elif isinstance(value, pd.Series):
+        raise Damaged(f"{'/'.join(path)!r} is a Series")
     elif isinstance(value, Mapping) or hasattr(value, "keys"):
-        if not value:
+        if not len(value):
             yield "/".join((*path, "")), True
         for name in value:
             if not isinstance(name, str) or not name or "/" in name:
