@@ -24,7 +24,7 @@ from helpers import small_counts, small_fit
 from scuvae import get, io
 from scuvae._replacing import checked_target
 from scuvae.cli.files import write
-from scuvae.cli.messages import terminable
+from scuvae.cli.signals import terminable
 
 
 def kinds() -> list[str]:

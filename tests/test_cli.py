@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import anndata
@@ -15,6 +16,7 @@ from anndata import AnnData
 from scuvae import _replacing, cli, datasets, tl
 from scuvae.cli import files
 from scuvae.cli.paths import SUFFIXES
+from scuvae.cli.signals import Terminated, terminable
 
 
 @pytest.fixture
@@ -424,7 +426,8 @@ def test_ctrl_c_while_code_is_made_from_text(tmp_path: Path) -> None:
     """As libraries do while they are imported: Python would end ``-m`` by a signal after all."""
     (tmp_path / "ends.py").write_text("""
 import signal, sys
-from scuvae.cli.messages import say, terminable
+from scuvae.cli.messages import say
+from scuvae.cli.signals import terminable
 def main():
     try:
         with terminable():
@@ -442,6 +445,38 @@ sys.exit(main())
     )
     assert done.returncode == 130
     assert done.stderr == "scuvae: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize(
+    ("signum", "ended"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_within_a_finalizer_is_not_lost(
+    signum: signal.Signals, ended: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is raised there Python prints and forgets."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signum)
+
+    def finalize() -> None:
+        Finalized()
+        sleep(30)
+
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    hook, alarm = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(ended), terminable():
+            finalize()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not said
+    assert sys.unraisablehook == hook
+    assert signal.getsignal(signal.SIGALRM) is alarm
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="FIFOs are POSIX's")

@@ -8,8 +8,9 @@ import scuvae.cli.commands.model_command as model_command
 import scuvae.cli.commands.plot_command as plot_command
 import scuvae.cli.commands.verb_command as verb_command
 from scuvae import __version__
-from scuvae.cli.messages import Terminated, located, messages, say, terminable
+from scuvae.cli.messages import located, messages, say
 from scuvae.cli.parsers import Parser, subcommand, unknown
+from scuvae.cli.signals import Terminated, terminable
 from scuvae.cli.thread_limit import use_threads
 from scuvae.cli.verbs import CHECKS, VERBS
 

@@ -1,47 +1,14 @@
-"""What the command line says, and how it ends."""
+"""What the command line says."""
 
 import argparse
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 # Errors that speak to the user; any other is a fault of the package, and named as one.
 EXPECTED = (ValueError, TypeError, LookupError, OSError, ArithmeticError)
-
-
-class Terminated(BaseException):
-    """SIGTERM. Raised like Ctrl-C's, so that temporary folders are removed on the way out."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. One that Python does not know: of its own, raised while code is made from text, it
-    remembers that it was raised, and ends the process by a signal after all."""
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted if signum == signal.SIGINT else Terminated
-
-    taken = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a parent ignores it
-        taken.append(signal.SIGINT)
-    before = {}
-    try:
-        for number in taken:
-            before[number] = signal.signal(number, end)
-    except ValueError:  # not the main thread: signals are the caller's
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
