@@ -307,7 +307,8 @@ def test_a_local_step_is_asked_wherever_q_moves(scheme: str) -> None:
     )
     rows = posterior(model, batch_of(x))
     refined = refine(model, batch_of(x), [rows], local_step="half_newton", max_steps=1)
-    for q in (rows, judge.q(), refined):
+    (held_out,) = judge.parts()
+    for q in (rows, held_out, refined):
         # Half of the way at each of 20 steps; the scales are exact.
         assert ((q.mean - mean) / scale).abs().max() < 1e-4
         torch.testing.assert_close(q.stddev, scale.expand(30, 2), rtol=1e-6, atol=1e-6)
