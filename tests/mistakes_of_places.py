@@ -26,7 +26,7 @@ SLOTS = [
     ),
     Mistake(
         "levels by their text alone",
-        "io/covariates.py",
+        "_adata.py",
         "return alike[0] if len(alike) == 1 else None",
         "return None",
         "test_catalogue_names.py test_covariates.py -k level",
@@ -41,8 +41,8 @@ SLOTS = [
     Mistake(
         "the split is the other way round",
         "tl/_fit_slots.py",
-        'np.where(held_out, "validation", "train")',
-        'np.where(held_out, "train", "validation")',
+        'held_out.astype(np.int8), ["train", "validation"]',
+        'held_out.astype(np.int8), ["validation", "train"]',
         "test_fit.py test_held_out_cells.py",
     ),
     Mistake(

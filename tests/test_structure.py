@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from helpers import TABLES, WITH_GROUPS, WITH_REFERENCE
+from mistakes import FORMULAS, SURVIVED, Mistake
+from mistakes_of_places import SLOTS
 
 import scuvae
 from scuvae import tl
@@ -367,6 +369,14 @@ def test_tests_ask_public_names(path: Path) -> None:
     """What has an underscore may change with its module alone: tests hold on to what it offers."""
     found = private_names(ast.parse(path.read_text()))
     assert [name for name in found if re.match("_[^_]", name)] == []
+
+
+@pytest.mark.parametrize(
+    "mistake", [*SURVIVED, *FORMULAS, *SLOTS], ids=lambda mistake: mistake.what
+)
+def test_mistakes_can_be_planted(mistake: Mistake) -> None:
+    """What ``mutations.py`` replaces is there, once: a change that moves it moves it there too."""
+    assert (ROOT / mistake.file).read_text(encoding="utf-8").count(mistake.old) == 1
 
 
 # --- doctests -----------------------------------------------------------------------------------
