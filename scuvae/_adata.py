@@ -81,7 +81,10 @@ def names_in(adata: AnnData, argument: str, key: object, owner: str = "adata") -
 
 def level_names(kinds: Iterable[Any]) -> list[str]:
     """What the values of a column are called."""
-    return [str(name) for name in pd.Index(kinds).astype(str)]
+    index = pd.Index(kinds)
+    if isinstance(index, pd.CategoricalIndex):  # whose dates have hours or none, by pandas' version
+        index = index.categories.take(index.codes)
+    return [str(name) for name in index.astype(str)]
 
 
 def groups_of(column: pd.Series) -> pd.Categorical:
