@@ -18,7 +18,6 @@ def use_threads(n: int | None) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     n = min(n, MOST)
-
     before = torch.get_num_threads(), numba.get_num_threads()
     try:
         with threadpool_limits(n):

@@ -307,9 +307,8 @@ def _labels(reference: AnnData, column: str) -> pd.Categorical:
         raise ValueError(
             f"reference.obs[{column!r}] has no label: pass labels= a column that has them"
         )
-    if (
-        found.categories.dtype.kind not in "iub"
-    ):  # numbers stay numbers; dates, say, go into no file
+    # Numbers stay numbers; others, such as dates, go into no file but as text.
+    if found.categories.dtype.kind not in "iub":
         found = groups_of(values)
     without = int((found.codes < 0).sum())
     if without:

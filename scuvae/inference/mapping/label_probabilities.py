@@ -83,8 +83,12 @@ class Values:
         """ln of each cell's total over the typical one; 0 of other values than counts."""
         if not self.counts:
             return np.zeros(len(batch))
-        total = sparse(batch.x).sum().clamp_min(1.0).double().cpu().numpy()
+        total = _totals(batch).clamp_min(1.0).double().cpu().numpy()
         return np.log(total / self.typical)
+
+
+def _totals(batch: Batch) -> Tensor:
+    return batch.x.sum() if isinstance(batch.x, SparseRows) else batch.x.sum(1)
 
 
 class LabelProbabilities:
@@ -184,7 +188,7 @@ class LabelProbabilities:
         by_regression = self.regression.probabilities(self.values.of(batch))
         found = combine(self.weights, terms(shares, by_regression, depth))
         if self.values.counts:
-            empty = (sparse(batch.x).sum() == 0).cpu().numpy()
+            empty = (_totals(batch) == 0).cpu().numpy()
             found[empty] = shares[empty]
         return found, shares
 
